@@ -1,0 +1,1 @@
+"""Foundations shared by every layer; import the modules, this package is empty."""

@@ -1,0 +1,185 @@
+"""What every measurement returns: a value with its error, its cost and a status."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from scipy.special import ndtri, stdtrit
+
+from noisekit.core.errors import UsageError
+
+
+class Status(StrEnum):
+    """How far a value can be relied on."""
+
+    OK = "ok"
+    NOT_RESOLVED = "not_resolved"
+    """Noise hides the value; its confidence set is unbounded or spans zero."""
+    NO_SIGNAL = "no_signal"
+    """The denominator's estimate is not positive; kept, since dropping it biases."""
+    NOT_CONVERGED = "not_converged"
+    """A solver stopped at its budget; ``bound`` says how far it may be off."""
+    NOT_COMPARABLE = "not_comparable"
+    """A fair-test rule is broken."""
+    DIVERGED = "diverged"
+    """The training that should give the value blew up."""
+    UNAVAILABLE = "unavailable"
+    """The quantity does not exist here, such as per-example norms under BatchNorm."""
+
+
+class ErrorSource(StrEnum):
+    """Where the error of an estimate comes from."""
+
+    DATA = "data"
+    PROBES = "probes"
+    STEPS = "steps"
+    SEEDS = "seeds"
+    SOLVER = "solver"
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A confidence set ``[low, high]``; either end may be infinite."""
+
+    low: float
+    high: float
+    level: float
+
+    @property
+    def bounded(self) -> bool:
+        """Whether both ends are finite."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    def contains(self, value: float) -> bool:
+        """Whether ``value`` lies inside, ends included."""
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        """Write as ``[low, high]``, or ``more than low`` where unbounded."""
+        if self.bounded:
+            return f"[{self.low:.4g}, {self.high:.4g}]"
+        if math.isfinite(self.low):
+            return f"more than {self.low:.4g}"
+        if math.isfinite(self.high):
+            return f"less than {self.high:.4g}"
+        return "unbounded"
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Numerator and denominator of a ratio of averages, with their covariance.
+
+    Their joint error gives Fieller's confidence set, which is unbounded where the
+    denominator is not resolved from zero.
+
+    Source:
+        Fieller 1954, "Some problems in interval estimation".
+    """
+
+    numerator: float
+    denominator: float
+    numerator_variance: float
+    denominator_variance: float
+    covariance: float
+
+    def confidence_set(self, quantile: float) -> tuple[float, float]:
+        """Return the positive part of Fieller's set for a two-sided quantile.
+
+        The ratio is of quantities whose truth is not negative, so of a set that
+        wraps through infinity the part above zero is kept: ``(low, inf)``.
+        """
+        t2 = quantile**2
+        a = self.denominator**2 - t2 * self.denominator_variance
+        b = self.numerator * self.denominator - t2 * self.covariance
+        c = self.numerator**2 - t2 * self.numerator_variance
+        discriminant = b * b - a * c
+        if discriminant < 0:
+            return (0.0, math.inf)
+        root = math.sqrt(discriminant)
+        if a > 0:
+            return ((b - root) / a, (b + root) / a)
+        # With a <= 0 the set is everything but an open interval: above zero it is
+        # what lies beyond the positive root of the quadratic.
+        if c <= 0:
+            return (0.0, math.inf)
+        return (c / (b + root) if b + root > 0 else 0.0, math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and how sure it is.
+
+    Attributes:
+        value: The point estimate, in the unit that the vocabulary states.
+        stderr: Standard error, where the error is statistical.
+        bound: A solver's residual bound; never to be printed as plus-minus.
+        error_source: What the error would average over.
+        num_samples: Examples, probes, steps or seeds behind ``stderr``.
+        dof: Degrees of freedom of ``stderr``; ``None`` means a normal quantile.
+        status: Whether the value can be relied on.
+        num_matvecs: Matrix-vector products spent.
+        num_grads: Gradient evaluations spent.
+        ratio: The parts, where ``value`` is a ratio of averages.
+        side: ``"lower"`` where ``value`` is a lower bound of what is sought, such
+            as a maximum found by a search.
+    """
+
+    value: float
+    stderr: float | None = None
+    bound: float | None = None
+    error_source: ErrorSource | None = None
+    num_samples: int | None = None
+    dof: float | None = None
+    status: Status = Status.OK
+    num_matvecs: int = 0
+    num_grads: int = 0
+    ratio: Ratio | None = None
+    side: Literal["lower"] | None = None
+
+    def __float__(self) -> float:
+        """Return the bare value."""
+        return float(self.value)
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Return the confidence set at ``level``.
+
+        A ratio gives Fieller's set; a standard error a t or normal interval; a
+        residual bound the enclosure ``value ± bound`` whatever the level; a lower
+        bound ``[value, inf)``.
+
+        Raises:
+            UsageError: If ``level`` is not in (0, 1).
+        """
+        if not 0.0 < level < 1.0:
+            raise UsageError(f"interval needs a level between 0 and 1, got {level}.")
+        quantile = _two_sided_quantile(level, self.dof)
+        if self.ratio is not None:
+            return Interval(*self.ratio.confidence_set(quantile), level)
+        if self.side == "lower":
+            return Interval(self.value, math.inf, level)
+        if self.stderr is not None:
+            half = quantile * self.stderr
+            return Interval(self.value - half, self.value + half, level)
+        if self.bound is not None:
+            return Interval(self.value - self.bound, self.value + self.bound, level)
+        return Interval(-math.inf, math.inf, level)
+
+    def __str__(self) -> str:
+        """Write the value with its kind of error, and its status unless OK."""
+        if self.ratio is not None:
+            text = f"{self.value:.4g} {self.interval()}"
+        elif self.stderr is not None:
+            text = f"{self.value:.4g} ± {self.stderr:.2g}"
+        elif self.bound is not None:
+            text = f"{self.value:.4g} (residual {self.bound:.2g})"
+        elif self.side == "lower":
+            text = f"≥ {self.value:.4g}"
+        else:
+            text = f"{self.value:.4g}"
+        return text if self.status is Status.OK else f"{text} [{self.status}]"
+
+
+def _two_sided_quantile(level: float, dof: float | None) -> float:
+    upper = 0.5 + level / 2
+    return float(ndtri(upper) if dof is None else stdtrit(dof, upper))
