@@ -53,8 +53,16 @@ class ClosureError(NoisekitError, RuntimeError):
     """Per-example contributions do not add up to the gradient."""
 
 
+class LayerReadError(NoisekitError, RuntimeError):
+    """A layer's own call does not tell its per-example gradients."""
+
+
 class DataNotFoundError(NoisekitError, FileNotFoundError):
     """A data set is not on this machine; the message lists the ways to get it."""
+
+
+class DataFileError(NoisekitError, ValueError):
+    """A data file is damaged, or is not the file that it should be."""
 
 
 class RunDirectoryError(NoisekitError, RuntimeError):
