@@ -1,0 +1,151 @@
+"""Paired t-intervals and tests against a margin."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from noisekit.core.errors import UsageError
+from noisekit.core.results import Status
+from noisekit.stats import (
+    equivalence_test,
+    paired_effect,
+)
+from tests.reference.stats import one_sided_p, paired_t_interval
+
+
+@pytest.fixture
+def arms() -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(7)
+    shared = generator.normal(0.0, 1.0, 10)
+    treatment = np.exp(shared + generator.normal(0.4, 0.2, 10))
+    return treatment, np.exp(shared)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
+def test_difference_interval_is_scipys_paired_t(arms, level: float) -> None:
+    """Catches: an unpaired standard error; a normal quantile; n in the variance."""
+    got = paired_effect(*arms).interval(level)
+    low, high = paired_t_interval(*arms, level)
+    assert got.low == pytest.approx(low, rel=1e-12)
+    assert got.high == pytest.approx(high, rel=1e-12)
+
+
+def test_ratio_interval_is_the_exponentiated_t_interval_of_logs(arms) -> None:
+    """Catches: a ratio of arithmetic means; an interval left on the log scale."""
+    effect = paired_effect(*arms, scale="ratio")
+    low, high = paired_t_interval(np.log(arms[0]), np.log(arms[1]), 0.95)
+    assert effect.effect == pytest.approx(stats.gmean(arms[0]) / stats.gmean(arms[1]))
+    assert effect.interval().low == pytest.approx(math.exp(low), rel=1e-12)
+    assert effect.interval().high == pytest.approx(math.exp(high), rel=1e-12)
+
+
+def test_exchanging_the_arms_inverts_the_ratio(arms) -> None:
+    """Catches: a margin that is asymmetric, such as [1 - d, 1 + d] for a ratio."""
+    there = paired_effect(*arms, scale="ratio").margin_test(1.5)
+    back = paired_effect(*arms[::-1], scale="ratio").margin_test(1.5)
+    assert there.larger == pytest.approx(back.smaller, rel=1e-12)
+    assert there.inside == pytest.approx(back.inside, rel=1e-12)
+    assert there.beyond == pytest.approx(back.beyond, rel=1e-12)
+
+
+@pytest.mark.parametrize("shift", [-0.8, -0.1, 0.0, 0.2, 0.5, 0.9])
+def test_margin_p_values_are_scipys_one_sided_tests(shift: float) -> None:
+    """Catches: the wrong tail; only one of TOST's two tests; beyond not doubled."""
+    first = np.random.default_rng(3).normal(shift, 0.3, 8)
+    got = equivalence_test(first, np.zeros(8), margin=0.4)
+    larger = one_sided_p(first, 0.4, "greater")
+    smaller = one_sided_p(first, -0.4, "less")
+    below = one_sided_p(first, 0.4, "less")
+    above = one_sided_p(first, -0.4, "greater")
+    assert got.larger == pytest.approx(larger, rel=1e-9)
+    assert got.smaller == pytest.approx(smaller, rel=1e-9)
+    assert got.beyond == pytest.approx(min(1.0, 2 * larger, 2 * smaller), rel=1e-9)
+    assert got.inside == pytest.approx(max(below, above), rel=1e-9)
+
+
+def test_p_values_and_intervals_agree_on_every_data_set() -> None:
+    """Beyond is the 95 % interval outside the margin, inside the 90 % one within.
+
+    Catches: a 95 % interval for equivalence; a one-sided 5 % test for larger.
+    """
+    generator = np.random.default_rng(11)
+    for shift in np.linspace(-1.5, 1.5, 301):
+        effect = paired_effect(generator.normal(shift, 0.4, 6), np.zeros(6))
+        test = effect.margin_test(0.5)
+        wide, narrow = effect.interval(0.95), effect.interval(0.90)
+        assert (test.beyond < 0.05) == (wide.low > 0.5 or wide.high < -0.5)
+        assert (test.inside < 0.05) == (narrow.low > -0.5 and narrow.high < 0.5)
+
+
+@pytest.mark.parametrize("num_pairs", [2, 5, 10])
+@pytest.mark.parametrize("scale", ["difference", "ratio"])
+def test_coverage_is_the_level_at_few_pairs(num_pairs: int, scale: str) -> None:
+    """2,000 normal data sets; within 3.5 Monte-Carlo standard errors of 95 %.
+
+    Catches: normal quantiles (88 % at n = 5); percentile bootstrap (84 %).
+    """
+    generator = np.random.default_rng(20 + num_pairs)
+    draws = generator.normal(0.3, 0.7, (2000, num_pairs))
+    truth = 0.3 if scale == "difference" else math.exp(0.3)
+    first = draws if scale == "difference" else np.exp(draws)
+    second = np.zeros(num_pairs) if scale == "difference" else np.ones(num_pairs)
+    hits = [
+        paired_effect(row, second, scale=scale).interval().contains(truth)
+        for row in first
+    ]
+    assert abs(np.mean(hits) - 0.95) < 3.5 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+@pytest.mark.parametrize("scale", ["difference", "ratio"])
+def test_pairs_that_agree_exactly_give_no_certainty(scale: str) -> None:
+    """Catches: an interval of zero width, p = 0 and a verdict from no spread at all."""
+    first = np.array([0.3, 0.1 + 0.2, 0.3, 0.3])  # equal up to rounding
+    effect = paired_effect(first, np.full(4, 0.2), scale=scale)
+    assert effect.estimate.status is Status.NOT_RESOLVED
+    assert not effect.interval().bounded
+    assert effect.interval().high == math.inf
+    test = effect.margin_test(2.0)
+    assert (test.larger, test.smaller, test.beyond, test.inside) == (1, 1, 1, 1)
+
+
+def test_a_small_but_real_spread_is_kept() -> None:
+    """Catches: an absolute threshold that calls small quantities constant."""
+    effect = paired_effect(np.array([1e-9, 2e-9, 3e-9]), np.zeros(3))
+    assert effect.estimate.status is Status.OK
+    assert effect.estimate.stderr == pytest.approx(1e-9 / math.sqrt(3))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "scale", "message"),
+    [
+        ([1.0], [2.0], "difference", "at least 2 pairs, got 1; run more seeds"),
+        ([], [], "difference", "at least 2 pairs, got 0"),
+        ([1.0, 2.0], [1.0], "difference", r"equal length, got shapes \(2,\) and \(1,"),
+        ([1.0, math.nan], [1.0, 2.0], "difference", "finite, got 1 of 2 pairs with Na"),
+        ([1.0, 2.0], [math.inf, 2.0], "difference", "finite, got 1 of 2 pairs"),
+        ([1.0, -2.0], [1.0, 2.0], "ratio", r"positive values, got 1 of 2 pairs .*-2"),
+        ([1.0, 2.0], [1.0, 0.0], "ratio", "at or below zero .*scale='difference'"),
+    ],
+)
+def test_what_has_no_paired_effect_is_refused(first, second, scale, message) -> None:
+    """Catches: NaN means; a logarithm of a negative value; silently dropped pairs."""
+    with pytest.raises(UsageError, match=message):
+        paired_effect(first, second, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("scale", "margin", "message"),
+    [
+        ("ratio", 1.0, "margin above 1 for a ratio, got 1; give the smallest ratio"),
+        ("ratio", 0.5, "above 1 for a ratio, got 0.5"),
+        ("difference", 0.0, "margin above 0 for a difference, got 0"),
+        ("difference", math.inf, "finite margin above 0 for a difference, got inf"),
+        ("difference", math.nan, "finite margin above 0 for a difference, got nan"),
+    ],
+)
+def test_margins_that_mean_nothing_are_refused(scale, margin, message) -> None:
+    """Catches: a difference's margin used for a ratio."""
+    with pytest.raises(UsageError, match=message):
+        equivalence_test([1.0, 2.0], [1.5, 1.0], margin=margin, scale=scale)

@@ -1,0 +1,343 @@
+"""Verdicts: which are given, how often they are false, and how they read."""
+
+import math
+
+import numpy as np
+import pytest
+
+from noisekit.core.errors import NoVerdictError, UsageError
+from noisekit.stats import (
+    Contrast,
+    ContrastResult,
+    PairedSample,
+    Verdict,
+    judge,
+    require_verdict,
+)
+from tests.reference.stats import verdict_by_intervals
+
+MARGIN = 0.5
+SEEDS = tuple(range(10))
+# What may be said of an effect: beyond (+1), inside (0), beyond on the other side (-1).
+REGION = {Verdict.LARGER: 1, Verdict.EQUIVALENT: 0, Verdict.SMALLER: -1}
+
+
+def difference(name: str = "a", *, primary: bool = True) -> Contrast:
+    return Contrast(
+        name=name,
+        quantity="train_loss",
+        treatment="large",
+        reference="small",
+        snapshot="equal_epochs",
+        scale="difference",
+        margin=MARGIN,
+        primary=primary,
+    )
+
+
+def sample(differences: np.ndarray, **changes: object) -> PairedSample:
+    seeds = tuple(range(len(differences)))
+    return PairedSample(
+        seeds, tuple(map(float, differences)), (0.0,) * len(seeds), **changes
+    )
+
+
+def judge_one(differences: np.ndarray, **options: object) -> ContrastResult:
+    return judge([difference()], {"a": sample(differences)}, **options)[0]
+
+
+def spread_around(mean: float) -> np.ndarray:
+    """Ten differences with the given mean and a standard error of 0.01."""
+    unit = np.arange(10) - 4.5
+    return mean + 0.01 * math.sqrt(10) * unit / unit.std(ddof=1)
+
+
+@pytest.mark.parametrize(
+    ("mean", "verdict"),
+    [
+        (0.6, Verdict.LARGER),
+        (-0.6, Verdict.SMALLER),
+        (0.0, Verdict.EQUIVALENT),
+        (0.4, Verdict.EQUIVALENT),
+        (0.5, Verdict.NOT_RESOLVED),
+        # One standard error is 0.01: 95 % needs 2.262 of them, 90 % needs 1.833.
+        (0.5 + 0.0227, Verdict.LARGER),
+        (0.5 + 0.0225, Verdict.NOT_RESOLVED),
+        (0.5 - 0.0184, Verdict.EQUIVALENT),
+        (0.5 - 0.0182, Verdict.NOT_RESOLVED),
+    ],
+)
+def test_verdicts_turn_where_the_intervals_cross_the_margin(mean, verdict) -> None:
+    """Catches: significance against zero; 95 % intervals for equivalence."""
+    assert judge_one(spread_around(mean)).verdict is verdict
+
+
+def test_rule_matches_the_intervals_on_random_data() -> None:
+    """Catches: a family that counts descriptive contrasts; a wrong level."""
+    generator = np.random.default_rng(2)
+    for _ in range(400):
+        draws = [generator.normal(generator.uniform(-1, 1), 0.3, 10) for _ in range(4)]
+        contrasts = [difference(name, primary=name != "d") for name in "abcd"]
+        data = {n: sample(d) for n, d in zip("abcd", draws, strict=True)}
+        got = [str(r.verdict) for r in judge(contrasts, data)]
+        want = [verdict_by_intervals(d, MARGIN, 3) for d in draws[:3]]
+        assert got == [*want, verdict_by_intervals(draws[3], MARGIN, 1)]
+
+
+def test_a_ratio_is_judged_on_its_logarithm() -> None:
+    """Catches: a ratio judged as a difference; margin below 1 on the other side."""
+    contrast = Contrast(
+        name="a",
+        quantity="lambda_max",
+        treatment="large",
+        reference="small",
+        snapshot="loss_0.05",
+        scale="ratio",
+        margin=1.5,
+    )
+    for mean in (-0.6, -0.4, -0.2, 0.2, 0.39, 0.42, 0.6):
+        logs = spread_around(mean)
+        data = PairedSample(SEEDS, tuple(np.exp(logs)), (1.0,) * 10)
+        result = judge([contrast], {"a": data})[0]
+        assert str(result.verdict) == verdict_by_intervals(logs, math.log(1.5), 1)
+        assert result.effect == pytest.approx(math.exp(mean))
+        assert result.interval.contains(result.effect)
+
+
+PLANTED = {
+    "just inside": (0, 0, 0),
+    "just outside": (1, 1, 1),
+    "both sides": (1, 0, -1),
+    "one decided": (None, 1, 0),
+}
+
+
+@pytest.mark.parametrize("correlation", [-0.49, 0.0, 0.9])
+@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED.keys())
+def test_false_verdicts_in_a_family_stay_below_five_percent(
+    planted: tuple[int | None, ...], correlation: float
+) -> None:
+    """3,000 families of three primary contrasts with effects at the margin.
+
+    On the margin an effect belongs to neither side, so each case says on which side it
+    counts as lying (None: far beyond, decided rightly in every family). Each of the
+    12 cases may err by 3 Monte-Carlo standard errors (1.2 points) above 5 %.
+
+    Catches: no adjustment (up to 14 %).
+    """
+    generator = np.random.default_rng(31)
+    centre = [3.0 if side is None else MARGIN * (side or 1) for side in planted]
+    covariance = np.full((3, 3), correlation) + (1.0 - correlation) * np.eye(3)
+    draws = generator.multivariate_normal(centre, 0.09 * covariance, (3000, 10))
+    contrasts = [difference(name) for name in "abc"]
+    false = 0
+    for family in draws:  # (10, 3)
+        data = {n: sample(family[:, i]) for i, n in enumerate("abc")}
+        verdicts = [result.verdict for result in judge(contrasts, data)]
+        false += any(
+            REGION.get(verdict, truth) != truth
+            for verdict, side in zip(verdicts, planted, strict=True)
+            for truth in [1 if side is None else side]
+        )
+    assert false / 3000 <= 0.05 + 3.0 * math.sqrt(0.05 * 0.95 / 3000)
+
+
+def test_the_level_is_used_and_not_wasted() -> None:
+    """Independent effects just outside the margin err in 4.9 %, not far less.
+
+    Catches: a factor of 2m instead of m (2.5 %).
+    """
+    generator = np.random.default_rng(32)
+    draws = generator.normal(MARGIN, 0.3, (3000, 3, 10))
+    contrasts = [difference(name) for name in "abc"]
+    false = sum(
+        any(
+            result.verdict is Verdict.EQUIVALENT
+            for result in judge(
+                contrasts, dict(zip("abc", map(sample, family), strict=True))
+            )
+        )
+        for family in draws
+    )
+    assert abs(false / 3000 - 0.049) < 3.5 * math.sqrt(0.049 * 0.951 / 3000)
+
+
+@pytest.mark.parametrize(
+    ("effect", "right"),
+    [(1.0, Verdict.LARGER), (-1.0, Verdict.SMALLER), (0.0, Verdict.EQUIVALENT)],
+)
+def test_clear_effects_are_found(effect: float, right: Verdict) -> None:
+    """A margin away from the margin at 0.3 spread, ten seeds decide nearly always.
+
+    Catches: an adjustment that leaves no power; verdicts on the wrong side.
+    """
+    generator = np.random.default_rng(33)
+    draws = generator.normal(effect, 0.3, (300, 10))
+    contrasts = [difference(name) for name in "abc"]
+    found = [
+        judge(contrasts, {n: sample(row) for n in "abc"})[0].verdict for row in draws
+    ]
+    assert found.count(right) >= 0.9 * 300
+    assert set(found) <= {right, Verdict.NOT_RESOLVED}
+
+
+def test_primary_verdicts_agree_with_the_adjusted_interval() -> None:
+    """Catches: verdicts that contradict every interval in the report."""
+    generator = np.random.default_rng(34)
+    contrasts = [difference(name) for name in "abc"]
+    for mean in np.linspace(-1.0, 1.0, 101):
+        row = sample(generator.normal(mean, 0.3, 10))
+        result = judge(contrasts, dict.fromkeys("abc", row))[0]
+        beyond = result.adjusted_interval.low > MARGIN
+        assert (result.verdict is Verdict.LARGER) == beyond
+        assert result.p_adjusted == min(1.0, 3 * result.p_value)
+
+
+def test_what_only_adjustment_undid_says_so() -> None:
+    """Catches: a reader left with a 95 % interval beyond the margin and no word."""
+    contrasts = [difference(name) for name in "abc"]
+    row = sample(spread_around(0.5 + 0.025))
+    result = judge(contrasts, dict.fromkeys("abc", row))[0]
+    assert result.verdict is Verdict.NOT_RESOLVED
+    assert result.interval.low > MARGIN
+    assert result.reason == (
+        "beyond the margin by itself, not after adjusting for 3 primary contrasts"
+    )
+
+
+def test_the_family_keeps_its_size_when_one_is_not_comparable() -> None:
+    """Catches: a family counted after looking at which runs succeeded."""
+    contrasts = [difference(name) for name in "abc"]
+    row = sample(spread_around(0.5 + 0.025))
+    broken = sample(spread_around(0.0), not_comparable="train loss 0.05 against 0.2")
+    results = judge(contrasts, {"a": row, "b": broken, "c": broken})
+    assert results[0].verdict is Verdict.NOT_RESOLVED
+    assert results[0].num_tests == 3
+    assert results[1].verdict is Verdict.NOT_COMPARABLE
+    assert results[1].reason == "train loss 0.05 against 0.2"
+    assert math.isnan(results[1].p_value)
+    assert math.isnan(results[1].p_adjusted)
+    assert not results[1].decided
+
+
+def with_missing() -> PairedSample:
+    values = dict(enumerate(spread_around(0.6).tolist()))
+    reference = dict.fromkeys(range(8), 0.0)
+    return PairedSample.by_seed(values, reference)
+
+
+def test_a_missing_pair_forbids_a_primary_verdict() -> None:
+    """Catches: judging the survivors of a diverging arm."""
+    result = judge([difference()], {"a": with_missing()})[0]
+    assert result.verdict is Verdict.NOT_COMPARABLE
+    assert result.reason.startswith("2 of 10 pairs are missing (a run diverged")
+    assert (result.num_pairs, result.num_missing) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("primary", "options"), [(False, {}), (True, {"allow_missing": True})]
+)
+def test_missing_pairs_that_are_allowed_are_named(primary, options) -> None:
+    """Catches: pairs dropped in silence."""
+    contrast = difference(primary=primary)
+    result = judge([contrast], {"a": with_missing()}, **options)[0]
+    assert result.verdict is Verdict.LARGER
+    assert result.reason == "2 of 10 pairs are missing and left out"
+    assert "2 of 10 pairs are missing and left out" in result.describe()
+
+
+@pytest.mark.parametrize(
+    ("differences", "reason"),
+    [
+        ([0.3], "an interval needs at least 2 complete pairs, got 1"),
+        ([], "an interval needs at least 2 complete pairs, got 0"),
+        ([0.3, 0.3, 0.3], "all 3 pairs agree exactly, so no spread is known"),
+    ],
+)
+def test_too_little_data_is_not_resolved(differences, reason) -> None:
+    """Catches: an exception that loses the other contrasts; a verdict from p = 0."""
+    result = judge_one(np.array(differences))
+    assert result.verdict is Verdict.NOT_RESOLVED
+    assert result.reason == reason
+    assert not result.interval.bounded
+
+
+def test_values_without_a_ratio_are_not_resolved() -> None:
+    """Catches: log of a negative eigenvalue, and a NaN verdict after it."""
+    contrast = Contrast(
+        name="a",
+        quantity="lambda_max",
+        treatment="large",
+        reference="small",
+        snapshot="final",
+        scale="ratio",
+        margin=2.0,
+    )
+    data = PairedSample((0, 1, 2), (1.0, -1.0, 2.0), (1.0, 1.0, 1.5))
+    result = judge([contrast], {"a": data})[0]
+    assert result.verdict is Verdict.NOT_RESOLVED
+    assert result.reason.startswith("1 of 3 pairs have a value at or below zero")
+    assert (result.interval.low, result.interval.high) == (0.0, math.inf)
+    assert result.describe() == (
+        "Largest Hessian eigenvalue at final, large against small: not resolved, "
+        "1 of 3 pairs have a value at or below zero, which has no ratio."
+    )
+
+
+def test_runs_without_claims_are_not_judged() -> None:
+    """Catches: a verdict from a smoke run, by whichever way it is asked."""
+    result = judge_one(spread_around(0.6), claims=False)
+    assert result.verdict is Verdict.NOT_JUDGED
+    assert result.effect == pytest.approx(0.6)
+    assert math.isnan(result.p_value)
+    with pytest.raises(NoVerdictError, match=r"'a' needs runs that may carry .*claims"):
+        require_verdict(result)
+
+
+def test_a_verdict_that_was_given_can_be_required() -> None:
+    assert require_verdict(judge_one(spread_around(0.6))) is Verdict.LARGER
+
+
+def test_names_that_do_not_match_are_refused() -> None:
+    """Catches: a misspelt contrast that vanishes from the report."""
+    row = sample(spread_around(0.0))
+    with pytest.raises(UsageError, match=r"distinct names, got \['a'\] more than once"):
+        judge([difference(), difference()], {"a": row})
+    with pytest.raises(UsageError, match=r"got none for \['b'\]; give one with not_c"):
+        judge([difference("a"), difference("b")], {"a": row})
+
+
+def test_sentences_carry_effect_interval_and_verdict() -> None:
+    """Catches: a fraction printed as points; the log ratio printed as a ratio."""
+    error = Contrast(
+        name="a",
+        quantity="test_error",
+        treatment="large",
+        reference="small",
+        snapshot="equal_epochs",
+        scale="difference",
+        margin=0.005,
+        primary=True,
+    )
+    row = sample(spread_around(2.0) / 100.0)
+    assert judge([error], {"a": row})[0].describe() == (
+        "Test error at equal_epochs, large minus small is 2 percentage points (95 % "
+        "interval 1.98 to 2.02, 10 pairs): larger by more than 0.5 percentage points."
+    )
+    flat = Contrast(
+        name="a",
+        quantity="lambda_max",
+        treatment="large",
+        reference="small",
+        snapshot="loss_0.05",
+        scale="ratio",
+        margin=1.5,
+    )
+    beside = judge([error, difference("b")], {"a": row, "b": row})[0]
+    assert beside.describe().endswith("points (adjusted for 2 primary contrasts).")
+    same = PairedSample(SEEDS, tuple(np.exp(spread_around(0.0))), (1.0,) * 10)
+    assert judge([flat], {"a": same})[0].describe() == (
+        "Largest Hessian eigenvalue at loss_0.05, large is 1 times that of small "
+        "(95 % interval 0.978 to 1.02, 10 pairs): equivalent within a factor of 1.5 "
+        "(descriptive, not adjusted)."
+    )
