@@ -1,0 +1,33 @@
+"""Runs on disk: written so that a crash loses nothing, read as tidy tables."""
+
+from noisekit.records.files import exclusive_lock, read_json, write_json_atomic
+from noisekit.records.reader import Runs, open_runs, read_set, write_set
+from noisekit.records.rundir import Manifest, RunDirectory, RunStatus
+from noisekit.records.schema import FORMAT, TABLES, Column, Table, table
+from noisekit.records.segments import StoredTable
+from noisekit.records.sink import RunSink
+from noisekit.records.tensors import load_tensors, save_tensors
+from noisekit.records.writer import TableWriter
+
+__all__ = [
+    "FORMAT",
+    "TABLES",
+    "Column",
+    "Manifest",
+    "RunDirectory",
+    "RunSink",
+    "RunStatus",
+    "Runs",
+    "StoredTable",
+    "Table",
+    "TableWriter",
+    "exclusive_lock",
+    "load_tensors",
+    "open_runs",
+    "read_json",
+    "read_set",
+    "save_tensors",
+    "table",
+    "write_json_atomic",
+    "write_set",
+]

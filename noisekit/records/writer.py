@@ -1,0 +1,146 @@
+"""Appending rows to a table of a run so that a crash at any byte loses none before."""
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+
+from noisekit.core.errors import StorageError, UsageError
+from noisekit.records.files import storage_error, sync_directory
+from noisekit.records.schema import FIRST_ROW_KEY, FORMAT, FORMAT_KEY, Table
+from noisekit.records.segments import segment_path
+
+Cell = bool | int | float | str | None
+
+_FLUSH_ROWS = 256
+_FLUSH_SECONDS = 2.0
+
+
+class TableWriter:
+    """Appends rows to one segment of a table.
+
+    Rows reach the operating system every 256 rows or 2 seconds, where they survive
+    the death of this process; ``flush(durable=True)`` makes them survive a power
+    failure as well. A batch of rows is written whole or not at all: where the disk
+    is full the segment is cut back to its last whole batch, and the rows stay here,
+    so that a later ``flush`` can try again.
+
+    Attributes:
+        num_rows: Rows of the table so far, those of earlier segments included.
+    """
+
+    def __init__(self, run: Path, table: Table, *, number: int, first_row: int) -> None:
+        self._table = table
+        self._names = frozenset(column.name for column in table.columns)
+        self._schema = table.schema
+        self._path = segment_path(run, table, number)
+        self._pending: list[Mapping[str, Cell]] = []
+        self._flushed_at = time.monotonic()
+        self._size = 0
+        self._durable_size = 0
+        self.num_rows = first_row
+        metadata = {FORMAT_KEY: str(FORMAT), FIRST_ROW_KEY: str(first_row)}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(
+                self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644
+            )
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+        try:
+            self._write(self._schema.with_metadata(metadata).serialize())
+            sync_directory(self._path.parent)
+        except StorageError:
+            self.close()
+            raise
+
+    def append(self, row: Mapping[str, Cell]) -> None:
+        """Add one row; columns that it lacks stay empty."""
+        self._accept(row)
+        late = time.monotonic() - self._flushed_at > _FLUSH_SECONDS
+        if late or len(self._pending) >= _FLUSH_ROWS:
+            self.flush()
+
+    def append_together(self, rows: Iterable[Mapping[str, Cell]]) -> None:
+        """Add rows that a reader sees all or none of, durably."""
+        self.flush()
+        for row in rows:
+            self._accept(row)
+        self.flush(durable=True)
+
+    def flush(self, *, durable: bool = False) -> int:
+        """Write what is pending and return the number of rows of the table.
+
+        Args:
+            durable: Also wait until the disk has it.
+
+        Raises:
+            UsageError: If a row has a value of the wrong type.
+        """
+        if self._pending:
+            try:
+                batch = pa.RecordBatch.from_pylist(self._pending, schema=self._schema)
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise UsageError(
+                    f"table {self._table.name!r} needs values of its columns' types: "
+                    f"{error}."
+                ) from error
+            self._write(batch.serialize())
+            self._pending = []
+        self._flushed_at = time.monotonic()
+        if durable and self._durable_size < self._size:
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                raise storage_error(self._path, error) from error
+            self._durable_size = self._size
+        return self.num_rows
+
+    def close(self) -> None:
+        """Give the file back; rows still pending are not written."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Self:
+        """Return the writer itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Flush unless an error is on its way, and close."""
+        try:
+            if error is None:
+                self.flush(durable=True)
+        finally:
+            self.close()
+
+    def _accept(self, row: Mapping[str, Cell]) -> None:
+        if not row.keys() <= self._names:
+            unknown = ", ".join(sorted(row.keys() - self._names))
+            raise UsageError(
+                f"table {self._table.name!r} needs columns of its schema, got "
+                f"{unknown}; add them to noisekit.records.schema."
+            )
+        self._pending.append(row)
+        self.num_rows += 1
+
+    def _write(self, data: pa.Buffer) -> None:
+        view = memoryview(data)
+        written = 0
+        try:
+            while written < len(view):
+                written += os.write(self._file, view[written:])
+        except OSError as error:
+            os.ftruncate(self._file, self._size)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+            raise storage_error(self._path, error) from error
+        self._size += written
