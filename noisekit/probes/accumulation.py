@@ -1,0 +1,71 @@
+"""Whether a backward pass adds to what earlier ones of the same step have left."""
+
+import math
+from collections.abc import Sequence
+from enum import Enum, auto
+
+import torch
+from torch import Tensor, nn
+
+_Mark = tuple[tuple[int, int] | None, ...]
+
+
+class Before(Enum):
+    """What a backward pass finds in ``.grad``."""
+
+    EMPTY = auto()
+    """Nothing, or zeros: a new step starts."""
+    ACCUMULATING = auto()
+    """What an earlier backward pass of the same step has left."""
+    NOT_ZEROED = auto()
+    """What the step before has left: it is applied a second time."""
+    CHANGED = auto()
+    """Something else: scaled or clipped between two backward passes."""
+
+
+class GradientWatch:
+    """Follows ``.grad`` through zeroing, accumulation and steps, without reading it.
+
+    Identity and write count tell who wrote last. Only where they cannot, after a step
+    that was skipped or broke off, are the values asked, which synchronises.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._mark: _Mark | None = None
+        self._stepped = False
+
+    def before(self) -> Before:
+        """Return what is in ``.grad`` now, at the start of a backward pass."""
+        now = self._now()
+        if all(entry is None for entry in now):
+            return Before.EMPTY
+        if now == self._mark:
+            return Before.NOT_ZEROED if self._stepped else Before.ACCUMULATING
+        if self._stepped and self._mark is not None:
+            return Before.EMPTY  # written to after the step: zeroed in place
+        return Before.EMPTY if self._all_zero() else Before.CHANGED
+
+    def after_backward(self) -> None:
+        """Remember what a backward pass has left."""
+        self._mark, self._stepped = self._now(), False
+
+    def after_step(self) -> None:
+        """Remember what an optimiser step has left."""
+        self._mark, self._stepped = self._now(), True
+
+    def _now(self) -> _Mark:
+        grads = [parameter.grad for parameter in self._parameters]
+        return tuple(None if g is None else (id(g), g._version) for g in grads)
+
+    def _all_zero(self) -> bool:
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        if any(grad.is_meta for grad in grads):
+            return True
+        largest = torch.stack([_largest(grad) for grad in grads])
+        return not bool(largest.any())
+
+
+def _largest(grad: Tensor) -> Tensor:
+    largest: Tensor = torch.linalg.vector_norm(grad.detach().float(), ord=math.inf)
+    return largest

@@ -1,0 +1,59 @@
+"""Hook objects that never outlive their probe and never follow a copied model."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class InertHook:
+    """What a hook becomes in a copied or unpickled model: it does nothing."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: object) -> None:
+        """Do nothing."""
+
+
+class ModelHook:
+    """A module hook that calls a method of its recorder, for one module only.
+
+    Copies of the model, such as an exponential moving average, get an inert hook:
+    they neither feed the original's readings nor carry its optimiser along.
+    """
+
+    __slots__ = ("__weakref__", "_method", "_module", "_tag")
+
+    def __init__(
+        self, method: Callable[..., None], module: nn.Module, tag: object = None
+    ) -> None:
+        self._method = weakref.WeakMethod(method)
+        self._module = weakref.ref(module)
+        self._tag = tag
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:  # what PyTorch passes
+        """Pass the call on, unless the recorder is gone or this is a copy."""
+        method = self._method()
+        if method is not None and module is self._module():
+            method(self._tag, *args)
+
+    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
+        """Be copied and pickled as an inert hook."""
+        return InertHook, ()
+
+
+class ParameterHook:
+    """A parameter's hook that calls a method of its recorder."""
+
+    __slots__ = ("_index", "_method")
+
+    def __init__(self, method: Callable[[int], None], index: int) -> None:
+        self._method = weakref.WeakMethod(method)
+        self._index = index
+
+    def __call__(self, parameter: Tensor) -> None:
+        """Pass the call on, unless the recorder is gone."""
+        method = self._method()
+        if method is not None:
+            method(self._index)
