@@ -1,0 +1,50 @@
+"""What a run tells while it works."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["train", "measure", "done", "failed", "diverged"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressEvent:
+    """One sign of life of a run.
+
+    Attributes:
+        run_id: The run.
+        phase: What it is doing, or how it ended.
+        done: Updates taken, or snapshots measured.
+        total: How many there will be at most.
+        detail: What has just happened, in a few words.
+    """
+
+    run_id: str
+    phase: Phase
+    done: int
+    total: int
+    detail: str = ""
+
+
+Progress = Callable[[ProgressEvent], None]
+
+
+def silent(event: ProgressEvent) -> None:
+    """Take no notice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teller:
+    """Tells of one run.
+
+    Attributes:
+        run_id: The run.
+        listener: Who is told.
+    """
+
+    run_id: str
+    listener: Progress
+
+    def __call__(self, phase: Phase, done: int, total: int, detail: str = "") -> None:
+        """Tell one thing."""
+        self.listener(ProgressEvent(self.run_id, phase, done, total, detail))
