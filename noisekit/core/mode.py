@@ -98,8 +98,8 @@ def evaluation_mode(model: nn.Module, bn: BatchNormPolicy) -> Iterator[None]:
         stack.enter_context(model_given_back(model))
         for module in model.modules():
             module.training = False
-        if bn == "batch":
-            stack.enter_context(_batch_statistics(batch_norms(model)))
+        for layer in batch_norms(model) if bn == "batch" else ():
+            layer.training = True
         stack.enter_context(torch.enable_grad())
         # The fused attention kernels have no second derivative.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -144,20 +144,6 @@ def recalibrated(model: nn.Module, batches: Iterable[Batch]) -> Iterator[None]:
         for layer, momentum, tensors in zip(layers, momenta, own, strict=True):
             layer.momentum = momentum
             layer.running_mean, layer.running_var, layer.num_batches_tracked = tensors
-
-
-@contextmanager
-def _batch_statistics(layers: list[_BatchNorm]) -> Iterator[None]:
-    """Normalise by the batch and leave the running statistics alone."""
-    tracked = [layer.track_running_stats for layer in layers]
-    try:
-        for layer in layers:
-            layer.training = True
-            layer.track_running_stats = False
-        yield
-    finally:
-        for layer, track in zip(layers, tracked, strict=True):
-            layer.track_running_stats = track
 
 
 @contextmanager

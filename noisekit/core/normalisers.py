@@ -1,6 +1,6 @@
 """What a loss divides by, and the check that it really does."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -161,6 +161,16 @@ def checked_reduction(
     return "sum" if declared == "sum" else "mean"
 
 
+def most_telling(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the first batch, the last, and the one of the lowest class, often -100."""
+    lowest = [
+        min((int(t.min()) for t in _class_tensors(batch)), default=0)
+        for batch in batches
+    ]
+    chosen = {0, len(batches) - 1, lowest.index(min(lowest))}
+    return [batches[i] for i in sorted(chosen)]
+
+
 def _class_weight_sum(
     targets: Tensor, weight: Tensor | None, ignored: int
 ) -> Tensor | float:
@@ -171,6 +181,10 @@ def _class_weight_sum(
         return counted.sum()
     weights = weight.to(targets.device)[targets.where(counted, 0)]
     return (weights * counted).sum(dtype=torch.float64)
+
+
+def _class_tensors(batch: Batch) -> list[Tensor]:
+    return [t for t in tensors_in(batch[1]) if t.numel() and not t.is_floating_point()]
 
 
 def _probe(batch: Batch) -> Batch:

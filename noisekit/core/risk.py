@@ -1,6 +1,6 @@
 """The empirical risk: one model, one loss, all batches, weighted as they must be."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,21 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.batches import (
-    MEMORY_BUDGET,
-    Batch,
-    FrozenBatches,
-    StreamedBatches,
-    count_examples,
-    freeze,
-    read_batches,
-    tensors_in,
-)
+from noisekit.core.batches import Batch, count_examples, tensors_in
 from noisekit.core.errors import (
     BatchSizeError,
     DataChangedError,
     DeviceMismatchError,
     LossShapeError,
+)
+from noisekit.core.frozen import (
+    MEMORY_BUDGET,
+    FrozenBatches,
+    StreamedBatches,
+    freeze,
+    read_batches,
 )
 from noisekit.core.mode import (
     BatchNormPolicy,
@@ -39,6 +37,7 @@ from noisekit.core.normalisers import (
     check_targets_alike,
     checked_reduction,
     known_normaliser,
+    most_telling,
     normaliser_value,
     normaliser_values,
 )
@@ -359,7 +358,7 @@ class EmpiricalRisk:
         if isinstance(self.batches, FrozenBatches):
             if self._normaliser is None:
                 check_targets_alike(self.batches)
-            probed = _most_telling(self.batches)
+            probed = most_telling(self.batches)
         else:
             probed = [next(iter(self.batches))]
         norms = batch_norms(self.model)
@@ -377,20 +376,6 @@ def _zero(device: torch.device) -> Tensor:
     """Start of a sum, in double precision wherever the device has it."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.zeros((), dtype=dtype, device=device)
-
-
-def _most_telling(batches: Sequence[Batch]) -> list[Batch]:
-    """The first batch, the last, and the one with the lowest class (-100 is usual)."""
-    lowest = [
-        min((int(t.min()) for t in _class_tensors(batch)), default=0)
-        for batch in batches
-    ]
-    chosen = {0, len(batches) - 1, lowest.index(min(lowest))}
-    return [batches[i] for i in sorted(chosen)]
-
-
-def _class_tensors(batch: Batch) -> list[Tensor]:
-    return [t for t in tensors_in(batch[1]) if t.numel() and not t.is_floating_point()]
 
 
 def _is_classified(outputs: object, targets: object) -> bool:

@@ -40,6 +40,7 @@ class Quantity:
 
 _GRAD2 = "loss²/param²"
 _CURVATURE = "loss/param²"
+_SPLIT_WORDS = {"train": "Training", "validation": "Validation", "test": "Test"}
 
 _ALL = (
     # Where in training.
@@ -81,20 +82,20 @@ _ALL = (
             f"{split}_loss",
             "",
             "loss",
-            f"{split.capitalize()} loss",
-            f"Mean loss over the whole {split} set, model in evaluation mode.",
+            f"{words} loss",
+            f"Mean loss over the whole {words.lower()} set, model in evaluation mode.",
         )
-        for split in ("train", "validation", "test")
+        for split, words in _SPLIT_WORDS.items()
     ),
     *(
         Quantity(
             f"{split}_error",
             "",
             "fraction",
-            f"{split.capitalize()} error",
-            f"Share of the {split} set that is misclassified.",
+            f"{words} error",
+            f"Share of the {words.lower()} set that is misclassified.",
         )
-        for split in ("train", "validation", "test")
+        for split, words in _SPLIT_WORDS.items()
     ),
     # Gradient noise.
     Quantity(

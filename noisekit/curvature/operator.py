@@ -1,0 +1,195 @@
+"""Symmetric matrices that are known by their products with vectors."""
+
+from abc import ABC, abstractmethod
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from noisekit.core.errors import UsageError
+
+
+class MatrixLike(Protocol):
+    """Anything square with a shape, a type and products, of NumPy or PyTorch."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+
+    @property
+    def dtype(self) -> object:
+        """A NumPy or a PyTorch type; it tells which vectors are understood."""
+
+    # The vector is an array or a tensor, as the type says.
+    def __matmul__(self, vector, /):  # type: ignore[no-untyped-def]
+        """Return the product with a vector."""
+
+
+class SymmetricOperator(ABC):
+    """A symmetric matrix, by its products ``H @ v`` and ``H @ V``.
+
+    Attributes:
+        num_matvecs: Products with single vectors so far.
+    """
+
+    num_matvecs: int = 0
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The type of the vectors."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+
+    @abstractmethod
+    def _matvec(self, vector: Tensor) -> Tensor:
+        """Return the product with one vector of the right shape, type and device."""
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Return the product with a vector ``(P,)`` or a block ``(P, k)``.
+
+        Raises:
+            UsageError: If the shape does not fit.
+        """
+        size = self.shape[1]
+        if other.ndim not in {1, 2} or other.shape[0] != size:
+            raise UsageError(
+                f"the product needs a vector ({size},) or a block ({size}, k), got "
+                f"shape {tuple(other.shape)}."
+            )
+        block = other.to(self.device, self.dtype)
+        if other.ndim == 1:
+            self.num_matvecs += 1
+            return self._matvec(block)
+        self.num_matvecs += other.shape[1]
+        columns = [self._matvec(column.contiguous()) for column in block.unbind(1)]
+        return torch.stack(columns, 1) if columns else torch.zeros_like(block)
+
+    def to_dense(self) -> Tensor:
+        """Return the whole matrix, at the price of one product per column."""
+        return self @ torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
+
+    def to_scipy(self) -> LinearOperator:
+        """Return this as SciPy's operator, for its solvers."""
+
+        def product(vector: np.ndarray) -> np.ndarray:
+            given = torch.from_numpy(np.ascontiguousarray(vector.reshape(-1)))
+            return (self @ given).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            shape=self.shape, matvec=product, rmatvec=product, dtype=dtype
+        )
+
+
+class DenseOperator(SymmetricOperator):
+    """A symmetric matrix that is there as a tensor."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        _check_square(matrix.shape)
+        scale = float(matrix.abs().max()) if matrix.numel() else 0.0
+        if not torch.allclose(matrix, matrix.T, rtol=0.0, atol=1e-4 * scale):
+            gap = float((matrix - matrix.T).abs().max())
+            raise UsageError(
+                f"eigenvalues need a symmetric matrix, got one that differs from its "
+                f"transpose by up to {gap:.3g}; symmetrise it with (A + A.T) / 2."
+            )
+        self._matrix = matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self._matrix.shape[0], self._matrix.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the vectors."""
+        return self._matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+        return self._matrix.device
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        return self._matrix @ vector
+
+
+class ForeignOperator(SymmetricOperator):
+    """Another library's operator; products go through NumPy or PyTorch as it asks."""
+
+    def __init__(self, matrix: MatrixLike) -> None:
+        _check_square(matrix.shape)
+        self._matrix = matrix
+        self._speaks_torch = isinstance(matrix.dtype, torch.dtype)
+        if isinstance(matrix.dtype, torch.dtype):
+            self._dtype = matrix.dtype
+        else:
+            numpy_dtype = np.dtype(str(matrix.dtype or "float64"))
+            self._dtype = torch.from_numpy(np.empty(0, dtype=numpy_dtype)).dtype
+        self._device = torch.device(getattr(matrix, "device", None) or "cpu")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self._matrix.shape[0], self._matrix.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the vectors."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+        return self._device
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        if self._speaks_torch:
+            return cast(Tensor, self._matrix @ vector)
+        product = self._matrix @ vector.numpy()
+        return torch.from_numpy(np.asarray(product).reshape(-1)).to(self._dtype)
+
+
+def as_operator(
+    matrix: "SymmetricOperator | Tensor | np.ndarray | MatrixLike",
+) -> SymmetricOperator:
+    """Return ``matrix`` as a symmetric operator.
+
+    Args:
+        matrix: One already, a symmetric tensor or array, or anything with
+            ``shape``, ``dtype`` and ``@``, such as SciPy's and curvlinops' operators.
+
+    Raises:
+        UsageError: If it is none of these, not square, or not symmetric.
+    """
+    if isinstance(matrix, SymmetricOperator):
+        return matrix
+    if isinstance(matrix, Tensor):
+        return DenseOperator(matrix if matrix.is_floating_point() else matrix.double())
+    if isinstance(matrix, np.ndarray):
+        return as_operator(torch.from_numpy(np.ascontiguousarray(matrix)))
+    if not all(hasattr(matrix, name) for name in ("shape", "dtype", "__matmul__")):
+        raise UsageError(
+            "an operator needs shape, dtype and @, got a "
+            f"{type(matrix).__name__}; build one with nk.HessianOperator(model, "
+            "loss_fn, batches)."
+        )
+    return ForeignOperator(matrix)
+
+
+def _check_square(shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise UsageError(
+            f"an operator needs a square shape (P, P) with P > 0, got {tuple(shape)}."
+        )
