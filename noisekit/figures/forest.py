@@ -1,0 +1,229 @@
+"""The contrasts with their intervals, their margins and their verdicts."""
+
+import math
+import textwrap
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from pandas import DataFrame
+
+from noisekit.core.errors import EmptyDataError
+from noisekit.core.results import Interval
+from noisekit.core.vocabulary import quantity
+from noisekit.figures.plot import Plot
+from noisekit.figures.theme import (
+    INK,
+    MUTED,
+    TWO_COLUMNS,
+    ZONE,
+    in_three_digits,
+    plain_log_ticks,
+    themed,
+)
+from noisekit.stats import ContrastResult, Verdict
+
+_KINDS = ("95", "90", "adjusted")
+_ROW = 0.42
+"""Height of one contrast [inch]."""
+
+
+@themed()
+def contrast_forest(
+    results: Sequence[ContrastResult], *, name: str = "contrasts"
+) -> Plot:
+    """Draw the effect of each contrast with its intervals, margin and verdict.
+
+    Thin bar: 95 % interval, which decides *larger* and *smaller*; thick bar: 90 %
+    interval, which decides *equivalent* by lying inside the shaded margin; whiskers:
+    the interval adjusted for the number of primary contrasts. Each quantity has an
+    axis, a log axis for ratios; differences of fractions are in points. Primary
+    contrasts are filled. A contrast without an effect keeps its row and says so.
+
+    Args:
+        results: From ``judge``, in the order in which they are read.
+        name: Stem of the files.
+
+    Returns:
+        The plot; its table has one row a contrast, in the units that are drawn.
+
+    Raises:
+        EmptyDataError: If there is no contrast.
+    """
+    if not results:
+        raise EmptyDataError(
+            f"figure {name!r} needs at least one judged contrast, got none; runs that "
+            "claim nothing have no forest plot."
+        )
+    table = DataFrame([_row(result) for result in results])
+    groups = list(dict.fromkeys(table["axis"]))
+    counts = [int((table["axis"] == group).sum()) for group in groups]
+    size = (TWO_COLUMNS, 0.35 + sum(0.62 + _ROW * count for count in counts))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=counts)[:, 0]
+    for ax, group in zip(axes, groups, strict=True):
+        _draw_group(ax, table[table["axis"] == group], group)
+    _add_legend(figure)
+    caption = (
+        "Contrasts fixed before the runs. Point: effect, paired by seed; thin bar: "
+        "95 % interval, thick bar: 90 % interval, whiskers: interval adjusted for the "
+        "number of primary contrasts; shaded: the margin inside which a difference is "
+        "too small to matter. Filled points are primary, open ones descriptive."
+        f"{_without_effect(table)}"
+    )
+    return Plot(figure, table.drop(columns=["axis"]), name, caption)
+
+
+def _without_effect(table: DataFrame) -> str:
+    count = int((~np.isfinite(table["effect"])).sum())
+    if not count:
+        return ""
+    points = "the point of 1 contrast" if count == 1 else f"{count} contrasts' points"
+    return f" Left out: {points} without a finite pair."
+
+
+def _row(result: ContrastResult) -> dict[str, object]:
+    contrast = result.contrast
+    ratio = contrast.scale == "ratio"
+    known = quantity(contrast.quantity)
+    factor, axis = 1.0, f"{known.label}, ratio"
+    if not ratio:
+        points = known.unit == "fraction"
+        factor = 100.0 if points else 1.0
+        unit = "points" if points else known.unit
+        axis = f"{known.label}, difference" + (f" [{unit}]" if unit else "")
+    margin = contrast.margin * factor
+    return {
+        "contrast": contrast.name,
+        "label": _label(contrast.description or contrast.name.replace("_", " ")),
+        "quantity": contrast.quantity,
+        "treatment": contrast.treatment,
+        "reference": contrast.reference,
+        "snapshot": contrast.snapshot,
+        "primary": contrast.primary,
+        "scale": contrast.scale,
+        "axis": axis,
+        "effect": result.effect * factor,
+        **_ends("95", result.interval, factor),
+        **_ends("90", result.interval_90, factor),
+        **_ends("adjusted", result.adjusted_interval, factor),
+        "margin_low": 1 / margin if ratio else -margin,
+        "margin_high": margin,
+        "num_pairs": result.num_pairs,
+        "p_value": result.p_value,
+        "p_adjusted": result.p_adjusted,
+        "verdict": str(result.verdict),
+        "reason": result.reason,
+    }
+
+
+def _label(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+def _ends(level: str, interval: Interval, factor: float) -> dict[str, float]:
+    low, high = interval.low * factor, interval.high * factor
+    known = interval.bounded
+    return {
+        f"low_{level}": low if known else math.nan,
+        f"high_{level}": high if known else math.nan,
+    }
+
+
+def _draw_group(ax: Axes, rows: DataFrame, group: str) -> None:
+    ratio = rows["scale"].iloc[0] == "ratio"
+    ax.set_xscale("log" if ratio else "linear")
+    ax.axvline(1.0 if ratio else 0.0, color=INK, lw=0.7, zorder=2)
+    for y, row in enumerate(rows.to_dict("records")):
+        _draw_contrast(ax, y, row)
+    ax.set_yticks(range(len(rows)), [_names(row) for row in rows.to_dict("records")])
+    ax.set_ylim(len(rows) - 0.45, -0.55)
+    ax.set_xlim(*_limits(rows, log=ratio))
+    ax.set_xlabel(group)
+    if ratio:
+        plain_log_ticks(ax.xaxis)
+    ax.grid(visible=False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+
+
+def _names(row: Mapping[Hashable, object]) -> str:
+    over = "over" if row["scale"] == "ratio" else "minus"
+    arms = f"{row['treatment']} {over} {row['reference']}".replace("_", " ")
+    return "\n".join((textwrap.fill(str(row["label"]), 44), arms))
+
+
+def _draw_contrast(ax: Axes, y: int, row: Mapping[Hashable, object]) -> None:
+    number = {key: value for key, value in row.items() if isinstance(value, float)}
+    width = number["margin_high"] - number["margin_low"]
+    corner = (number["margin_low"], y - 0.38)
+    ax.add_patch(Rectangle(corner, width, 0.76, color=ZONE, lw=0, zorder=1))
+    if math.isfinite(number["effect"]):
+        for level, line_width in (("adjusted", 0.6), ("95", 1.2), ("90", 3.0)):
+            if level == "adjusted" and not row["primary"]:
+                continue
+            ends = [number[f"low_{level}"], number[f"high_{level}"]]
+            ax.plot(ends, [y, y], color=INK, lw=line_width, solid_capstyle="butt")
+            if level == "adjusted":
+                ax.plot(ends, [y, y], "|", color=INK, ms=5, mew=0.8)
+        fill = INK if row["primary"] else "white"
+        ax.plot(number["effect"], y, "o", mfc=fill, mec=INK, ms=5, mew=0.9, zorder=4)
+    for text, offset, weight, color in (
+        (_verdict_words(str(row["verdict"])), 4.5, "bold", INK),
+        (_numbers(number, log=row["scale"] == "ratio"), -4.5, "normal", MUTED),
+    ):
+        ax.annotate(
+            text,
+            (1.0, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, offset),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            fontsize=7,
+            fontweight=weight,
+        )
+
+
+def _verdict_words(verdict: str) -> str:
+    if verdict == Verdict.NOT_JUDGED:
+        return "no verdict"
+    return verdict.replace("_", " ")
+
+
+def _numbers(number: Mapping[Hashable, float], *, log: bool) -> str:
+    if not math.isfinite(number["effect"]):
+        return "no effect"
+    write = in_three_digits if log else "{:+.2f}".format
+    effect, low, high = (write(number[key]) for key in ("effect", "low_95", "high_95"))
+    if math.isnan(number["low_95"]):
+        return effect
+    return f"{effect} [{low}, {high}]"
+
+
+def _limits(rows: DataFrame, *, log: bool) -> tuple[float, float]:
+    intervals = [f"{side}_{kind}" for side in ("low", "high") for kind in _KINDS]
+    columns = ["effect", "margin_low", "margin_high", *intervals]
+    values = [v for v in rows[columns].to_numpy().ravel() if math.isfinite(v)]
+    low, high = min(values), max(values)
+    if log:
+        pad = (high / low) ** 0.06
+        return low / pad, high * pad
+    pad = 0.06 * (high - low)
+    return low - pad, high + pad
+
+
+def _add_legend(figure: Figure) -> None:
+    point = {"color": INK, "marker": "o", "ls": "none", "ms": 5}
+    handles = [
+        Line2D([], [], **point, label="primary"),  # type: ignore[arg-type]
+        Line2D([], [], **point, mfc="white", label="descriptive"),  # type: ignore[arg-type]
+        Line2D([], [], color=INK, lw=1.0, label="95 % interval"),
+        Line2D([], [], color=INK, lw=3.0, label="90 % interval"),
+        Line2D([], [], color=INK, lw=0.6, marker="|", ms=5, label="adjusted"),
+        Patch(color=ZONE, lw=0, label="within the margin"),
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=6)

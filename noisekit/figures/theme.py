@@ -1,0 +1,269 @@
+"""The look of every figure: sizes, fonts, and one mark per arm.
+
+Nothing here changes Matplotlib's global settings beyond a ``with`` block.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from numpy.typing import ArrayLike
+from pandas import DataFrame
+
+from noisekit.core.vocabulary import quantity
+
+ONE_COLUMN = 3.4
+"""Width of a one-column figure [inch]."""
+TWO_COLUMNS = 7.0
+"""Width of a two-column figure [inch]."""
+
+INK = "#222222"
+MUTED = "#6b6b6b"
+ZONE = "#e9e6dc"
+"""Fill of a margin zone: inside it, a difference is too small to matter."""
+
+LineStyle = Literal["-"] | tuple[float, tuple[float, ...]]
+
+_SETTINGS = {
+    "font.family": "DejaVu Sans",  # comes with Matplotlib: same figure everywhere
+    "font.size": 7.5,
+    "axes.titlesize": 7.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 3.0,
+    "legend.columnspacing": 1.4,
+    "figure.titlesize": 8,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "mathtext.fontset": "dejavusans",
+    "pdf.fonttype": 42,  # TrueType, embedded: journals refuse Type 3
+    "svg.fonttype": "path",
+    "svg.hashsalt": "noisekit",
+    "savefig.facecolor": "white",
+    "figure.facecolor": "white",
+}
+# Of the ten colours that stay apart under colour blindness, those that show on
+# white, in an order in which neighbours differ most.
+_COLORS = [sns.color_palette("colorblind").as_hex()[i] for i in (0, 3, 2, 4, 1, 5, 9)]
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h")
+_LINES: tuple[LineStyle, ...] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1.2, 1.2)),
+    (0, (5, 1.5, 1.2, 1.5)),
+)
+
+
+@contextmanager
+def themed() -> Iterator[None]:
+    """Draw with noisekit's settings inside the block, whatever the user's are."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_SETTINGS)  # type: ignore[arg-type]  # keys are literals
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class ArmStyle:
+    """How one arm is drawn: told apart by colour, by marker and by line."""
+
+    label: str
+    color: str
+    marker: str
+    linestyle: LineStyle
+
+
+def styles_of(labels: Mapping[str, str]) -> dict[str, ArmStyle]:
+    """Return a style for each name, in the order given, with these labels."""
+    return {
+        name: ArmStyle(
+            label,
+            _COLORS[i % len(_COLORS)],
+            _MARKERS[i % len(_MARKERS)],
+            _LINES[i % len(_LINES)],
+        )
+        for i, (name, label) in enumerate(labels.items())
+    }
+
+
+def arm_styles(runs: DataFrame) -> dict[str, ArmStyle]:
+    """Return a style per arm, in the order in which figures show them.
+
+    Make it once, from the table of runs, and hand it to every figure: then an arm
+    looks the same in all of them. Where ``batch_size`` and ``learning_rate`` tell
+    the arms apart they are the label and give the order, smallest first; else the
+    label is the arm's name, in the order of the table.
+
+    Args:
+        runs: Table with the column ``arm``, and the arms' factors where known.
+    """
+    first = runs.drop_duplicates("arm").set_index("arm", drop=False)
+    factors = ["batch_size", "learning_rate"]
+    if set(factors) <= set(runs.columns):
+        first = first.sort_values(factors, kind="stable")
+        told = {str(arm): _factor_label(first.loc[arm]) for arm in first["arm"]}
+        if len(set(told.values())) == len(told) and all(told.values()):
+            return styles_of({arm: str(text) for arm, text in told.items()})
+    arms = [str(arm) for arm in runs["arm"].drop_duplicates()]
+    return styles_of({arm: arm.replace("_", " ") for arm in arms})
+
+
+def _factor_label(row: Mapping[str, float]) -> str | None:
+    batch_size, rate = float(row["batch_size"]), float(row["learning_rate"])
+    if not (math.isfinite(batch_size) and math.isfinite(rate)):
+        return None
+    return f"batch {batch_size:g}, rate {rate:g}"
+
+
+def panels(
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    size: tuple[float, float],
+    share_x: bool | str = False,
+    share_y: bool | str = False,
+) -> tuple[Figure, list[list[Axes]]]:
+    """Return a figure of ``size`` [inch] and its grid of axes, row by row."""
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.03, hspace=0.03)
+    figure = Figure(figsize=size, layout=layout)
+    grid = figure.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        sharex=share_x,  # type: ignore[arg-type]
+        sharey=share_y,  # type: ignore[arg-type]
+    )
+    return figure, [list(row) for row in grid]
+
+
+def name_panels(axes: Sequence[Axes]) -> None:
+    """Put (a), (b), ... before the panels' titles."""
+    for i, ax in enumerate(axes):
+        title = ax.get_title(loc="left")
+        ax.set_title(f"({chr(ord('a') + i)}) {title}".rstrip(), loc="left")
+
+
+def arm_handle(style: ArmStyle, *, line: bool = True) -> Line2D:
+    """Return what stands for an arm in a legend."""
+    return Line2D(
+        [],
+        [],
+        color=style.color,
+        marker=style.marker,
+        linestyle=style.linestyle if line else "none",
+        markersize=4,
+        label=style.label,
+    )
+
+
+def legend_above(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Put one legend above all panels, in as many columns as fit the width."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    entry = 0.05 * longest + 0.45  # inches at 7 pt, handle and gap included
+    columns = max(1, int(figure.get_figwidth() / entry))
+    rows = math.ceil(len(handles) / columns)
+    figure.legend(
+        handles=list(handles),
+        loc="outside upper left",
+        ncols=math.ceil(len(handles) / rows),
+    )
+
+
+def draw_levels(
+    ax: Axes, levels: Mapping[str, float], styles: Mapping[str, ArmStyle]
+) -> None:
+    """Draw a horizontal dotted line per arm; arms at one level take turns in dots."""
+    for level in dict.fromkeys(levels.values()):
+        sharing = [arm for arm, other in levels.items() if other == level]
+        period = 3.0 * len(sharing)
+        for turn, arm in enumerate(sharing):
+            dots = (3.0 * turn, (1.2, period - 1.2))
+            color = styles[arm].color
+            ax.axhline(level, color=color, lw=0.9, ls=dots, zorder=1)
+
+
+def snapshot_words(name: str) -> str:
+    """Return a snapshot's name in words: ``loss_0.05`` is at training loss 0.05."""
+    if name.startswith("loss_"):
+        return f"training loss {name.removeprefix('loss_')}"
+    return name.replace("_", " ")
+
+
+def two_line_label(name: str) -> str:
+    """Return the axis label of a quantity with symbol and unit on a second line."""
+    known = quantity(name)
+    return known.axis_label.replace(f"{known.label} ", f"{known.label}\n", 1)
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Write a log axis in plain numbers, and 1, 2, 5 of each decade if it is short."""
+    low, high = sorted(axis.get_view_interval())
+    decades = math.log10(high / low)
+    plain = low > 5e-5 and high < 2e5
+    subs = [1.0, 2.0, 5.0] if decades < 2.6 else [1.0]
+    if decades < 0.8:
+        subs = [1.0, 1.5, 2.0, 3.0, 5.0, 7.0]
+    axis.set_major_locator(LogLocator(subs=subs, numticks=9))
+    axis.set_major_formatter(FuncFormatter(_plain_number if plain else _power_of_ten))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _plain_number(value: float, _: object = None) -> str:
+    return f"{value:.6g}"
+
+
+def _power_of_ten(value: float, _: object = None) -> str:
+    exponent = math.floor(math.log10(value) + 1e-9)
+    mantissa = value / 10.0**exponent
+    power = f"10^{{{exponent}}}"
+    if math.isclose(mantissa, 1.0):
+        return f"${power}$"
+    return rf"${mantissa:g}\times{power}$"
+
+
+def in_three_digits(value: float) -> str:
+    """Write a positive number with three significant digits, zeros kept."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def log_limits(values: ArrayLike, *, pad: float = 1.15) -> tuple[float, float]:
+    """Return limits of a log axis that hold all positive finite ``values``.
+
+    Where there is none, the axis goes from 0.1 to 10.
+    """
+    array = np.asarray(values, dtype=float)
+    array = array[np.isfinite(array) & (array > 0)]
+    if not array.size:
+        return 0.1, 10.0
+    return float(array.min()) / pad, float(array.max()) * pad

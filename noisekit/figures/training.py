@@ -1,0 +1,227 @@
+"""Learning curves."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator
+from numpy.typing import NDArray
+from pandas import DataFrame
+
+from noisekit.core.errors import EmptyDataError
+from noisekit.core.vocabulary import quantity
+from noisekit.figures import summaries
+from noisekit.figures.plot import Plot
+from noisekit.figures.theme import (
+    ONE_COLUMN,
+    TWO_COLUMNS,
+    ArmStyle,
+    arm_handle,
+    arm_styles,
+    legend_above,
+    name_panels,
+    panels,
+    plain_log_ticks,
+    themed,
+    two_line_label,
+)
+
+CURVES = ("train_loss", "validation_loss", "test_error")
+"""What ``training_curves`` draws unless told otherwise, where it was recorded."""
+
+_SEED_POINTS, _MEAN_POINTS = 48, 96
+"""Most points of one line; more cannot be told apart at the printed size."""
+
+Axis = Literal["epoch", "step", "examples_seen"]
+
+
+@themed()
+def training_curves(
+    evaluations: DataFrame,
+    *,
+    quantities: Sequence[str] | None = None,
+    against: Sequence[Axis] = ("epoch", "step"),
+    styles: Mapping[str, ArmStyle] | None = None,
+    name: str = "training_curves",
+) -> Plot:
+    """Draw losses and errors against epochs and against updates, all seeds shown.
+
+    One row a quantity, one column an axis: at equal epochs and at equal updates
+    different arms may lead. A column ends where the first arm ends, unless that
+    hides part of an arm from every column. Losses are drawn and averaged on a log
+    scale. A mean is drawn only where all seeds of the arm have a value.
+
+    Args:
+        evaluations: Columns ``arm``, ``seed``, the axes and the quantities.
+        quantities: Names from the vocabulary; by default those of ``CURVES`` that
+            the table holds.
+        against: Columns for the horizontal axes.
+        styles: From ``arm_styles``; made from the table by default.
+        name: Stem of the files.
+
+    Returns:
+        The plot; its table has a row for each seed's evaluation (``kind`` is
+        ``seed``) and each mean (``kind`` is ``mean``, with ``low`` and ``high``).
+        Long lines are thinned to what print can show; the table is whole.
+
+    Raises:
+        EmptyDataError: If a quantity has no finite value.
+    """
+    names = list(quantities) if quantities else _recorded(evaluations, name)
+    summaries.require_columns(
+        evaluations, ["arm", "seed", *against, *names], figure=name
+    )
+    styles = styles or arm_styles(evaluations)
+    figure, grid = panels(
+        len(names),
+        len(against),
+        size=(
+            ONE_COLUMN if len(against) == 1 else TWO_COLUMNS,
+            0.6 + 1.55 * len(names) if len(names) > 1 else 2.5,
+        ),
+        share_x="col",
+        share_y="row",
+    )
+    ends, is_cut = _column_ends(evaluations, against)
+    tables, dropped = [], 0
+    for row, curve in zip(grid, names, strict=True):
+        table, missing = _curve_table(evaluations, against, curve, figure=name)
+        _scale_curve_axis(row[0], table, curve)
+        for ax, axis in zip(row, against, strict=True):
+            _draw_curves(ax, table[table[axis] <= ends[axis]], axis, styles)
+        row[0].set_ylabel(two_line_label(curve))
+        if row[0].get_yscale() == "log":
+            plain_log_ticks(row[0].yaxis)
+        tables.append(table)
+        dropped += missing
+    for ax, axis in zip(grid[-1], against, strict=True):
+        ax.margins(x=0.03)
+        ax.set_xlabel(quantity(axis).axis_label)
+    figure.align_ylabels([row[0] for row in grid])
+    if len(names) * len(against) > 1:
+        name_panels([ax for row in grid for ax in row])
+    drawn = [styles[arm] for arm in styles if arm in set(evaluations["arm"])]
+    legend_above(figure, [arm_handle(style) for style in drawn])
+    caption = _curves_caption(names, against, is_cut=is_cut)
+    table = pd.concat(tables, ignore_index=True)
+    return Plot(figure, table, name, caption + summaries.left_out(dropped))
+
+
+def _curves_caption(
+    names: Sequence[str], against: Sequence[str], *, is_cut: bool
+) -> str:
+    labels = ", ".join(quantity(name).label.lower() for name in names)
+    words = {"epoch": "epochs", "step": "updates", "examples_seen": "examples seen"}
+    cut = " A column ends where its first arm ends." if is_cut else ""
+    return (
+        f"{labels.capitalize()} against "
+        f"{' and against '.join(words[axis] for axis in against)}. Thick: mean over "
+        "seeds, band: its 95 % t-interval; thin: each seed. A mean ends where the "
+        f"first of its seeds ends.{cut} Lines are drawn through at most {_SEED_POINTS} "
+        f"(seeds) or {_MEAN_POINTS} (means) evaluations; the table has all of them."
+    )
+
+
+def _column_ends(
+    evaluations: DataFrame, against: Sequence[str]
+) -> tuple[dict[str, float], bool]:
+    """Return where each column ends, and whether that cuts an arm off."""
+    reached = evaluations.groupby("arm")[list(against)].max()
+    cut = reached > 1.02 * reached.min()
+    shown_elsewhere = bool((~cut).any(axis=1).all())
+    ends = reached.min() if shown_elsewhere else reached.max()
+    limits = {str(axis): float(end) for axis, end in ends.items()}
+    return limits, shown_elsewhere and bool(cut.any(axis=None))
+
+
+def _recorded(evaluations: DataFrame, figure: str) -> list[str]:
+    names = [
+        curve
+        for curve in CURVES
+        if curve in evaluations.columns and evaluations[curve].notna().any()
+    ]
+    if not names:
+        raise EmptyDataError(
+            f"figure {figure!r} needs one of {', '.join(CURVES)} with a value, got a "
+            f"table with {', '.join(map(str, evaluations.columns))}; evaluate during "
+            "training (the recipe's [evaluation])."
+        )
+    return names
+
+
+def _curve_table(
+    evaluations: DataFrame, against: Sequence[str], curve: str, *, figure: str
+) -> tuple[DataFrame, int]:
+    log = curve.endswith("_loss")
+    values, dropped = summaries.drawable(
+        evaluations, [*against, curve], figure=figure, positive=[curve] if log else []
+    )
+    seeds = values[["arm", "seed", *against, curve]].rename(columns={curve: "value"})
+    means = [
+        summaries.mean_curve(rows, at=against, log=log).assign(arm=arm)
+        for arm, rows in seeds.groupby("arm", sort=False)
+    ]
+    table = pd.concat(
+        [seeds.assign(kind="seed"), *(m.assign(kind="mean") for m in means)],
+        ignore_index=True,
+    )
+    columns = ["kind", "arm", "seed", *against, "value", "low", "high", "num_seeds"]
+    table = table[columns].astype({"seed": "Int64", "num_seeds": "Int64"})
+    table.insert(0, "quantity", curve)
+    return table, dropped
+
+
+def _draw_curves(
+    ax: Axes, table: DataFrame, axis: str, styles: Mapping[str, ArmStyle]
+) -> None:
+    for i, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
+        style = styles[str(arm)]
+        for _, seed in rows[rows["kind"] == "seed"].groupby("seed"):
+            seed = _thinned(seed.sort_values(axis), _SEED_POINTS)
+            ax.plot(seed[axis], seed["value"], color=style.color, lw=0.4, alpha=0.4)
+        mean = _thinned(rows[rows["kind"] == "mean"], _MEAN_POINTS)
+        ax.fill_between(
+            mean[axis], mean["low"], mean["high"], color=style.color, alpha=0.2, lw=0
+        )
+        ax.plot(
+            mean[axis],
+            mean["value"],
+            color=style.color,
+            linestyle=style.linestyle,
+            marker=style.marker,
+            # Shifted from arm to arm, so that curves that coincide still show.
+            markevery=(i * len(mean) // 24, max(1, len(mean) // 6)),
+            markersize=3.5,
+        )
+
+
+def _thinned(rows: DataFrame, most: int) -> DataFrame:
+    """Return evenly spaced rows, first and last among them."""
+    if len(rows) <= most:
+        return rows
+    return rows.iloc[np.linspace(0, len(rows) - 1, most).round().astype(int)]
+
+
+def _scale_curve_axis(ax: Axes, table: DataFrame, curve: str) -> None:
+    values = table.loc[table["kind"] == "seed", "value"].to_numpy(dtype=float)
+    positive = values[values > 0]
+    spans = len(positive) > 0 and positive.max() / positive.min() > 20
+    if curve.endswith("_loss") or (spans and len(positive) == len(values)):
+        ax.set_yscale("log")
+    elif spans:
+        _scale_down_to_zero(ax, positive)
+    else:
+        ax.set_ylim(bottom=0)
+
+
+def _scale_down_to_zero(ax: Axes, positive: NDArray[np.float64]) -> None:
+    """Make an axis logarithmic above the smallest error, with a place for zero."""
+    threshold = float(positive.min())
+    ax.set_yscale("symlog", linthresh=threshold, linscale=0.4)
+    decades = 10.0 ** np.arange(-6, 1)
+    ticks = [0.0, *(d for d in decades if d > 0.99 * threshold)]
+    ax.yaxis.set_major_locator(FixedLocator(ticks))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_ylim(0, float(positive.max()) * 1.3)

@@ -1,0 +1,147 @@
+"""The grid of learning rates from which each batch size's rate was chosen."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from pandas import DataFrame
+
+from noisekit.core.errors import UsageError
+from noisekit.core.vocabulary import quantity
+from noisekit.figures import summaries
+from noisekit.figures.plot import Plot
+from noisekit.figures.theme import (
+    INK,
+    ONE_COLUMN,
+    ArmStyle,
+    arm_handle,
+    legend_above,
+    panels,
+    plain_log_ticks,
+    styles_of,
+    themed,
+)
+
+
+@themed()
+def rate_tuning(
+    grid: DataFrame,
+    *,
+    chosen: Mapping[int, float],
+    measured: str = "validation_error",
+    name: str = "rate_tuning",
+) -> Plot:
+    """Draw an error against the learning rate for each batch size, choice marked.
+
+    Runs that diverged have no error; they are drawn as crosses on the upper edge.
+
+    Args:
+        grid: Columns ``batch_size``, ``learning_rate``, ``seed`` and ``measured``,
+            one row a run.
+        chosen: The rate that was taken for each batch size.
+        measured: What the choice was made on; never a test quantity.
+        name: Stem of the files.
+
+    Returns:
+        The plot; its table has a row a run, with the ``mean`` over seeds of its batch
+        size and rate (empty where one diverged) and whether that rate was ``chosen``.
+
+    Raises:
+        UsageError: If ``measured`` is a test quantity, or a chosen rate was not run.
+    """
+    columns = ["batch_size", "learning_rate", "seed", measured]
+    summaries.require_columns(grid, columns, figure=name)
+    if measured.startswith("test_"):
+        raise UsageError(
+            f"figure {name!r} needs a quantity of the validation or training set, got "
+            f"{measured!r}; a rate chosen on test data makes the test unfair."
+        )
+    finite, diverged = summaries.drawable(
+        grid, ["learning_rate", measured], figure=name, positive=["learning_rate"]
+    )
+    table = _tuning_table(grid[columns], measured, chosen, figure=name)
+    sizes = sorted(set(grid["batch_size"]))
+    styles = styles_of({str(size): f"batch {size:g}" for size in sizes})
+    figure, [[ax]] = panels(size=(ONE_COLUMN, 2.6))
+    for size, style in zip(sizes, styles.values(), strict=True):
+        _draw_tuning(ax, table[table["batch_size"] == size], style)
+    ax.set_xscale("log")
+    ax.margins(x=0.06)
+    plain_log_ticks(ax.xaxis)
+    ax.set_xlabel(quantity("learning_rate").axis_label)
+    ax.set_ylabel(quantity(measured).axis_label)
+    star = Line2D([], [], color=INK, marker="*", ls="none", ms=8, label="chosen rate")
+    handles = [arm_handle(style) for style in styles.values()]
+    legend_above(figure, [*handles, star])
+    noun = "run" if diverged == 1 else "runs"
+    crosses = f" Crosses at the top: {diverged} diverged {noun}." if diverged else ""
+    caption = (
+        f"{quantity(measured).label} against the learning rate for each batch size. "
+        f"Small: each of {finite['seed'].nunique()} tuning seeds; line: their mean; "
+        f"star: the rate that was chosen.{crosses}"
+    )
+    return Plot(figure, table, name, caption)
+
+
+def _tuning_table(
+    grid: DataFrame, measured: str, chosen: Mapping[int, float], *, figure: str
+) -> DataFrame:
+    table = grid.rename(columns={measured: "value"}).assign(quantity=measured)
+    by = ["batch_size", "learning_rate"]
+    # A mean over the seeds that survived would flatter a rate that is too high.
+    mean = table.groupby(by)["value"].transform(lambda v: v.mean(skipna=False))
+    table["mean"] = mean.where(np.isfinite(mean))
+    table["chosen"] = [
+        bool(np.isclose(rate, chosen.get(int(size), np.nan)))
+        for size, rate in table[by].itertuples(index=False)
+    ]
+    found = set(table.loc[table["chosen"], "batch_size"])
+    for size, rate in chosen.items():
+        if size not in found:
+            raise UsageError(
+                f"figure {figure!r} needs a run at the chosen rate {rate:g} of batch "
+                f"size {size}, got none; add it to the grid."
+            )
+    return table.sort_values([*by, "seed"], ignore_index=True)
+
+
+def _draw_tuning(ax: Axes, rows: DataFrame, style: ArmStyle) -> None:
+    finite = np.isfinite(rows["value"])
+    alive, dead = rows[finite], rows[~finite]
+    ax.plot(
+        alive["learning_rate"],
+        alive["value"],
+        style.marker,
+        color=style.color,
+        ms=2.5,
+        alpha=0.5,
+        mew=0,
+    )
+    mean = rows.dropna(subset="mean").drop_duplicates("learning_rate")
+    ax.plot(
+        mean["learning_rate"],
+        mean["mean"],
+        color=style.color,
+        linestyle=style.linestyle,
+        marker=style.marker,
+    )
+    best = mean[mean["chosen"]]
+    ax.plot(
+        best["learning_rate"],
+        best["mean"],
+        "*",
+        color=style.color,
+        mec=INK,
+        mew=0.6,
+        ms=10,
+        zorder=4,
+    )
+    ax.plot(
+        dead["learning_rate"],
+        np.full(len(dead), 0.97),
+        "x",
+        color=style.color,
+        ms=5,
+        transform=ax.get_xaxis_transform(),
+    )
