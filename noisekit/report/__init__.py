@@ -1,0 +1,30 @@
+"""From analyses of many runs to one page that stands alone."""
+
+from noisekit.report.evidence import (
+    LOSS_DEPENDENT,
+    fair_test_rules,
+    loss_ratio,
+    paired_sample,
+    paired_samples,
+    stated_contrasts,
+    values_by_seed,
+)
+from noisekit.report.page import build_report
+from noisekit.report.provenance import provenance_of
+from noisekit.report.section import AnalysisResult, Provenance, Rule, Table
+
+__all__ = [
+    "LOSS_DEPENDENT",
+    "AnalysisResult",
+    "Provenance",
+    "Rule",
+    "Table",
+    "build_report",
+    "fair_test_rules",
+    "loss_ratio",
+    "paired_sample",
+    "paired_samples",
+    "provenance_of",
+    "stated_contrasts",
+    "values_by_seed",
+]

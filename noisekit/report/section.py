@@ -1,0 +1,121 @@
+"""What an analysis hands over, and what the report says of the runs behind it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pandas import DataFrame
+
+from noisekit.core.errors import StorageError
+from noisekit.figures import Plot
+from noisekit.stats import ContrastResult
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule of a fair test.
+
+    Attributes:
+        name: The rule, as a statement that should hold.
+        met: Whether it does.
+        detail: What was found.
+    """
+
+    name: str
+    met: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """A table and what to write above it.
+
+    Attributes:
+        name: Stem of its files.
+        frame: The numbers.
+        caption: What they are and how they were made.
+    """
+
+    name: str
+    frame: DataFrame
+    caption: str
+
+    def save(self, directory: Path | str) -> dict[str, Path]:
+        """Write CSV and Parquet and return their paths by ending.
+
+        Raises:
+            StorageError: If the folder cannot be written to.
+        """
+        folder = Path(directory)
+        paths = {
+            ending: folder / f"{self.name}.{ending}" for ending in ("csv", "parquet")
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.frame.to_csv(paths["csv"], index=False)
+            self.frame.to_parquet(paths["parquet"], index=False)
+        except OSError as error:
+            raise StorageError(
+                f"table {self.name!r} needs a folder that can be written, got "
+                f"{folder}: {error}. Free some space or name another folder."
+            ) from error
+        return paths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AnalysisResult:
+    """What one analysis found.
+
+    Attributes:
+        name: Name of the analysis.
+        question: What was asked.
+        answer: The answer in a sentence or two; says so where there is none.
+        rules: Rules of a fair test, met or broken.
+        contrasts: Contrasts with effects and verdicts.
+        plots: Figures, the most telling first.
+        tables: Tables.
+        warnings: What a reader must know before using the numbers.
+    """
+
+    name: str
+    question: str
+    answer: str
+    rules: tuple[Rule, ...] = ()
+    contrasts: tuple[ContrastResult, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    tables: tuple[Table, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def broken_rules(self) -> tuple[Rule, ...]:
+        """The rules that do not hold."""
+        return tuple(rule for rule in self.rules if not rule.met)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Provenance:
+    """Where the numbers of a report come from.
+
+    Attributes:
+        title: Name of the experiment and profile, or of the directory.
+        arms: How figures and text call each arm.
+        runs: One row per run, with its status.
+        recipe: The recipe, as text.
+        data: What is known of the data: name, origin, digest.
+        versions: Versions of the software.
+        host: Facts of the machine.
+        costs: Kind of cost and amount, in words.
+        commands: How to reproduce the report, one command a line.
+        faults: What could not be read, or should not be trusted.
+    """
+
+    title: str
+    arms: Mapping[str, str] = field(default_factory=dict)
+    runs: Table | None = None
+    recipe: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    host: Mapping[str, str] = field(default_factory=dict)
+    costs: Mapping[str, str] = field(default_factory=dict)
+    commands: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
