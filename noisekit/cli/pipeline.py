@@ -1,0 +1,68 @@
+"""From a folder of runs to analyses and a report."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+from noisekit.core.errors import UsageError
+from noisekit.records import Runs, open_runs
+from noisekit.report import AnalysisResult, build_report, provenance_of
+from noisekit.train.catalogue import find_analysis
+
+Analyse = Callable[[Runs], AnalysisResult]
+
+
+def run_analysis(
+    name: str, directory: Path, out: Path | None = None
+) -> tuple[AnalysisResult, Path]:
+    """Run one analysis; return what it found and where figures and tables are."""
+    runs = open_runs(directory)
+    result = load_analysis(name)(runs)
+    folder = out or directory / "analyses" / name
+    save(result, folder)
+    return result, folder
+
+
+def write_report(directory: Path, out: Path | None) -> tuple[list[str], Path]:
+    """Run the recipe's analyses and write the report; return answers and its path."""
+    runs = open_runs(directory)
+    names = cast("Sequence[str]", runs.recipe.get("analyses", ()))
+    results = []
+    started = time.monotonic()
+    for name in names:
+        result = load_analysis(name)(runs)
+        save(result, directory / "analyses" / name)
+        results.append(result)
+    path = build_report(
+        results,
+        provenance_of(runs, analysis_seconds=time.monotonic() - started),
+        out or directory / "report.html",
+    )
+    return [result.answer for result in results if result.answer], path
+
+
+def load_analysis(name: str) -> Analyse:
+    """Return the ``analyse`` function of a bundled analysis.
+
+    Raises:
+        UsageError: If there is no such analysis, or it has no such function.
+    """
+    path = find_analysis(name)
+    spec = importlib.util.spec_from_file_location(f"noisekit_analysis_{name}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"analysis {name!r} needs to be a Python file, got {path}.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "analyse"):
+        raise UsageError(f"analysis {path} needs a function analyse(runs).")
+    return cast("Analyse", module.analyse)
+
+
+def save(result: AnalysisResult, folder: Path) -> None:
+    """Write the figures and tables of an analysis into a folder."""
+    for plot in result.plots:
+        plot.save(folder)
+    for table in result.tables:
+        table.save(folder)

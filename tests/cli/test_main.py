@@ -1,0 +1,234 @@
+"""The command line as a person meets it: words, files and exit codes."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from noisekit.cli.main import main
+
+Call = Callable[..., tuple[int, str, str]]
+COMMANDS = (
+    "analyse",
+    "demo",
+    "doctor",
+    "list",
+    "new",
+    "report",
+    "resume",
+    "run",
+    "status",
+)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Return a function that runs ``noisekit ARGS``: exit code, output, errors."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["noisekit", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("NO_COLOR", "1")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, " ".join(captured.out.split()), " ".join(captured.err.split())
+
+    return run
+
+
+def test_help_names_every_command(call: Call) -> None:
+    """Catches: a command of the contract that is missing."""
+    code, out, _ = call("--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert command in out
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "analyse", "report", "new"])
+def test_each_command_explains_itself(call: Call, command: str) -> None:
+    """Catches: a command without a help text."""
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_list_shows_question_and_cost(call: Call) -> None:
+    """Catches: an experiment without a cost, an analysis without a question."""
+    code, out, _ = call("list")
+    assert code == 0
+    for word in ("small_vs_large_batch", "demo", "standard", "paper", "gradient_noise"):
+        assert word in out
+    assert "under 4 minutes" in out
+
+
+def test_unknown_experiment_is_a_wrong_request(call: Call) -> None:
+    """Catches: a traceback, or exit code 1, for a typing error."""
+    code, _, err = call("run", "small_vs_large_bach")
+    assert code == 2
+    assert "small_vs_large_batch" in err
+
+
+def test_unknown_profile_lists_the_profiles(call: Call) -> None:
+    """Catches: a silent fall-back to the default profile."""
+    code, _, err = call("run", "small_vs_large_batch", "--profile", "smok")
+    assert code == 2
+    assert "smoke" in err
+
+
+def test_every_fault_of_a_recipe_is_reported_at_once(
+    call: Call, tmp_path: Path
+) -> None:
+    """Catches: a loader that stops at the first fault."""
+    call("new", tmp_path / "mine")
+    recipe = tmp_path / "mine" / "recipe.toml"
+    text = recipe.read_text().replace("batch_size", "batch_sise", 1)
+    recipe.write_text(text.replace("train = ", "train = -", 1))
+    code, _, err = call("run", recipe)
+    assert code == 2
+    assert "batch_sise" in err
+    assert "data.train" in err
+    assert "recipe.toml" in err
+
+
+def test_set_needs_an_equals_sign(call: Call) -> None:
+    """Catches: ``--set batch`` taken as a key with no value."""
+    code, _, err = call("run", "small_vs_large_batch", "--set", "seeds.count")
+    assert code == 2
+    assert "KEY=VALUE" in err
+
+
+def test_cluster_engine_is_refused_with_the_way_out(call: Call) -> None:
+    """Catches: ``--engine ray`` that runs locally without a word."""
+    code, _, err = call("run", "small_vs_large_batch", "--engine", "ray")
+    assert code == 2
+    assert "local" in err
+
+
+def test_batch_larger_than_the_data_is_a_wrong_request(call: Call) -> None:
+    """Catches: a crash in the first run instead of a refusal before it."""
+    code, _, err = call(
+        "run",
+        "small_vs_large_batch",
+        "--profile",
+        "smoke",
+        "--set",
+        "data.train=64",
+    )
+    assert code == 2
+    assert "training.batch_size" in err
+    assert "64" in err
+
+
+def test_dry_run_names_the_cost_and_makes_nothing(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: a dry run that leaves a folder behind."""
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(
+        "run", "small_vs_large_batch", "--profile", "smoke", "--dry-run"
+    )
+    assert code == 0
+    assert "runs" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_status_of_a_finished_sweep(call: Call, smoke_runs: Path) -> None:
+    """Catches: a status that counts finished runs as open."""
+    code, out, _ = call("status", smoke_runs)
+    assert code == 0
+    assert out.count("done") >= 8
+    assert "small_low-seed0" in out
+
+
+def test_report_of_a_smoke_run_gives_no_verdict(
+    call: Call, smoke_runs: Path, tmp_path: Path
+) -> None:
+    """Catches: a verdict drawn from a run that may not carry one."""
+    code, out, _ = call("report", smoke_runs, "--out", tmp_path / "report.html")
+    assert code == 0
+    assert "No verdict" in out
+    page = (tmp_path / "report.html").read_text()
+    assert "No verdict" in page
+    assert "larger by more than" not in page
+
+
+def test_analyse_writes_figures_and_tables(
+    call: Call, smoke_runs: Path, tmp_path: Path
+) -> None:
+    """Catches: an analysis that draws without saving the numbers behind it."""
+    code, out, _ = call(
+        "analyse", "sharpness_vs_batch_size", smoke_runs, "--out", tmp_path / "drawn"
+    )
+    assert code == 0
+    assert "Figures and tables" in out
+    for ending in ("pdf", "svg", "png", "csv", "parquet"):
+        assert (tmp_path / "drawn" / f"sharpness_against_loss.{ending}").exists()
+
+
+def test_unknown_analysis_lists_the_known(call: Call, smoke_runs: Path) -> None:
+    """Catches: a traceback for a typing error."""
+    code, _, err = call("analyse", "gradient_nois", smoke_runs)
+    assert code == 2
+    assert "gradient_noise" in err
+
+
+def test_report_of_a_folder_without_runs(call: Call, tmp_path: Path) -> None:
+    """Catches: an empty report."""
+    code, _, err = call("report", tmp_path)
+    assert code == 1
+    assert "set.json" in err
+
+
+def test_resume_of_a_finished_sweep_runs_nothing(call: Call, smoke_runs: Path) -> None:
+    """Catches: a resume that trains finished runs again."""
+    before = {
+        path: path.stat().st_mtime_ns for path in smoke_runs.glob("runs/*/*.parquet")
+    }
+    assert before
+    code, _, _ = call("resume", smoke_runs)
+    assert code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_runs_of_another_recipe_are_not_mixed(call: Call, smoke_runs: Path) -> None:
+    """Catches: two experiments in one folder."""
+    code, _, err = call(
+        "run",
+        "small_vs_large_batch",
+        "--profile",
+        "smoke",
+        "--set",
+        "seeds.first=7",
+        "--out",
+        smoke_runs,
+    )
+    assert code == 2
+    assert "seeds.first" in err
+
+
+def test_newer_run_directory_is_refused(
+    call: Call, smoke_runs: Path, tmp_path: Path
+) -> None:
+    """Catches: a newer format read as if it were ours."""
+    copy = tmp_path / "newer"
+    shutil.copytree(smoke_runs, copy)
+    content = json.loads((copy / "set.json").read_text())
+    (copy / "set.json").write_text(json.dumps(content | {"format": 99}))
+    code, _, err = call("report", copy)
+    assert code == 1
+    assert "99" in err
+
+
+def test_doctor_finds_this_installation_well(call: Call) -> None:
+    """Catches: a doctor that never computes anything."""
+    code, out, _ = call("doctor")
+    assert code == 0, out
+    assert "probe against brute force" in out
+    assert "digits" in out
