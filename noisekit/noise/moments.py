@@ -37,7 +37,7 @@ class GradientMoments:
 
     @property
     def num_effective(self) -> float:
-        """Units of equal weight that would average noise as much: ``1 / sum w_i²``."""
+        """Units of equal weight that average noise as much, ``1 / sum w_i²``."""
         return 1.0 / self.weight_sq_sum
 
     @property

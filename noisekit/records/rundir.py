@@ -50,7 +50,7 @@ class RunStatus(StrEnum):
     RUNNING = "running"
     DONE = "done"
     DIVERGED = "diverged"
-    """The loss left the finite numbers: a result, recorded and complete."""
+    """The loss left the finite numbers, which is a result, recorded and complete."""
     FAILED = "failed"
     """An error stopped it; it can be resumed."""
 

@@ -50,22 +50,23 @@ def load_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         data = path.read_bytes()
         tensors: dict[str, Array] = load(data)
         header = _header(data)
-        stated = json.loads(header[_OURS]) if _OURS in header else None
+        if _OURS not in header:
+            return tensors, header
+        stated = json.loads(header[_OURS])
+        names, metadata = stated["names"], dict(stated["metadata"])
+        digest = stated["sha256"]
     except (OSError, SafetensorError, ValueError, struct.error, KeyError) as error:
         raise RunDirectoryError(
             f"{path} needs to be a whole safetensors file, got {error}; "
             "remove it and resume the run."
         ) from error
-    if stated is None:
-        return tensors, header
-    metadata = dict(stated["metadata"])
-    if stated["sha256"] != _checksum(tensors, metadata):
+    if digest != _checksum(tensors, metadata):
         raise RunDirectoryError(
             f"{path} does not match its checksum, so its content was altered; "
             "remove it and resume the run."
         )
     # In the order written, which safetensors does not keep.
-    return {name: tensors[name] for name in stated["names"]}, metadata
+    return {name: tensors[name] for name in names}, metadata
 
 
 def _header(data: bytes) -> dict[str, str]:

@@ -1,0 +1,55 @@
+"""Sphinx configuration."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+project = "noisekit"
+author = "the noisekit authors"
+copyright = "2026, the noisekit authors"
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",
+    "sphinx_gallery.gen_gallery",
+]
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = "noisekit"
+html_static_path = ["_static"]
+exclude_patterns = ["_build", "**/sg_execution_times.rst", "sg_execution_times.rst"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_use_rtype = False
+
+# The analyses are the gallery: shown as pages, run by `noisekit analyse`.
+sphinx_gallery_conf = {
+    "examples_dirs": ["../analyses"],
+    "gallery_dirs": ["gallery"],
+    "filename_pattern": r"$^",
+    "plot_gallery": "False",
+    "download_all_examples": False,
+    "show_memory": False,
+    "min_reported_time": 1e9,
+}
+
+# Types of third parties have no inventory here, since the build reads no network.
+nitpick_ignore_regex = [
+    (
+        r"py:.*",
+        r"(torch|np|numpy|pd|pandas|pyarrow|scipy|matplotlib|pydantic|nn|collections"
+        r"|pathlib)\..*",
+    ),
+    (r"py:.*", r"(Tensor|DataFrame|Figure|Path|Callable|Iterable|Mapping)"),
+    # The sections of a recipe: the starter recipe says what they hold.
+    (r"py:.*", r"noisekit\.train\.\w+\.\w+Spec"),
+]
