@@ -2,10 +2,9 @@
 ================================================================
 
 Reads the runs of ``small_vs_large_batch`` (any profile) and answers with the contrasts
-that the recipe fixed before they began. Beside them, without a verdict, stand the
-statistics of Keskar et al. 2017 (tables 2 to 4, figures 2, 3 and 6), measures that a
-rescaling of the weights leaves alone, and two checks of the instrument: a rescaled twin
-of one minimum, and PyHessian's eigenvalue of the same problem.
+that the recipe fixed before they began. Beside them, without a verdict, stand measures
+that a rescaling of the weights leaves alone, and two checks of the instrument: a
+rescaled twin of one minimum, and PyHessian's eigenvalue of the same problem.
 
 Run it with ``noisekit analyse sharpness_vs_batch_size DIR``.
 """
@@ -167,10 +166,8 @@ def factor(runs: nk.Runs, arm: str, name: str) -> float:
 # %%
 # Figures
 # -------
-# Curves at equal epochs and at equal updates (Keskar's figure 2); sharpness against
-# training loss (figure 6), with the rate's own limit of stability; the contrasts; each
-# seed of each arm; what else differs between the arms; and the straight line between
-# the two solutions (figure 3).
+# The contrasts; sharpness against training loss (Keskar's figure 6), with the rate's
+# own limit of stability; each seed of each arm; and what else differs between the arms.
 
 
 def plots(
@@ -198,7 +195,7 @@ def plots(
     yield figures.paired_arms(
         runs.snapshots,
         "test_error",
-        snapshots=budget_snapshots(runs),
+        snapshots=report.budget_snapshots(runs),
         scale="linear",
         styles=styles,
         name="paired_test_error",
@@ -206,8 +203,6 @@ def plots(
     ratios = ratio_table(runs, results)
     if len(ratios):
         yield figures.descriptive_ratios(ratios)
-    yield figures.training_curves(runs.evaluations, styles=styles)
-    yield figures.linear_path(line_between(runs))
 
 
 def stability_limits(runs: nk.Runs) -> dict[str, float] | None:
@@ -241,14 +236,10 @@ def matched_snapshots(runs: nk.Runs, quantity: str) -> list[str]:
     names = set(everywhere[everywhere].index)
     losses = [name for name in names if name.startswith("loss_")]
     losses.sort(key=lambda name: float(name.removeprefix("loss_")))
-    return [*reversed(losses[:2]), *(n for n in budget_snapshots(runs) if n in names)]
-
-
-def budget_snapshots(runs: nk.Runs) -> list[str]:
-    """Return the snapshots at equal epochs and at equal updates, else the last one."""
-    kinds = runs.snapshots.drop_duplicates("snapshot").set_index("snapshot")["kind"]
-    named = [str(name) for name, kind in kinds.items() if kind in ("epochs", "updates")]
-    return named or ["final"]
+    return [
+        *reversed(losses[:2]),
+        *(n for n in report.budget_snapshots(runs) if n in names),
+    ]
 
 
 def ratio_table(runs: nk.Runs, results: Sequence[stats.ContrastResult]) -> pd.DataFrame:
@@ -304,106 +295,24 @@ def compared_pairs(results: Sequence[stats.ContrastResult]) -> list[stats.Contra
 
 
 # %%
-# The straight line between two solutions
-# ---------------------------------------
-# Alpha 0 is the small batch, 1 the large one. A valley that looks narrow may belong to
-# small weights: the line says nothing of scale, so the weight norm stands in the table.
-
-
-def line_between(runs: nk.Runs) -> pd.DataFrame:
-    """Return losses and errors on training and test data along the line, per seed."""
-    small, large = extreme_arms(runs)
-    snapshot = end_snapshot(runs, (small, large))
-    ends = runs.snapshots.query("snapshot == @snapshot").pivot(
-        index="seed", columns="arm", values="run_id"
-    )
-    rows = []
-    for seed, (start, end) in ends[[small, large]].dropna().iterrows():
-        first = nk.revisit(runs, start, snapshot)
-        second = nk.revisit(runs, end, snapshot)
-        for split in ("train", "test"):
-            line = nk.interpolate(
-                first.model,
-                first.loss_fn,
-                first.batches(split),
-                start=first.model.state_dict(),
-                end=second.model.state_dict(),
-                bn=first.bn_along_a_line,
-            )
-            rows.append(line.frame().assign(seed=seed, split=split))
-    return pd.concat(rows, ignore_index=True)
-
-
-def extreme_arms(runs: nk.Runs) -> tuple[str, str]:
-    """Return the first arms of the recipe with the smallest and the largest batch."""
-    sizes = runs.runs.drop_duplicates("arm").set_index("arm")["batch_size"]
-    return str(sizes.idxmin()), str(sizes.idxmax())
-
-
-def end_snapshot(runs: nk.Runs, arms: tuple[str, str]) -> str:
-    """Return where both arms count as trained: stalled if all seeds are, else last."""
-    table = runs.snapshots
-    table = table[table["arm"].isin(arms) & (table["snapshot"] == "stalled")]
-    complete = len(table) == len(arms) * runs.runs["seed"].nunique()
-    return "stalled" if complete else "final"
-
-
-# %%
-# Tables
-# ------
-# Accuracy and epsilon-sharpness as in the paper's tables 2 to 4, the paper's own
-# numbers beside ours. The paper trained on MNIST; its numbers show the size of the
-# effect that it reported and are not what our contrasts test.
-
-PAPER = pd.DataFrame(
-    [
-        ("F1, MNIST", "train accuracy [%]", "99.66 ± 0.05", "99.92 ± 0.01"),
-        ("F1, MNIST", "test accuracy [%]", "98.03 ± 0.07", "97.81 ± 0.07"),
-        ("F1, MNIST", "full space, ε=0.001", "1.23 ± 0.83", "205.14 ± 69.52"),
-        ("F1, MNIST", "full space, ε=0.0005", "0.61 ± 0.27", "42.90 ± 17.14"),
-        ("F1, MNIST", "100 dimensions, ε=0.001", "0.11 ± 0.00", "9.22 ± 0.56"),
-        ("F1, MNIST", "100 dimensions, ε=0.0005", "0.05 ± 0.00", "9.17 ± 0.14"),
-    ],
-    columns=["paper's network", "statistic", "small batch", "large batch"],
-)
+# Two checks beside the verdicts
+# ------------------------------
+# The intervals above average over seeds. Test error also depends on which images were
+# drawn, so it is resampled over both. PyHessian's eigenvalue stands beside ours.
 
 
 def tables(
     runs: nk.Runs, contrasts: Sequence[stats.Contrast]
 ) -> Iterator[report.Table]:
-    """Yield the tables, those of the paper first."""
-    yield report.Table(
-        "accuracy",
-        accuracy_table(runs),
-        "Accuracy per arm, mean ± standard deviation over seeds (Keskar's table 2).",
-    )
-    if "epsilon_sharpness" in set(runs.measurements["quantity"]):
-        yield report.Table(
-            "epsilon_sharpness",
-            epsilon_table(runs),
-            "Epsilon-sharpness in percent with its first-order share: how much of it "
-            "is slope (Keskar's tables 3 and 4). A lower bound of the maximum.",
-        )
-        yield report.Table(
-            "keskar_2017",
-            PAPER,
-            "The paper's own numbers for its fully connected network: another data "
-            "set, and not what is tested here.",
-        )
+    """Yield the tables."""
     image_errors = list(image_interval_rows(runs, contrasts))
     if image_errors:
         yield report.Table(
             "test_error_over_images",
             pd.DataFrame(image_errors),
-            "Test-error differences resampled over seeds and over images: the interval "
-            "given this split of the data.",
+            "Test-error differences with their error over seeds and over images: the "
+            "interval given this split of the data.",
         )
-    yield report.Table(
-        "distance",
-        distance_table(runs),
-        "Weight norm and distance from the start, mean ± standard deviation. Keskar "
-        "et al. report that the small batch ends 3 to 10 times further away.",
-    )
     check = pyhessian_table(runs)
     if len(check):
         yield report.Table(
@@ -412,77 +321,6 @@ def tables(
             "PyHessian's largest eigenvalue of the same problem over ours, per arm: "
             "median and range over seeds.",
         )
-
-
-def accuracy_table(runs: nk.Runs) -> pd.DataFrame:
-    """Return train and test accuracy in percent per arm, at each budget."""
-    rows = []
-    for snapshot in (*budget_snapshots(runs), "stalled", "final"):
-        for arm, here in at_snapshot(runs, snapshot):
-            rows.append(
-                {
-                    "snapshot": snapshot,
-                    "arm": arm,
-                    "train accuracy [%]": spread(100 * (1 - here["train_error"])),
-                    "test accuracy [%]": spread(100 * (1 - here["test_error"])),
-                    "training loss": spread(here["train_loss"]),
-                    "updates": spread(here["step"]),
-                }
-            )
-    return pd.DataFrame(rows).drop_duplicates(["snapshot", "arm"], ignore_index=True)
-
-
-def distance_table(runs: nk.Runs) -> pd.DataFrame:
-    """Return weight norm and distance from the start per arm, at each budget."""
-    return pd.DataFrame(
-        {
-            "snapshot": snapshot,
-            "arm": arm,
-            "weight norm": spread(here["weight_norm"]),
-            "distance from start": spread(here["distance_from_start"]),
-        }
-        for snapshot in dict.fromkeys((*budget_snapshots(runs), "final"))
-        for arm, here in at_snapshot(runs, snapshot)
-    )
-
-
-def at_snapshot(runs: nk.Runs, snapshot: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield each arm's rows of a snapshot, in the order of the arms."""
-    table = runs.snapshots[runs.snapshots["snapshot"] == snapshot]
-    for arm in runs.runs["arm"].drop_duplicates():
-        here = table[table["arm"] == arm]
-        if len(here):
-            yield str(arm), here
-
-
-def spread(values: "pd.Series[float]") -> str:
-    """Write mean and standard deviation over seeds."""
-    deviation = values.std(ddof=1) if len(values) > 1 else float("nan")
-    return f"{values.mean():.4g} ± {deviation:.2g}"
-
-
-def epsilon_table(runs: nk.Runs) -> pd.DataFrame:
-    """Return epsilon-sharpness per snapshot, arm and variant of the box."""
-    table = runs.measurements
-    shares = table[table["quantity"] == "first_order_share"]
-    found = table[table["quantity"] == "epsilon_sharpness"].merge(
-        shares[["run_id", "snapshot", "variant", "value"]],
-        on=["run_id", "snapshot", "variant"],
-        how="left",
-        suffixes=("", "_share"),
-    )
-    return pd.DataFrame(
-        {
-            "snapshot": snapshot,
-            "box": variant,
-            "arm": arm,
-            "φ [%]": spread(rows["value"]),
-            "first-order share": spread(rows["value_share"]),
-        }
-        for (snapshot, variant, arm), rows in found.groupby(
-            ["snapshot", "variant", "arm"], sort=False
-        )
-    )
 
 
 def image_interval_rows(
@@ -572,9 +410,9 @@ def warnings(runs: nk.Runs) -> Iterator[str]:
         generator=torch.Generator().manual_seed(0),
     )
     yield (
-        f"A rescaled twin of {run_id}: the same predictions "
-        f"(outputs agree to {max(twin.output_change, 1e-16):.0e}), so the same loss and "
-        f"the same test error, and a largest Hessian eigenvalue of "
-        f"{twin.twin_lambda_max.value:.4g} instead of {twin.lambda_max.value:.4g}. Raw "
-        "sharpness is not a property of the function."
+        f"A rescaled twin of {run_id}: the same predictions (outputs agree to "
+        f"{max(twin.output_change, 1e-16):.0e}), so the same loss and the same test "
+        f"error, and a largest Hessian eigenvalue of {twin.twin_lambda_max.value:.4g} "
+        f"instead of {twin.lambda_max.value:.4g}. Raw sharpness is not a property of "
+        "the function."
     )

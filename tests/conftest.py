@@ -3,6 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+# Small tensors gain nothing from a second thread, and test workers share the cores.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

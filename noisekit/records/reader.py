@@ -68,7 +68,7 @@ class Runs:
 
     @cached_property
     def runs(self) -> pd.DataFrame:
-        """One row per run, with identity, status, costs, and what the arms differ in."""
+        """One row per run, with its status, its costs and what the arms differ in."""
         return pd.DataFrame([_run_row(run.manifest) for run in self.directories])
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from noisekit.report.evidence import (
     LOSS_DEPENDENT,
+    budget_snapshots,
     fair_test_rules,
     loss_ratio,
     paired_sample,
@@ -19,6 +20,7 @@ __all__ = [
     "Provenance",
     "Rule",
     "Table",
+    "budget_snapshots",
     "build_report",
     "fair_test_rules",
     "loss_ratio",

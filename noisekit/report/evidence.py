@@ -72,6 +72,13 @@ def values_by_seed(
     return _by_seed(rows["seed"], rows["value"])
 
 
+def budget_snapshots(runs: Runs) -> list[str]:
+    """Return the snapshots at equal epochs and at equal updates, else the last one."""
+    kinds = runs.snapshots.drop_duplicates("snapshot").set_index("snapshot")["kind"]
+    named = [str(name) for name, kind in kinds.items() if kind in ("epochs", "updates")]
+    return named or ["final"]
+
+
 def paired_sample(runs: Runs, contrast: Contrast) -> PairedSample:
     """Return both arms' values by seed, or why they may not be compared.
 

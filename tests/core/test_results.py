@@ -78,6 +78,7 @@ def inside(ratio: Ratio, value: float, quantile: float) -> bool:
         Ratio(0.1, -0.3, 0.5, 0.1, -0.2),
         Ratio(6.0, -2.0, 0.5, 0.1, 0.0),
         Ratio(5.0, 0.0, 0.1, 1.0, 0.3),
+        Ratio(1.0, -1.0, 1.0, 1.0, 0.99),
     ],
 )
 def test_fieller_set_is_all_ratios_that_are_not_rejected(ratio: Ratio) -> None:
