@@ -78,6 +78,8 @@ _HOME = {
     "Runs": "records",
 }
 
+__all__ = [*_HOME, "__version__"]
+
 
 def __getattr__(name: str) -> object:
     """Import the public ``name`` from its home on first use (PEP 562)."""
@@ -90,4 +92,4 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     """List the public names."""
-    return sorted([*_HOME, "__version__"])
+    return sorted(__all__)

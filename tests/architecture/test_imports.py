@@ -82,6 +82,26 @@ def test_every_public_name_imports() -> None:
     assert not hasattr(nk, "no_such_name")
 
 
+def test_types_are_declared_for_every_public_name() -> None:
+    """What a type checker sees is what can be imported.
+
+    Catches: a lazy name without its import under TYPE_CHECKING, or the other way.
+    """
+    import noisekit as nk
+
+    tree = ast.parse((ROOT / "noisekit" / "__init__.py").read_text())
+    declared = {
+        alias.asname: f"{node.module}"
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    homes = {name: f"noisekit.{home}" for name, home in nk._HOME.items()}
+    assert declared == homes
+
+
 def test_experiments_hold_no_python() -> None:
     """An experiment is a recipe and a page, never code."""
     assert not list((ROOT / "experiments").rglob("*.py"))

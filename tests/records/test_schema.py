@@ -22,7 +22,7 @@ def test_units_and_definitions_are_in_the_file() -> None:
     """Catches: a Parquet file that cannot be understood without this package."""
     field = table("evaluations").schema.field("train_loss")
     assert field.metadata[b"unit"] == b"loss"
-    assert b"whole train set" in field.metadata[b"definition"]
+    assert b"whole training set" in field.metadata[b"definition"]
 
 
 def test_only_clock_columns_may_differ_between_equal_runs() -> None:
