@@ -369,9 +369,9 @@ def test_measures_and_records_are_in_the_vocabulary() -> None:
         ({"format": 2}, "format: needs 1, got 2"),
         (
             {"analyses": ["sharpness_vs_batchsize"]},
-            "analyses: needs an analysis, one of 'gradient_noise', "
-            "'sharpness_vs_batch_size', got 'sharpness_vs_batchsize'; did you mean "
-            "'sharpness_vs_batch_size'?",
+            "analyses: needs an analysis, one of 'gradient_noise', 'outcomes_by_arm', "
+            "'rate_choice', 'sharpness_vs_batch_size', got "
+            "'sharpness_vs_batchsize'; did you mean 'sharpness_vs_batch_size'?",
         ),
     ],
 )
