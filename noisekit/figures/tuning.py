@@ -23,6 +23,9 @@ from noisekit.figures.theme import (
     themed,
 )
 
+_WIDE = 10.0
+"""Ratio of largest to smallest value from which on the vertical axis is log."""
+
 
 @themed()
 def rate_tuning(
@@ -68,6 +71,11 @@ def rate_tuning(
         _draw_tuning(ax, table[table["batch_size"] == size], style)
     ax.set_xscale("log")
     ax.margins(x=0.06)
+    values = finite[measured].to_numpy(dtype=float)
+    if values.min() > 0 and values.max() > _WIDE * values.min():
+        # A rate at the edge would press all others onto the lower edge.
+        ax.set_yscale("log")
+        plain_log_ticks(ax.yaxis)
     plain_log_ticks(ax.xaxis)
     ax.set_xlabel(quantity("learning_rate").axis_label)
     ax.set_ylabel(quantity(measured).axis_label)
