@@ -278,8 +278,8 @@ def _report(directory: Path, out: Path | None) -> None:
     from noisekit.cli.pipeline import write_report
 
     with Console(stderr=True).status("Analysing and drawing ..."):
-        answers, path = write_report(directory, out)
-    for answer in answers:
+        answer, path = write_report(directory, out)
+    if answer:
         typer.echo(f"\n{answer}")
     typer.echo(f"\nReport: {path.resolve()}")
 

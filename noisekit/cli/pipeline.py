@@ -25,8 +25,12 @@ def run_analysis(
     return result, folder
 
 
-def write_report(directory: Path, out: Path | None) -> tuple[list[str], Path]:
-    """Run the recipe's analyses and write the report; return answers and its path."""
+def write_report(directory: Path, out: Path | None) -> tuple[str, Path]:
+    """Run the recipe's analyses and write the report.
+
+    Returns:
+        The answer of the first analysis, empty if there is none, and the report's path.
+    """
     runs = open_runs(directory)
     names = cast("Sequence[str]", runs.recipe.get("analyses", ()))
     results = []
@@ -40,7 +44,7 @@ def write_report(directory: Path, out: Path | None) -> tuple[list[str], Path]:
         provenance_of(runs, analysis_seconds=time.monotonic() - started),
         out or directory / "report.html",
     )
-    return [result.answer for result in results if result.answer], path
+    return (results[0].answer if results else ""), path
 
 
 def load_analysis(name: str) -> Analyse:
