@@ -40,14 +40,7 @@ def analyse(runs: nk.Runs) -> report.AnalysisResult:
         question=QUESTION,
         answer=answer(draws, moments, num_examples, snapshot),
         plots=tuple(plots(runs, draws, moments, num_examples)),
-        tables=(
-            report.Table(
-                "noise_by_arm",
-                noise_table(runs),
-                "Gradient noise at frozen weights over all training examples, mean ± "
-                "standard deviation over seeds.",
-            ),
-        ),
+        tables=tuple(tables(runs)),
     )
 
 
@@ -158,7 +151,8 @@ def plots(
 ) -> Iterator[figures.Plot]:
     """Yield the figures."""
     styles = figures.arm_styles(runs.runs)
-    yield figures.noise_over_training(runs.steps, styles=styles)
+    if runs.steps["variance_trace"].notna().any():
+        yield figures.noise_over_training(runs.steps, styles=styles)
     yield figures.grad_sq_norm_against_batch_size(
         draws, moments, num_examples=num_examples, styles=styles
     )
@@ -174,12 +168,16 @@ def plots(
 # -----
 
 
-def noise_table(runs: nk.Runs) -> pd.DataFrame:
-    """Return variance, squared norm and noise scale per snapshot and arm."""
+def tables(runs: nk.Runs) -> Iterator[report.Table]:
+    """Yield the noise at frozen weights, where it was measured."""
     table = runs.measurements
     names = ("variance_trace", "debiased_grad_sq_norm", "simple_noise_scale")
     table = table[table["quantity"].isin(names)]
-    spread = table.groupby(["snapshot", "arm", "quantity"], sort=False)["value"].agg(
-        ["mean", "std", "count"]
-    )
-    return spread.reset_index()
+    if len(table):
+        by_arm = table.groupby(["snapshot", "arm", "quantity"], sort=False)["value"]
+        yield report.Table(
+            "noise_by_arm",
+            by_arm.agg(["mean", "std", "count"]).reset_index(),
+            "Gradient noise at frozen weights over all training examples: mean and "
+            "standard deviation over seeds, and how many had a value.",
+        )

@@ -72,55 +72,69 @@ WENT = {
 }
 
 
+NAMES = {
+    "fashion-mnist": "Fashion-MNIST",
+    "mnist": "MNIST",
+    "mlp": "MLP",
+    "f1": "F1",
+    "small_cnn": "CNN",
+    "sgd": "SGD",
+    "adam": "Adam",
+    "adamw": "AdamW",
+}
+AT = {
+    "lambda_max_at_equal_epochs": "at equal epochs",
+    "lambda_max_at_equal_updates": "at equal updates",
+    "lambda_max_at_equal_loss": "at equal training loss",
+    "gauge_fixed_lambda_max_at_equal_loss": "at equal training loss with the rows "
+    "before BatchNorm at unit norm",
+    "lambda_max_at_equal_rate_per_example": "at equal rate per example",
+}
+JUDGED = {
+    "lambda_max_at_equal_loss": "once loss was matched",
+    "gauge_fixed_lambda_max_at_equal_loss": "once loss and row norms were matched",
+    "lambda_max_at_equal_rate_per_example": "at equal rate per example",
+}
+
+
 def answer(runs: nk.Runs, results: Sequence[stats.ContrastResult]) -> str:
     """Return the sentence that the verdicts make."""
     found = {result.contrast.name: result for result in results}
     if not runs.recipe.get("claims"):
         return "No verdict: this profile shows that everything runs and claims nothing."
-    at_loss = found.get("lambda_max_at_equal_loss")
-    if at_loss is None:
-        return " ".join(
-            result.describe() for result in results if result.contrast.primary
-        )
+    told = [name for name in AT if name in found]
+    if not told:
+        return " ".join(r.describe() for r in results if r.contrast.primary)
+    contrast = found[told[0]].contrast
     small, large = (
         f"batch {factor(runs, arm, 'batch_size'):g}"
-        for arm in (at_loss.contrast.reference, at_loss.contrast.treatment)
+        for arm in (contrast.reference, contrast.treatment)
     )
-    first, *others = (
-        f"{times(found[name])}{{}} {where}"
-        for name, where in (
-            ("lambda_max_at_equal_epochs", "at equal epochs"),
-            ("lambda_max_at_equal_updates", "at equal updates"),
-            ("lambda_max_at_equal_loss", "at equal training loss"),
-            ("lambda_max_at_equal_rate_per_example", "at equal rate per example"),
-        )
-        if name in found
-    )
-    ratios = ", ".join((first.format(f" {small}'s"), *(o.format("") for o in others)))
+    ratios = [f"{times(found[name])}{{}} {AT[name]}" for name in told]
+    ratios = [ratios[0].format(f" {small}'s"), *(r.format("") for r in ratios[1:])]
     error = found.get("test_error_at_equal_epochs")
     errors = (
         f"; test error differed by {points(error)} at equal epochs" if error else ""
     )
     return (
         f"On {setting(runs)}, {large}'s largest Hessian eigenvalue was "
-        f"{ratios}{errors}. {conclusion(found)}"
+        f"{', '.join(ratios)}{errors}. {conclusion(found)}"
     )
 
 
 def conclusion(found: dict[str, stats.ContrastResult]) -> str:
-    """Return what the verdicts on matched losses say of sharpness and batch size."""
+    """Return what the primary verdicts on matched losses say, and what they cannot."""
+    judged = [name for name in JUDGED if name in found and found[name].contrast.primary]
     says = [
-        f"{movement(found[name])} with batch size {where}"
-        for name, where in (
-            ("lambda_max_at_equal_loss", "once loss was matched"),
-            ("lambda_max_at_equal_rate_per_example", "at equal rate per example"),
-        )
-        if name in found
+        f"{movement(found[name])} with batch size {JUDGED[name]}" for name in judged
     ]
-    margin = found["lambda_max_at_equal_loss"].contrast.margin
+    caveat = "these runs cannot say whether sharpness causes the error."
+    if not says:
+        return f"No contrast of sharpness was primary; {caveat}"
+    margin = found[judged[0]].contrast.margin
     return (
         f"So here, by a margin of {margin:g} times, sharpness {' and '.join(says)}; "
-        "these runs cannot say whether sharpness causes the error."
+        f"{caveat}"
     )
 
 
@@ -132,7 +146,11 @@ def movement(result: stats.ContrastResult) -> str:
 def times(result: stats.ContrastResult) -> str:
     """Write a ratio with its 95 % interval."""
     ends = result.interval
-    return f"{result.effect:.2f} times [{ends.low:.2f}, {ends.high:.2f}]"
+    low, effect, high = (
+        f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+        for value in (ends.low, result.effect, ends.high)
+    )
+    return f"{effect} times [{low}, {high}]"
 
 
 def points(result: stats.ContrastResult) -> str:
@@ -145,10 +163,13 @@ def setting(runs: nk.Runs) -> str:
     recipe = runs.recipe
     size = sum(value.size for value in runs.weights(first_run(runs), "start").values())
     seeds = runs.runs["seed"].nunique()
+    data, model, optimizer = (
+        NAMES.get(recipe[section]["name"], recipe[section]["name"])
+        for section in ("data", "model", "optimizer")
+    )
     return (
-        f"{recipe['data']['name']} ({size / 1000:.0f}k-parameter "
-        f"{recipe['model']['name'].upper()}, {recipe['optimizer']['name'].upper()}, "
-        f"one split, {seeds} seeds)"
+        f"{data} ({size / 1000:.0f}k-parameter {model}, {optimizer}, one split, "
+        f"{seeds} seeds)"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from noisekit.core.errors import UsageError
+from noisekit.core.errors import NoisekitError, UsageError
 from noisekit.records import Runs, open_runs
 from noisekit.report import AnalysisResult, build_report, provenance_of
 from noisekit.train.catalogue import find_analysis
@@ -28,23 +28,36 @@ def run_analysis(
 def write_report(directory: Path, out: Path | None) -> tuple[str, Path]:
     """Run the recipe's analyses and write the report.
 
+    An analysis that cannot be made stands in the report with its reason, and the
+    others are complete.
+
     Returns:
         The answer of the first analysis, empty if there is none, and the report's path.
     """
     runs = open_runs(directory)
     names = cast("Sequence[str]", runs.recipe.get("analyses", ()))
-    results = []
     started = time.monotonic()
-    for name in names:
-        result = load_analysis(name)(runs)
-        save(result, directory / "analyses" / name)
-        results.append(result)
+    results = [_made(name, runs, directory / "analyses" / name) for name in names]
     path = build_report(
         results,
         provenance_of(runs, analysis_seconds=time.monotonic() - started),
         out or directory / "report.html",
     )
     return (results[0].answer if results else ""), path
+
+
+def _made(name: str, runs: Runs, folder: Path) -> AnalysisResult:
+    """Return what an analysis found, or why it could not be made."""
+    try:
+        result = load_analysis(name)(runs)
+    except NoisekitError as error:
+        return AnalysisResult(
+            name=name,
+            question=name.replace("_", " ").capitalize(),
+            answer=f"This analysis could not be made: {error}",
+        )
+    save(result, folder)
+    return result
 
 
 def load_analysis(name: str) -> Analyse:

@@ -65,7 +65,7 @@ def test_list_shows_question_and_cost(call: Call) -> None:
     assert code == 0
     for word in ("small_vs_large_batch", "demo", "standard", "paper", "gradient_noise"):
         assert word in out
-    assert "under 4 minutes" in out
+    assert "2 to 4 minutes" in out
 
 
 def test_unknown_experiment_is_a_wrong_request(call: Call) -> None:
@@ -157,6 +157,28 @@ def test_report_of_a_smoke_run_gives_no_verdict(
     page = (tmp_path / "report.html").read_text()
     assert "No verdict" in page
     assert "larger by more than" not in page
+
+
+def test_report_survives_an_analysis_that_cannot_be_made(
+    call: Call, smoke_runs: Path, tmp_path: Path
+) -> None:
+    """One analysis refuses; the report has its reason, and the others' answers.
+
+    Catches: a report that is lost because one figure has no data.
+    """
+    copy = tmp_path / "runs"
+    shutil.copytree(smoke_runs, copy)
+    content = json.loads((copy / "set.json").read_text())
+    content["recipe"]["analyses"] = ["rate_choice", "outcomes_by_arm"]
+    (copy / "set.json").write_text(json.dumps(content))
+    for table in copy.glob("runs/*/evaluations.parquet"):
+        table.unlink()
+    code, out, _ = call("report", copy)
+    assert code == 0
+    assert "chooses no rate" in out
+    page = (copy / "report.html").read_text()
+    assert "This analysis could not be made: figure" in page
+    assert "chooses no rate" in page
 
 
 def test_analyse_writes_figures_and_tables(
