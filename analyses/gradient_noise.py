@@ -33,6 +33,8 @@ ROUNDING = 1e-4
 
 def analyse(runs: nk.Runs) -> report.AnalysisResult:
     """Return figures and tables of the gradient noise in a set of runs."""
+    if runs.snapshots.empty:
+        return recorded_readings(runs)
     snapshot = early_snapshot(runs)
     draws, moments, num_examples = drawn_norms(runs, snapshot)
     return report.AnalysisResult(
@@ -41,6 +43,17 @@ def analyse(runs: nk.Runs) -> report.AnalysisResult:
         answer=answer(draws, moments, num_examples, snapshot),
         plots=tuple(plots(runs, draws, moments, num_examples)),
         tables=tuple(tables(runs)),
+    )
+
+
+def recorded_readings(runs: nk.Runs) -> report.AnalysisResult:
+    """Return what a probe recorded in somebody's own loop; there is no more to read."""
+    return report.AnalysisResult(
+        name="gradient_noise",
+        question=QUESTION,
+        answer=f"{len(runs.steps)} readings of gradient noise were recorded; a loop "
+        "outside of an experiment claims nothing.",
+        plots=tuple(noise_plots(runs)),
     )
 
 
@@ -151,8 +164,7 @@ def plots(
 ) -> Iterator[figures.Plot]:
     """Yield the figures."""
     styles = figures.arm_styles(runs.runs)
-    if runs.steps["variance_trace"].notna().any():
-        yield figures.noise_over_training(runs.steps, styles=styles)
+    yield from noise_plots(runs)
     yield figures.grad_sq_norm_against_batch_size(
         draws, moments, num_examples=num_examples, styles=styles
     )
@@ -161,6 +173,13 @@ def plots(
         yield figures.example_norm_histograms(
             kept, snapshots=list(kept["snapshot"].unique()), styles=styles
         )
+
+
+def noise_plots(runs: nk.Runs) -> Iterator[figures.Plot]:
+    """Yield the noise over training, where a probe read it."""
+    if runs.steps["variance_trace"].notna().any():
+        styles = figures.arm_styles(runs.runs)
+        yield figures.noise_over_training(runs.steps, styles=styles)
 
 
 # %%

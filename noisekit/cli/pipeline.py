@@ -12,6 +12,8 @@ from noisekit.report import AnalysisResult, build_report, provenance_of
 from noisekit.train.catalogue import find_analysis
 
 Analyse = Callable[[Runs], AnalysisResult]
+_OF_OWN_LOOPS = ("gradient_noise",)
+"""Analyses of runs that ``nk.attach`` recorded, which belong to no recipe."""
 
 
 def run_analysis(
@@ -35,7 +37,7 @@ def write_report(directory: Path, out: Path | None) -> tuple[str, Path]:
         The answer of the first analysis, empty if there is none, and the report's path.
     """
     runs = open_runs(directory)
-    names = cast("Sequence[str]", runs.recipe.get("analyses", ()))
+    names = cast("Sequence[str]", runs.recipe.get("analyses", _OF_OWN_LOOPS))
     started = time.monotonic()
     results = [_made(name, runs, directory / "analyses" / name) for name in names]
     path = build_report(

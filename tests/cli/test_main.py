@@ -194,6 +194,32 @@ def test_analyse_writes_figures_and_tables(
         assert (tmp_path / "drawn" / f"sharpness_against_loss.{ending}").exists()
 
 
+def test_report_of_a_loop_that_a_probe_recorded(call: Call, tmp_path: Path) -> None:
+    """The noise is drawn and nothing is claimed.
+
+    Catches: a report that needs a recipe; a verdict on somebody's own loop.
+    """
+    import torch
+
+    import noisekit as nk
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with nk.attach(model, optimizer, save_to=tmp_path / "mine"):
+        for _ in range(30):
+            targets = torch.randint(3, (8,))
+            optimizer.zero_grad()
+            outputs = model(torch.randn(8, 4))
+            torch.nn.functional.cross_entropy(outputs, targets).backward()
+            optimizer.step()
+    code, out, _ = call("report", tmp_path / "mine")
+    assert code == 0
+    assert "30 readings" in out
+    assert "claims nothing" in out
+    assert (tmp_path / "mine/analyses/gradient_noise/noise_over_training.svg").exists()
+
+
 def test_unknown_analysis_lists_the_known(call: Call, smoke_runs: Path) -> None:
     """Catches: a traceback for a typing error."""
     code, _, err = call("analyse", "gradient_nois", smoke_runs)
