@@ -15,7 +15,7 @@ Run it with ``noisekit analyse gradient_noise DIR``.
 # backward pass. Averages are taken over readings before anything is divided, and a
 # noise scale that is not resolved is drawn as the bound that it is.
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -53,7 +53,7 @@ def recorded_readings(runs: nk.Runs) -> report.AnalysisResult:
         question=QUESTION,
         answer=f"{len(runs.steps)} readings of gradient noise were recorded; a loop "
         "outside of an experiment claims nothing.",
-        plots=tuple(noise_plots(runs)),
+        plots=tuple(noise_plots(runs, figures.arm_styles(runs.runs))),
     )
 
 
@@ -164,7 +164,7 @@ def plots(
 ) -> Iterator[figures.Plot]:
     """Yield the figures."""
     styles = figures.arm_styles(runs.runs)
-    yield from noise_plots(runs)
+    yield from noise_plots(runs, styles)
     yield figures.grad_sq_norm_against_batch_size(
         draws, moments, num_examples=num_examples, styles=styles
     )
@@ -175,10 +175,11 @@ def plots(
         )
 
 
-def noise_plots(runs: nk.Runs) -> Iterator[figures.Plot]:
+def noise_plots(
+    runs: nk.Runs, styles: Mapping[str, figures.ArmStyle]
+) -> Iterator[figures.Plot]:
     """Yield the noise over training, where a probe read it."""
     if runs.steps["variance_trace"].notna().any():
-        styles = figures.arm_styles(runs.runs)
         yield figures.noise_over_training(runs.steps, styles=styles)
 
 

@@ -11,7 +11,7 @@ from noisekit.figures.example_norms import example_norm_histograms
 from noisekit.figures.forest import contrast_forest
 from noisekit.figures.landscape import linear_path
 from noisekit.figures.noise import noise_over_training
-from noisekit.figures.plot import FORMATS, Plot
+from noisekit.figures.plot import FORMATS, Plot, writable_folder, write_table
 from noisekit.figures.ratios import descriptive_ratios, paired_ratios
 from noisekit.figures.theme import ONE_COLUMN, TWO_COLUMNS, ArmStyle, arm_styles, themed
 from noisekit.figures.training import training_curves
@@ -36,4 +36,6 @@ __all__ = [
     "sharpness_against_loss",
     "themed",
     "training_curves",
+    "writable_folder",
+    "write_table",
 ]

@@ -2,6 +2,8 @@
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,20 +53,12 @@ class Plot:
         Raises:
             StorageError: If the folder cannot be written to.
         """
-        folder = Path(directory)
-        paths = {ending: folder / f"{self.name}.{ending}" for ending in FORMATS}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with writable_folder(directory, what=f"figure {self.name!r}") as folder:
+            paths = {}
             for ending in _METADATA:
+                paths[ending] = folder / f"{self.name}.{ending}"
                 paths[ending].write_bytes(self.rendered(ending))
-            self.table.to_csv(paths["csv"], index=False)
-            self.table.to_parquet(paths["parquet"], index=False)
-        except OSError as error:
-            raise StorageError(
-                f"figure {self.name!r} needs a folder that can be written, got "
-                f"{folder}: {error}. Free some space or name another folder."
-            ) from error
-        return paths
+            return paths | write_table(self.table, folder, self.name)
 
     def rendered(self, ending: str) -> bytes:
         """Return the bytes of the figure as ``"pdf"``, ``"svg"`` or ``"png"``."""
@@ -89,3 +83,32 @@ def _shortened(svg: bytes) -> bytes:
 def _shorter(attribute: re.Match[bytes]) -> bytes:
     value = _LONG_NUMBER.sub(lambda number: b"%.2f" % float(number[0]), attribute[2])
     return attribute[1] + _AROUND_COMMAND.sub(rb"\1", value).strip() + b'"'
+
+
+@contextmanager
+def writable_folder(directory: Path | str, *, what: str) -> Iterator[Path]:
+    """Give a folder, made if it is not there, to write ``what`` into.
+
+    Yields:
+        The folder.
+
+    Raises:
+        StorageError: If it cannot be written to; the message names ``what``.
+    """
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise StorageError(
+            f"{what} needs a folder that can be written, got {folder}: {error}. Free "
+            "some space or name another folder."
+        ) from error
+
+
+def write_table(table: DataFrame, folder: Path, name: str) -> dict[str, Path]:
+    """Write a table as CSV and Parquet and return the paths by ending."""
+    paths = {ending: folder / f"{name}.{ending}" for ending in ("csv", "parquet")}
+    table.to_csv(paths["csv"], index=False)
+    table.to_parquet(paths["parquet"], index=False)
+    return paths

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from pandas import DataFrame
 
-from noisekit.core.errors import StorageError
-from noisekit.figures import Plot
+from noisekit.figures import Plot, writable_folder, write_table
 from noisekit.stats import ContrastResult
 
 
@@ -46,20 +45,8 @@ class Table:
         Raises:
             StorageError: If the folder cannot be written to.
         """
-        folder = Path(directory)
-        paths = {
-            ending: folder / f"{self.name}.{ending}" for ending in ("csv", "parquet")
-        }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.frame.to_csv(paths["csv"], index=False)
-            self.frame.to_parquet(paths["parquet"], index=False)
-        except OSError as error:
-            raise StorageError(
-                f"table {self.name!r} needs a folder that can be written, got "
-                f"{folder}: {error}. Free some space or name another folder."
-            ) from error
-        return paths
+        with writable_folder(directory, what=f"table {self.name!r}") as folder:
+            return write_table(self.frame, folder, self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -7,7 +7,6 @@ times are given as ratios of a gradient evaluation. Run it as a script::
 """
 
 import argparse
-import itertools
 import statistics
 import time
 import warnings
@@ -17,16 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from curvlinops import HessianLinearOperator
+from problems import LOSS, Batches, problem
 from pyhessian import hessian
 from scipy.sparse.linalg import LinearOperator, eigsh
-from torch import Tensor, nn
+from torch import nn
 
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import HessianOperator, top_eigenpairs
-
-BATCH = 512
-Batches = list[tuple[Tensor, Tensor]]
-LOSS = nn.CrossEntropyLoss()
 
 
 @dataclass(frozen=True)
@@ -35,27 +31,6 @@ class Answer:
 
     values: list[float]
     passes: float
-
-
-def problem(num_examples: int, width: int, steps: int) -> tuple[nn.Module, Batches]:
-    """Return a 784-wide network of five hidden layers, trained a little, and data."""
-    torch.manual_seed(0)
-    sizes = [784, *[width] * 5, 10]
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    model = nn.Sequential(*layers[:-1])
-    centres = torch.randn(10, 784)
-    targets = torch.randint(10, (num_examples,))
-    inputs = 0.35 * centres[targets] + torch.randn(num_examples, 784)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(steps):
-        rows = torch.arange(256 * step, 256 * (step + 1)) % num_examples
-        optimizer.zero_grad()
-        LOSS(model(inputs[rows]), targets[rows]).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    return model, list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
 
 
 def exact_values(model: nn.Module, batches: Batches, k: int) -> list[float]:

@@ -10,37 +10,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from problems import LOSS, problem
+from torch import Tensor
 
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness import EpsilonSharpness, epsilon_sharpness_of
-
-LOSS = nn.CrossEntropyLoss()
-
-
-def problem(num_examples: int, width: int, steps: int) -> EmpiricalRisk:
-    """Return a 784-wide network of five hidden layers, trained a little, and data."""
-    torch.manual_seed(0)
-    sizes = [784, *[width] * 5, 10]
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    model = nn.Sequential(*layers[:-1])
-    centres = torch.randn(10, 784)
-    targets = torch.randint(10, (num_examples,))
-    inputs = 0.35 * centres[targets] + torch.randn(num_examples, 784)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(steps):
-        rows = torch.arange(256 * step, 256 * (step + 1)) % num_examples
-        optimizer.zero_grad()
-        LOSS(model(inputs[rows]), targets[rows]).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    batches = list(zip(inputs.split(512), targets.split(512), strict=True))
-    return EmpiricalRisk(model, LOSS, batches)
 
 
 def plain_gradient(risk: EmpiricalRisk) -> Tensor:
@@ -89,7 +65,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    risk = problem(options.examples, options.width, options.steps)
+    model, batches = problem(options.examples, options.width, options.steps)
+    risk = EmpiricalRisk(model, LOSS, batches)
     print(f"{risk.layout.num_params} parameters, {risk.num_examples} examples")
     print(f"{'search':26} {'epsilon':>8} {'phi [%]':>9} {'gradients':>9} {'time':>6}")
     for epsilon in (1e-3, 5e-4):
