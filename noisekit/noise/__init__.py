@@ -1,5 +1,21 @@
 """Gradient noise from norms: pure functions of statistics, no model in sight."""
 
+from noisekit.noise.criteria import (
+    SampleTest,
+    gradient_diversity,
+    inner_product_test,
+    norm_test,
+    orthogonality_test,
+)
+from noisekit.noise.distribution import LogHistogram
+from noisekit.noise.elementwise import (
+    ElementMoments,
+    SignalToNoise,
+    cabs_batch_size,
+    evidence_stopping,
+    gradient_signal_to_noise,
+)
+from noisekit.noise.hessian_noise import HessianNoiseScale, hessian_noise_scale
 from noisekit.noise.moments import GradientMoments
 from noisekit.noise.scale import (
     NoiseParts,
@@ -10,9 +26,22 @@ from noisekit.noise.scale import (
 )
 
 __all__ = [
+    "ElementMoments",
     "GradientMoments",
+    "HessianNoiseScale",
+    "LogHistogram",
     "NoiseParts",
     "NoiseScale",
+    "SampleTest",
+    "SignalToNoise",
+    "cabs_batch_size",
+    "evidence_stopping",
+    "gradient_diversity",
+    "gradient_signal_to_noise",
+    "hessian_noise_scale",
+    "inner_product_test",
+    "norm_test",
+    "orthogonality_test",
     "per_example_noise_scale",
     "ratio_of_averages",
     "two_batch_noise_scale",
