@@ -7,12 +7,16 @@ from noisekit.records.schema import FORMAT, TABLES, Column, Table, table
 from noisekit.records.segments import StoredTable
 from noisekit.records.sink import RunSink
 from noisekit.records.tensors import load_tensors, save_tensors
+from noisekit.records.text_sink import TEXT_SINKS, CsvSink, JsonLinesSink
 from noisekit.records.writer import TableWriter
 
 __all__ = [
     "FORMAT",
     "TABLES",
+    "TEXT_SINKS",
     "Column",
+    "CsvSink",
+    "JsonLinesSink",
     "Manifest",
     "RunDirectory",
     "RunSink",
