@@ -1,11 +1,14 @@
-"""The rule for convolutions: weight gradients of many examples as one grouped one."""
+"""The rule for convolutions, plain and transposed, of one to three dimensions."""
 
 from collections.abc import Collection
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from noisekit.core.correlation import CONVOLUTIONS, Correlation
+from noisekit.core.gram import BLOCK, gram_cost
 from noisekit.core.layer_rules import (
     LayerCall,
     LayerRule,
@@ -15,54 +18,70 @@ from noisekit.core.layer_rules import (
     widen,
 )
 
-GRAM_ADVANTAGE = 4
-"""How much cheaper the Gram form must look: it unfolds its input, which costs."""
+GRAM_ADVANTAGE = 2
+"""How much cheaper the Gram form must look: it copies patches, which costs."""
 
 CACHE_SHARE = 4
 """Slices this much smaller stay in a processor's cache, and go twice as fast."""
 
+FEW_CHANNELS = 4
+"""So few input channels leave the vector units of a grouped convolution idle."""
+
+
+class Form(Enum):
+    """An exact way to the squared norms."""
+
+    GROUPED = "one convolution whose groups are the examples"
+    PATCHES = "a product of patches and output gradients"
+    GRAM = "products over pairs of positions"
+
 
 class ConvRule(LayerRule):
-    """``nn.Conv2d`` with any stride, padding, dilation and groups."""
+    """Any stride, padding, dilation and groups; transposed with output padding."""
 
     name = "convolution"
 
     def applies(self, module: nn.Module) -> bool:
-        """Whether ``module`` computes ``nn.Conv2d``'s own function."""
-        return is_plain(module, nn.Conv2d)
+        """Whether ``module`` computes the own function of one of PyTorch's kinds."""
+        return any(is_plain(module, kind) for kind in CONVOLUTIONS)
 
     def example_axes(
         self, module: nn.Module, shape: torch.Size, position: int = 0
     ) -> range:
         """Axis 0 of a batch of images; a single image has none."""
-        return range(1) if len(shape) == 4 else range(0)
+        return range(1) if len(shape) == 2 + _dimensions(module) else range(0)
 
     def sq_norms(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
-        """The cheaper of Gram matrices over positions and the gradients themselves."""
+        """By the cheapest form for the sizes; of biases, from sums over positions."""
         found = {}
         if "weight" in names:
             found["weight"] = self._weight_sq_norms(call)
         if "bias" in names:
-            found["bias"] = row_sq_norms(widen(call.output_grad).sum((2, 3)))
+            found["bias"] = row_sq_norms(_bias_grads(call, slice(None)))
         return found
 
     def _weight_sq_norms(self, call: LayerCall) -> Tensor:
-        conv = _conv(call)
-        out_channels, fan_in = conv.weight.shape[0], conv.weight[0].numel()
-        positions = call.output_grad.shape[2] * call.output_grad.shape[3]
-        per_group = fan_in + out_channels // conv.groups
-        gram_cost = GRAM_ADVANTAGE * positions * per_group * conv.groups
-        if gram_cost < out_channels * fan_in:
-            return over_rows(
-                lambda rows: _gram_sq_norms(call, rows),
-                call.num_examples,
-                positions * (fan_in * conv.groups + 2 * positions * conv.groups),
-            )
-        return over_rows(
-            lambda rows: row_sq_norms(_weight_grads(call, rows)),
-            call.num_examples,
-            CACHE_SHARE * max(conv.weight.numel(), call.input[0].numel()),
-        )
+        form = form_for(call)
+
+        def sq_norms(rows: slice) -> Tensor:
+            correlation = Correlation.of(call, rows)
+            if form is Form.GRAM:
+                return correlation.gram_sq_norms()
+            if form is Form.PATCHES:
+                return row_sq_norms(correlation.grads_by_patches())
+            return row_sq_norms(correlation.example_grads())
+
+        return over_rows(sq_norms, call.num_examples, _working_memory(call, form))
+
+    def working_size(self, call: LayerCall, names: Collection[str]) -> int:
+        """What the gradients and the copies for them take, to stay in the cache."""
+        if "weight" not in names:
+            return call.output_grad[0].numel()
+        return _working_memory(call, _gradient_form(call))
+
+    def splits(self, call: LayerCall) -> bool:
+        """Where no Gram matrices are cheaper."""
+        return form_for(call) is not Form.GRAM
 
     def example_grads(
         self, call: LayerCall, names: Collection[str], rows: slice
@@ -70,64 +89,72 @@ class ConvRule(LayerRule):
         """Weight gradients by one grouped convolution, biases by sums."""
         found = {}
         if "weight" in names:
-            found["weight"] = _weight_grads(call, rows)
+            correlation = Correlation.of(call, rows)
+            if _gradient_form(call) is Form.PATCHES:
+                grads = correlation.grads_by_patches().mT
+                found["weight"] = grads.reshape(-1, *correlation.kernel)
+            else:
+                found["weight"] = correlation.example_grads()
         if "bias" in names:
-            found["bias"] = widen(call.output_grad[rows]).sum((2, 3))
+            found["bias"] = _bias_grads(call, rows)
+        return found
+
+    def summed_grads(
+        self, call: LayerCall, names: Collection[str], rows: slice
+    ) -> dict[str, Tensor]:
+        """The layer's own weight gradient, for some of the examples."""
+        found = {}
+        if "weight" in names:
+            found["weight"] = Correlation.of(call, rows).summed_grad()
+        if "bias" in names:
+            found["bias"] = _bias_grads(call, rows).sum(0)
         return found
 
 
-def _conv(call: LayerCall) -> nn.Conv2d:
-    assert isinstance(call.module, nn.Conv2d)
+def form_for(call: LayerCall) -> Form:
+    """Return the cheapest exact form: the sizes decide, so that runs repeat."""
+    conv = _conv(call)
+    fan_in, out_channels = conv.weight[0].numel(), conv.weight.shape[0]
+    transposed = isinstance(conv, _ConvTransposeNd)
+    response = call.input if transposed else call.output_grad
+    positions = response[0, 0].numel()
+    products = gram_cost(positions, fan_in + out_channels // conv.groups)
+    if GRAM_ADVANTAGE * products * conv.groups < positions * out_channels * fan_in:
+        return Form.GRAM
+    return _gradient_form(call)
+
+
+def _gradient_form(call: LayerCall) -> Form:
+    """The cheaper way to the gradients themselves."""
+    conv = _conv(call)
+    narrow = conv.groups == 1 and conv.weight.shape[1] <= FEW_CHANNELS
+    return Form.PATCHES if narrow else Form.GROUPED
+
+
+def _working_memory(call: LayerCall, form: Form) -> int:
+    """Elements that one example takes while it is worked on."""
+    conv = _conv(call)
+    signal = call.input[0].numel()
+    if form is Form.GROUPED:
+        return CACHE_SHARE * max(conv.weight.numel(), signal)
+    transposed = isinstance(conv, _ConvTransposeNd)
+    response = call.input if transposed else call.output_grad
+    positions = response[0, 0].numel()
+    patches = positions * conv.weight[0].numel() * conv.groups
+    if form is Form.PATCHES:
+        return CACHE_SHARE * max(conv.weight.numel(), patches)
+    return patches + 2 * BLOCK * positions * conv.groups
+
+
+def _conv(call: LayerCall) -> _ConvNd:
+    assert isinstance(call.module, _ConvNd)
     return call.module
 
 
-def _padded(conv: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, list[int]]:
-    """The input with all padding written out that is not plain zeros on both sides."""
-    if conv.padding_mode != "zeros":
-        pads = conv._reversed_padding_repeated_twice
-        return functional.pad(inputs, pads, mode=conv.padding_mode), [0, 0]
-    if isinstance(conv.padding, str):
-        return functional.pad(inputs, conv._reversed_padding_repeated_twice), [0, 0]
-    return inputs, list(conv.padding)
+def _dimensions(module: nn.Module) -> int:
+    assert isinstance(module, _ConvNd)
+    return len(module.kernel_size)
 
 
-def _weight_grads(call: LayerCall, rows: slice) -> Tensor:
-    """Per-example weight gradients ``(c, *weight.shape)``.
-
-    Folding examples into groups makes one weight gradient of a grouped convolution
-    give those of all examples.
-    """
-    conv = _conv(call)
-    grads = widen(call.output_grad[rows]).contiguous()
-    inputs, padding = _padded(conv, widen(call.input[rows]).to(grads.dtype))
-    count = grads.shape[0]
-    weight = grads.new_empty(1).expand(
-        count * conv.weight.shape[0], *conv.weight.shape[1:]
-    )
-    weight_grads: Tensor = torch.ops.aten.convolution_backward(
-        grads.reshape(1, -1, *grads.shape[2:]),
-        inputs.reshape(1, -1, *inputs.shape[2:]),
-        weight,
-        None,
-        list(conv.stride),
-        padding,
-        list(conv.dilation),
-        False,
-        [0, 0],
-        count * conv.groups,
-        [False, True, False],
-    )[1]
-    return weight_grads.view(count, *conv.weight.shape)
-
-
-def _gram_sq_norms(call: LayerCall, rows: slice) -> Tensor:
-    conv = _conv(call)
-    grads = widen(call.output_grad[rows]).flatten(2)  # (c, out, L)
-    inputs, padding = _padded(conv, widen(call.input[rows]).to(grads.dtype))
-    patches = functional.unfold(
-        inputs, conv.kernel_size, conv.dilation, tuple(padding), conv.stride
-    )  # (c, in * k * k, L)
-    by_group = (grads.shape[0] * conv.groups, -1, grads.shape[2])
-    grads, patches = grads.reshape(by_group), patches.reshape(by_group)
-    products = (patches.mT @ patches).mul_(grads.mT @ grads)  # (c * groups, L, L)
-    return products.sum((1, 2)).view(-1, conv.groups).sum(1)
+def _bias_grads(call: LayerCall, rows: slice) -> Tensor:
+    return widen(call.output_grad[rows]).flatten(2).sum(2)

@@ -97,6 +97,11 @@ class StreamedBatches:
                 "memory_budget=."
             )
 
+    def keep_order(self) -> None:
+        """Compare the order of the batches too from now on, since it matters."""
+        if not self._ordered:
+            self._ordered, self._digest = True, None
+
     def data_hash(self) -> str:
         """Return the hash of the examples, reading them unless that was done."""
         if self._digest is None:

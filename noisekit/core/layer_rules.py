@@ -7,13 +7,13 @@ closure check need. Both are exact.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from noisekit.core.batch_axis import examples_first
 
@@ -34,6 +34,9 @@ class LayerCall:
         grads: Gradient of the loss per tensor among the outputs, as they arrive.
         rng_state: Random state before the call, where the call drew from it.
         output_axes: Axis of the examples per tensor among the outputs.
+        statistics: What a normalisation layer's backward pass keeps of its input.
+        buffers: The module's buffers before the call, where the call wrote to them.
+        autocast: The lower precision that operations were cast to, if any.
     """
 
     module: nn.Module
@@ -44,6 +47,9 @@ class LayerCall:
     grads: list[Tensor | None] = field(default_factory=list)
     rng_state: Tensor | None = None
     output_axes: tuple[int | None, ...] = ()
+    statistics: tuple[Tensor, ...] = ()
+    buffers: dict[str, Tensor] | None = None
+    autocast: torch.dtype | None = None
 
     @property
     def input(self) -> Tensor:
@@ -72,15 +78,21 @@ def widen(tensor: Tensor) -> Tensor:
 
 def row_sq_norms(tensor: Tensor) -> Tensor:
     """Return the squared norm of every row of ``tensor`` (rows on axis 0)."""
-    norms: Tensor = torch.linalg.vector_norm(widen(tensor).flatten(1), dim=1)
+    rows = widen(tensor).reshape(len(tensor), -1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms.square_()
 
 
 def row_slices(num_examples: int, elements: int) -> Iterator[slice]:
     """Yield slices of the examples so that ``elements`` each fit into the memory."""
+    return sub_slices(slice(0, num_examples), elements)
+
+
+def sub_slices(rows: slice, elements: int) -> Iterator[slice]:
+    """Yield parts of ``rows`` so that ``elements`` per example fit into the memory."""
     step = max(1, CHUNK_ELEMENTS // max(1, elements))
-    for start in range(0, num_examples, step):
-        yield slice(start, min(start + step, num_examples))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
 
 
 def over_rows(
@@ -89,6 +101,15 @@ def over_rows(
     """Concatenate ``function`` over slices of examples."""
     parts = [function(rows) for rows in row_slices(num_examples, elements)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def added_up(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of the tensors, of which only one is kept at a time."""
+    total: Tensor | None = None
+    for part in parts:
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 class LayerRule(ABC):
@@ -112,18 +133,52 @@ class LayerRule(ABC):
     ) -> dict[str, Tensor]:
         """Per-example gradients of the parameters ``names`` for ``rows``."""
 
+    def statistics(self, output: Tensor) -> tuple[Tensor, ...]:
+        """What the layer's own graph keeps that spares a pass over the input."""
+        return ()
+
+    def working_size(self, call: LayerCall, names: Collection[str]) -> int:
+        """Elements per example that reading ``names`` holds at a time."""
+        return sum(call.module.get_parameter(name).numel() for name in names)
+
+    def splits(self, call: LayerCall) -> bool:
+        """Whether a gradient costs little more as the sum of its examples' own ones."""
+        return False
+
     def sq_norms(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
         """Squared norm per example of the parameters ``names``; the general form."""
-        return {
-            name: over_rows(
-                lambda rows, name=name: row_sq_norms(  # type: ignore[misc]
-                    self.example_grads(call, (name,), rows)[name]
-                ),
-                call.num_examples,
-                call.module.get_parameter(name).numel(),
-            )
-            for name in names
-        }
+        parts = [
+            {name: row_sq_norms(grads) for name, grads in found.items()}
+            for rows in row_slices(call.num_examples, self.working_size(call, names))
+            for found in (self.example_grads(call, names, rows),)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    def summed_grads(
+        self, call: LayerCall, names: Collection[str], rows: slice
+    ) -> dict[str, Tensor]:
+        """Gradients of the parameters ``names``, summed over ``rows``."""
+        return self._reduced(call, names, rows, lambda grads: grads.sum(0))
+
+    def square_sums(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
+        """Element-wise squares of the per-example gradients, summed over examples."""
+        rows = slice(0, call.num_examples)
+        return self._reduced(call, names, rows, lambda g: widen(g).square().sum(0))
+
+    def _reduced(
+        self,
+        call: LayerCall,
+        names: Collection[str],
+        rows: slice,
+        reduce: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """Sums over a few examples at a time, added up."""
+        totals: dict[str, Tensor] = {}
+        for part in sub_slices(rows, self.working_size(call, names)):
+            for name, grads in self.example_grads(call, names, part).items():
+                found = reduce(grads)
+                totals[name] = totals[name].add_(found) if name in totals else found
+        return totals
 
     def inner_products(self, call: LayerCall, tangents: dict[str, Tensor]) -> Tensor:
         """Inner product per example of its gradient with ``tangents``.
@@ -132,207 +187,15 @@ class LayerRule(ABC):
         output gradient times the layer's output with the tangents as parameters.
         """
         weights = {
-            name: tangents.get(name, torch.zeros_like(parameter))
+            name: widen(tangents.get(name, torch.zeros_like(parameter)))
             for name, parameter in call.module.named_parameters(recurse=False)
         }
-        output = torch.func.functional_call(
-            call.module, weights, call.args, call.kwargs
-        )
+        args, kwargs = pytree.tree_map_only(Tensor, widen, (call.args, call.kwargs))
+        output = torch.func.functional_call(call.module, weights, args, kwargs)
         axis = call.axes[0]
         assert axis is not None
         products = widen(examples_first(output, axis)) * widen(call.output_grad)
         return products.flatten(1).sum(1)
-
-
-class LinearRule(LayerRule):
-    """``nn.Linear`` with any leading dimensions."""
-
-    name = "linear"
-
-    def applies(self, module: nn.Module) -> bool:
-        """Whether ``module`` computes ``nn.Linear``'s own function."""
-        return is_plain(module, nn.Linear)
-
-    def example_axes(
-        self, module: nn.Module, shape: torch.Size, position: int = 0
-    ) -> range:
-        """All but the features."""
-        return range(len(shape) - 1)
-
-    def sq_norms(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
-        """Two row norms, a product of Gram matrices, or the gradients themselves."""
-        inputs, grads = _positions(call)
-        if inputs.shape[1] == 1:
-            bias = row_sq_norms(grads)
-            both = {"weight": row_sq_norms(inputs) * bias, "bias": bias}
-            return {name: both[name] for name in names}
-        found = {}
-        if "weight" in names:
-            found["weight"] = self._weight_sq_norms(inputs, grads)
-        if "bias" in names:
-            found["bias"] = row_sq_norms(grads.sum(1))
-        return found
-
-    def _weight_sq_norms(self, inputs: Tensor, grads: Tensor) -> Tensor:
-        num_examples, positions, fan_in = inputs.shape
-        fan_out = grads.shape[2]
-        if positions * (fan_in + fan_out) < fan_in * fan_out:
-            return over_rows(
-                lambda rows: _gram_product(inputs[rows], grads[rows]),
-                num_examples,
-                2 * positions**2,
-            )
-        return over_rows(
-            lambda rows: row_sq_norms(grads[rows].mT @ inputs[rows]),
-            num_examples,
-            fan_in * fan_out,
-        )
-
-    def example_grads(
-        self, call: LayerCall, names: Collection[str], rows: slice
-    ) -> dict[str, Tensor]:
-        """Outer products summed over positions."""
-        inputs, grads = (tensor[rows] for tensor in _positions(call))
-        found = {}
-        if "weight" in names:
-            found["weight"] = grads.mT @ inputs
-        if "bias" in names:
-            found["bias"] = grads.sum(1)
-        return found
-
-
-class EmbeddingRule(LayerRule):
-    """``nn.Embedding``: rows of the table are summed over equal indices."""
-
-    name = "embedding"
-
-    def applies(self, module: nn.Module) -> bool:
-        """Whether it is dense and counts every occurrence alike."""
-        return (
-            is_plain(module, nn.Embedding)
-            and not module.sparse
-            and not module.scale_grad_by_freq
-        )
-
-    def example_axes(
-        self, module: nn.Module, shape: torch.Size, position: int = 0
-    ) -> range:
-        """Any axis of the indices."""
-        return range(len(shape))
-
-    def sq_norms(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
-        """Inner products of output gradients over the pairs of equal indices."""
-        indices, grads = self._occurrences(call)
-        num_examples, positions = indices.shape
-
-        def sq_norms(rows: slice) -> Tensor:
-            equal = indices[rows, :, None] == indices[rows, None, :]
-            gram = grads[rows] @ grads[rows].mT
-            return gram.mul_(equal).sum((1, 2))
-
-        return {"weight": over_rows(sq_norms, num_examples, 2 * positions**2)}
-
-    def example_grads(
-        self, call: LayerCall, names: Collection[str], rows: slice
-    ) -> dict[str, Tensor]:
-        """The whole table per example."""
-        indices, grads = (tensor[rows] for tensor in self._occurrences(call))
-        num_rows, width = call.module.get_parameter("weight").shape
-        table = grads.new_zeros(len(indices), num_rows, width)
-        index = indices[:, :, None].expand(-1, -1, width)
-        return {"weight": table.scatter_add_(1, index, grads)}
-
-    def inner_products(self, call: LayerCall, tangents: dict[str, Tensor]) -> Tensor:
-        """Rows of the tangent looked up, times the output gradient."""
-        indices, grads = self._occurrences(call)
-        return (functional.embedding(indices, tangents["weight"]) * grads).sum((1, 2))
-
-    @staticmethod
-    def _occurrences(call: LayerCall) -> tuple[Tensor, Tensor]:
-        """Indices ``(N, T)`` and output gradients ``(N, T, d)``, padding at zero."""
-        module = call.module
-        assert isinstance(module, nn.Embedding)
-        indices = call.input.reshape(call.num_examples, -1)  # (N, T)
-        grads = widen(call.output_grad).reshape(*indices.shape, -1)
-        if module.padding_idx is not None:
-            grads = grads * (indices != module.padding_idx)[:, :, None]
-        return indices, grads
-
-
-class NormRule(LayerRule):
-    """Layer, group, RMS and, at frozen statistics, batch normalisation.
-
-    Their parameters are small, so that per-example gradients are formed.
-    """
-
-    name = "normalisation"
-    _KINDS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-    _BATCH_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-    def applies(self, module: nn.Module) -> bool:
-        """Whether it is one of the kinds; a coupled BatchNorm is found elsewhere."""
-        kinds = (*self._KINDS, *self._BATCH_KINDS)
-        return any(is_plain(module, kind) for kind in kinds)
-
-    def example_axes(
-        self, module: nn.Module, shape: torch.Size, position: int = 0
-    ) -> range:
-        """Axis 0, or any before the normalised ones."""
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            return range(len(shape) - len(module.normalized_shape))
-        return range(1)
-
-    def example_grads(
-        self, call: LayerCall, names: Collection[str], rows: slice
-    ) -> dict[str, Tensor]:
-        """Sums over positions of the output gradient, times the normalised input."""
-        grads = widen(call.output_grad[rows])
-        found = {}
-        if "weight" in names:
-            normalised = _normalised(call.module, widen(call.input[rows]))
-            found["weight"] = _sum_positions(call.module, grads * normalised)
-        if "bias" in names:
-            found["bias"] = _sum_positions(call.module, grads)
-        return found
-
-
-def _normalised(module: nn.Module, inputs: Tensor) -> Tensor:
-    if isinstance(module, nn.LayerNorm):
-        return functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-    if isinstance(module, nn.RMSNorm):
-        return functional.rms_norm(
-            inputs, list(module.normalized_shape), eps=module.eps
-        )
-    if isinstance(module, nn.GroupNorm):
-        return functional.group_norm(inputs, module.num_groups, eps=module.eps)
-    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return functional.batch_norm(
-        inputs, module.running_mean, module.running_var, eps=module.eps
-    )
-
-
-def _sum_positions(module: nn.Module, products: Tensor) -> Tensor:
-    """Sum over every axis but the examples and those of the parameter."""
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        last = products.dim() - len(module.normalized_shape)
-        return products.sum(tuple(range(1, last))) if last > 1 else products
-    last = products.dim()
-    return products.sum(tuple(range(2, last))) if last > 2 else products
-
-
-def _positions(call: LayerCall) -> tuple[Tensor, Tensor]:
-    """Input and output gradient with all positions on one axis: ``(N, T, d)``."""
-    inputs, grads = widen(call.input), widen(call.output_grad)
-    if grads.dtype != inputs.dtype:  # autocast: the layer rounded its own input
-        inputs = inputs.to(grads.dtype)
-    if inputs.dim() == 2:
-        return inputs.unsqueeze(1), grads.unsqueeze(1)
-    return inputs.flatten(1, -2), grads.flatten(1, -2)
-
-
-def _gram_product(inputs: Tensor, grads: Tensor) -> Tensor:
-    gram = inputs @ inputs.mT
-    return gram.mul_(grads @ grads.mT).sum((1, 2))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -1,12 +1,12 @@
 """How a model is evaluated while it is measured, and how it is given back."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,11 +19,19 @@ BatchNormPolicy = Literal["running", "recalibrated", "batch"]
 
 def call_model(model: nn.Module, inputs: Any) -> Any:  # whatever the model takes
     """Return the model's outputs; a tuple or a mapping is unpacked."""
+    args, kwargs = model_arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def model_arguments(
+    inputs: Any,  # whatever the model takes
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the keyword arguments that stand for ``inputs``."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return (), dict(inputs)
     if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+        return tuple(inputs), {}
+    return (inputs,), {}
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
@@ -114,11 +122,20 @@ def evaluation_mode(model: nn.Module, bn: BatchNormPolicy) -> Iterator[None]:
 
 
 @contextmanager
-def recalibrated(model: nn.Module, batches: Iterable[Batch]) -> Iterator[None]:
+def recalibrated(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    summed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Iterator[None]:
     """Use the mean over ``batches`` of each BatchNorm layer's batch statistics.
 
     Batches count by their examples. The layers' own running tensors are set aside,
     not overwritten.
+
+    Args:
+        model: Whose layers.
+        batches: This process's share of the data.
+        summed: Returns the sum of a tensor over all processes.
     """
     layers = batch_norms(model)
     own = [(n.running_mean, n.running_var, n.num_batches_tracked) for n in layers]
@@ -137,13 +154,26 @@ def recalibrated(model: nn.Module, batches: Iterable[Batch]) -> Iterator[None]:
                 for layer in layers:
                     layer.momentum = count_examples(batch) / seen
                 call_model(model, batch[0])
+        total = float(summed(torch.tensor(float(seen))))
         for layer in layers:
             layer.training = False
+            if total != seen:
+                _merge_statistics(layer, seen / total, summed)
         yield
     finally:
         for layer, momentum, tensors in zip(layers, momenta, own, strict=True):
             layer.momentum = momentum
             layer.running_mean, layer.running_var, layer.num_batches_tracked = tensors
+
+
+def _merge_statistics(
+    layer: _BatchNorm, share: float, summed: Callable[[Tensor], Tensor]
+) -> None:
+    """Average a layer's statistics over processes by their shares of the examples."""
+    assert layer.running_mean is not None  # both set by the caller
+    assert layer.running_var is not None
+    layer.running_mean = summed(layer.running_mean * share)
+    layer.running_var = summed(layer.running_var * share)
 
 
 @contextmanager

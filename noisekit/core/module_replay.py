@@ -6,7 +6,8 @@ pass of the module per example, vectorised where PyTorch can.
 """
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from noisekit.core.batch_axis import example_rows
+from noisekit.core.call_state import (
+    CallState,
+    attributes_given_back,
+    autocast_as,
+    restore_random_state,
+)
 from noisekit.core.errors import LayerReadError
 from noisekit.core.global_random import global_random_state_kept
 from noisekit.core.layer_rules import (
     LayerCall,
     LayerRule,
     row_slices,
-    row_sq_norms,
     widen,
 )
 
@@ -33,6 +39,25 @@ class ModuleReplay(LayerRule):
 
     def __init__(self) -> None:
         self._vectorises = True
+        self._writes_buffers = True
+
+    def state_before(self, module: nn.Module) -> CallState:
+        """Return what a call of ``module`` may change, before it does."""
+        return CallState.of(module, copying=self._writes_buffers)
+
+    def note_state(self, call: LayerCall, before: CallState) -> str:
+        """Give ``call`` the random state and the buffers that it has changed.
+
+        Returns:
+            Why the call cannot be replayed, if so: it wrote to buffers of which no
+            copies were made. From the next call on they are.
+        """
+        if before.has_drawn(call.module):
+            call.rng_state = before.random
+        written = before.has_written(call.module)
+        copied, self._writes_buffers = self._writes_buffers, written
+        call.buffers = before.copies if written else None
+        return "its buffers changed for the first time" if written > copied else ""
 
     def applies(self, module: nn.Module) -> bool:
         """Every module can be replayed."""
@@ -42,12 +67,15 @@ class ModuleReplay(LayerRule):
         self, module: nn.Module, shape: torch.Size, position: int = 0
     ) -> range:
         """Any axis, or the one that recurrent and attention modules document."""
-        if isinstance(module, nn.RNNBase) and len(shape) == 3:
-            axis = 0 if module.batch_first and position == 0 else 1  # states: axis 1
+        if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and len(shape) == 3:
+            # An RNN's states have the examples on axis 1 whatever batch_first.
+            states = isinstance(module, nn.RNNBase) and position > 0
+            axis = 0 if module.batch_first and not states else 1
             return range(axis, axis + 1)
-        if isinstance(module, nn.MultiheadAttention) and len(shape) == 3:
-            axis = 0 if module.batch_first else 1
-            return range(axis, axis + 1)
+        if isinstance(module, nn.RNNBase):
+            return range(0)  # packed: sequences of all examples in one
+        if isinstance(module, nn.EmbeddingBag):
+            return range(int(len(shape) == 2))  # bags by offsets: the same
         return range(len(shape))
 
     def example_grads(
@@ -55,26 +83,28 @@ class ModuleReplay(LayerRule):
     ) -> dict[str, Tensor]:
         """Vectorised where possible, else a loop; random calls with their own draws."""
         replay = _Replay.of(call, tuple(names))
-        if call.rng_state is not None or call.num_examples == 1:
-            return replay.by_masked_gradients(rows)
-        if self._vectorises:
-            try:
-                return replay.vectorised(rows)
-            except Exception:
-                # vmap does not know every operation, and says so in many types of
-                # error; a fault of the module itself shows up in the loop again.
-                self._vectorises = False
-        return replay.by_examples(rows)
+        with attributes_given_back(call.module), _replayable(call):
+            if call.rng_state is not None or call.num_examples == 1:
+                return replay.by_masked_gradients(rows)
+            if self._vectorises:
+                try:
+                    return replay.vectorised(rows)
+                except Exception:
+                    # vmap does not know every operation, and says so in many types
+                    # of error; a fault of the module shows up in the loop again.
+                    self._vectorises = False
+            return replay.by_examples(rows)
 
-    def sq_norms(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
-        """Of all ``names`` together: the replay is what costs."""
-        elements = sum(call.module.get_parameter(name).numel() for name in names)
-        parts = [
-            {name: row_sq_norms(grads) for name, grads in found.items()}
-            for rows in row_slices(call.num_examples, elements)
-            for found in (self.example_grads(call, names, rows),)
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in names}
+    def summed_grads(
+        self, call: LayerCall, names: Collection[str], rows: slice
+    ) -> dict[str, Tensor]:
+        """One vector-Jacobian product for all of ``rows``."""
+        with attributes_given_back(call.module), _replayable(call):
+            return _Replay.of(call, tuple(names)).summed(rows)
+
+    def output_axes(self, call: LayerCall) -> tuple[int, ...]:
+        """Return the axis of the examples of each output gradient that arrived."""
+        return _Replay.of(call, ()).output_axes()
 
     def inner_products(self, call: LayerCall, tangents: dict[str, Tensor]) -> Tensor:
         """From the per-example gradients themselves."""
@@ -83,11 +113,23 @@ class ModuleReplay(LayerRule):
         for rows in row_slices(call.num_examples, elements):
             grads = self.example_grads(call, tuple(tangents), rows)
             products = [
-                (widen(grads[name]) * tangent).flatten(1).sum(1)
+                (widen(grads[name]) * tangent).reshape(len(grads[name]), -1).sum(1)
                 for name, tangent in tangents.items()
             ]
             parts.append(torch.stack(products).sum(0))
         return torch.cat(parts)
+
+
+@contextmanager
+def _replayable(call: LayerCall) -> Iterator[None]:
+    """Say of an error that it is the replay's, which a larger module may not have."""
+    try:
+        yield
+    except LayerReadError:
+        raise
+    except Exception as error:
+        kind, reason = type(call.module).__name__, str(error).partition("\n")[0]
+        raise LayerReadError(f"replaying {kind} on one example: {reason}") from error
 
 
 @dataclass(slots=True)
@@ -97,7 +139,7 @@ class _Replay:
     Attributes:
         call: The captured call.
         params: The parameters asked for, as new leaves.
-        buffers: Copies, so that a replay never writes to the model's own.
+        buffers: As they were before the call.
         leaves: Every input, tensor or not.
         structure: How ``leaves`` make up positional and keyword inputs.
         positions: Which leaves are tensors.
@@ -116,7 +158,7 @@ class _Replay:
         params = {
             name: module.get_parameter(name).detach().requires_grad_() for name in names
         }
-        buffers = {name: b.clone() for name, b in module.named_buffers()}
+        buffers = call.buffers or dict(module.named_buffers())
         leaves, structure = pytree.tree_flatten((call.args, call.kwargs))
         positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         return cls(call, params, buffers, leaves, structure, positions)
@@ -132,8 +174,12 @@ class _Replay:
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        replaced = {**self.buffers, **params}
-        outputs = torch.func.functional_call(self.call.module, replaced, args, kwargs)
+        # Copies for every run: a replay must not write to the model's own buffers.
+        replaced = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        replaced.update(params)
+        module = self.call.module
+        with autocast_as(self.call.autocast, tensors):
+            outputs = torch.func.functional_call(module, replaced, args, kwargs)
         found = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
         return [
             output
@@ -214,16 +260,33 @@ class _Replay:
             found.append(self._gradients(outputs, grads, retain_graph=False))
         return self._stacked(found)
 
+    def summed(self, rows: slice) -> dict[str, Tensor]:
+        """The sum over some examples: one backward pass through their replay."""
+        grads = self.output_grads()
+        if self.call.num_examples == 1:
+            outputs = self._same_draws()
+        elif self.call.rng_state is not None:
+            axes = self._axes_by_size()
+            outputs = self._same_draws()
+            grads = [_only(g, axis, rows) for g, axis in zip(grads, axes, strict=True)]
+        else:
+            axes = self.output_axes()
+            with torch.enable_grad():
+                outputs = self.run(self.params, self.rows_of_inputs(rows))
+            grads = [
+                example_rows(grad, axis, rows)
+                for grad, axis in zip(grads, axes, strict=True)
+            ]
+        found = self._gradients(outputs, grads, retain_graph=False)
+        return dict(zip(self.params, found, strict=True))
+
     def by_masked_gradients(self, rows: slice) -> dict[str, Tensor]:
         """The whole batch again with the same draws, one example's gradient at a time.
 
         Dropout masks are drawn for the batch, so that no replay of single examples
         can repeat them.
         """
-        with global_random_state_kept(), torch.enable_grad():
-            if self.call.rng_state is not None:
-                restore_random_state(self.call.rng_state, self.tensors)
-            outputs = self.run(self.params, self.tensors)
+        outputs = self._same_draws()
         if self.call.num_examples == 1:
             return self._stacked(
                 [self._gradients(outputs, self.output_grads(), retain_graph=False)]
@@ -232,11 +295,18 @@ class _Replay:
         found = []
         for i in range(rows.start, rows.stop):
             masked = [
-                _only(grad, axis, i)
+                _only(grad, axis, slice(i, i + 1))
                 for grad, axis in zip(self.output_grads(), axes, strict=True)
             ]
             found.append(self._gradients(outputs, masked, retain_graph=True))
         return self._stacked(found)
+
+    def _same_draws(self) -> list[Tensor]:
+        """The outputs for the whole batch, with the random numbers of the step."""
+        with global_random_state_kept(), torch.enable_grad():
+            if self.call.rng_state is not None:
+                restore_random_state(self.call.rng_state, self.tensors)
+            return self.run(self.params, self.tensors)
 
     def _axes_by_size(self) -> tuple[int, ...]:
         with global_random_state_kept():
@@ -248,7 +318,7 @@ class _Replay:
         found = torch.autograd.grad(
             outputs,
             list(self.params.values()),
-            [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)],
+            grads,
             retain_graph=retain_graph,
             allow_unused=True,
             materialize_grads=True,
@@ -262,30 +332,8 @@ class _Replay:
         )
 
 
-def random_state(module: nn.Module) -> Tensor:
-    """Return the state of the generator that a call of ``module`` draws from."""
-    device = _device_of(module.parameters())
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()
-
-
-def restore_random_state(state: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Set the generator of the device that ``tensors`` are on."""
-    device = _device_of(tensors)
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
-def _device_of(tensors: Any) -> torch.device:  # any iterable of tensors
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def _only(grad: Tensor, axis: int, example: int) -> Tensor:
-    """``grad`` with every other example's part at zero."""
+def _only(grad: Tensor, axis: int, rows: slice) -> Tensor:
+    """``grad`` with the part of every example outside ``rows`` at zero."""
     masked = torch.zeros_like(grad)
-    row = slice(example, example + 1)
-    example_rows(masked, axis, row).copy_(example_rows(grad, axis, row))
+    example_rows(masked, axis, rows).copy_(example_rows(grad, axis, rows))
     return masked

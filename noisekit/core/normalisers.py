@@ -112,6 +112,7 @@ def checked_reduction(
     normaliser: Normaliser | None,
     declared: str | None,
     separable: bool = True,
+    dtype: torch.dtype = torch.float64,
 ) -> Reduction:
     """Return whether a loss is a mean or a sum, and check what it is divided by.
 
@@ -126,6 +127,7 @@ def checked_reduction(
         normaliser: What the loss is thought to be divided by.
         declared: The loss's own ``reduction``, for where losses are zero.
         separable: Whether an example's outputs do not depend on the others.
+        dtype: Type of the model's parameters, which rounds as the data's do.
 
     Raises:
         NormaliserError: If the loss is neither, or divides by something else.
@@ -146,7 +148,7 @@ def checked_reduction(
             ) from error
         if whole == 0.0 or not abs(whole) < float("inf"):
             continue
-        tolerance = _tolerance(probe)
+        tolerance = _tolerance(probe, dtype)
         reduction = _reduction_from(twice / whole, tolerance)
         if separable:
             _check_split(loss_of, probe, whole, normaliser, reduction, tolerance)
@@ -260,8 +262,9 @@ def _split_text(got: float, whole: float, by_default: bool) -> str:
     )
 
 
-def _tolerance(probe: Batch) -> float:
-    """Rounding to expect, by the coarsest floating type of the data."""
+def _tolerance(probe: Batch, dtype: torch.dtype) -> float:
+    """Rounding to expect, by the coarsest floating type of data and parameters."""
     dtypes = [t.dtype for t in tensors_in(probe) if t.is_floating_point()]
     coarsest = max((torch.finfo(d).eps for d in dtypes), default=2**-23)
+    coarsest = max(coarsest, torch.finfo(dtype).eps)
     return {2**-52: 1e-9, 2**-23: 1e-4}.get(coarsest, 3e-2)

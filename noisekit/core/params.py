@@ -102,8 +102,14 @@ def select_parameters(
     return chosen
 
 
-def layout_of(named: Mapping[str, Tensor]) -> ParameterLayout:
+def layout_of(
+    named: Mapping[str, Tensor], precision: torch.dtype | None = None
+) -> ParameterLayout:
     """Return how the tensors of ``named`` lie in a flat vector.
+
+    Args:
+        named: Tensors by their names.
+        precision: Least type of the flat vector; that of the tensors by default.
 
     Raises:
         DeviceMismatchError: If they are on more than one device.
@@ -115,7 +121,7 @@ def layout_of(named: Mapping[str, Tensor]) -> ParameterLayout:
             "parameters measured together need one device, got "
             f"{', '.join(devices)}; move the model or select one part with params=."
         )
-    dtype = tensors[0].dtype
+    dtype = precision or tensors[0].dtype
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return ParameterLayout(

@@ -10,20 +10,29 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from noisekit.core.conv_rule import ConvRule
+from noisekit.core.embedding_rule import EmbeddingRule
 from noisekit.core.layer_rules import (
-    EmbeddingRule,
     LayerCall,
     LayerRule,
-    LinearRule,
-    NormRule,
+    added_up,
     row_slices,
     row_sq_norms,
+    widen,
 )
+from noisekit.core.linear_rule import LinearRule
 from noisekit.core.module_replay import ModuleReplay
+from noisekit.core.norm_rules import ChannelNormRule, FeatureNormRule
 
-RULES: tuple[LayerRule, ...] = (LinearRule(), ConvRule(), NormRule(), EmbeddingRule())
+RULES: tuple[LayerRule, ...] = (
+    LinearRule(),
+    ConvRule(),
+    FeatureNormRule(),
+    ChannelNormRule(),
+    EmbeddingRule(),
+)
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -47,6 +56,16 @@ class Site:
     def name_of(self, parameter: nn.Parameter) -> str:
         """The name of ``parameter`` inside the module."""
         return next(name for name, p in self.params.items() if p is parameter)
+
+
+def coupling(module: nn.Module) -> str:
+    """Say why ``module`` makes an example's gradient depend on the others, if so."""
+    if isinstance(module, _BatchNorm):
+        own = not module.training and module.running_mean is not None
+        return "" if own else "BatchNorm in training mode"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
+        return "scale_grad_by_freq=True"
+    return ""
 
 
 def assign_sites(
@@ -101,13 +120,36 @@ def example_sq_norms(
 def summed_grads(
     contributions: Sequence[tuple[Site, LayerCall]], parameter: nn.Parameter
 ) -> Tensor:
-    """Return ``sum_i u_i`` of one parameter, which should equal its gradient."""
-    total: Tensor | None = None
-    for grads in _chunks(contributions, parameter):
-        part = grads.sum(0)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
+    """Return ``sum_i u_i`` of one parameter, which should equal its gradient.
+
+    From the per-example gradients, so that it tells a mistaken split into examples.
+    """
+    return added_up(grads.sum(0) for grads in _chunks(contributions, parameter))
+
+
+def sum_over_rows(
+    contributions: Sequence[tuple[Site, LayerCall]],
+    parameter: nn.Parameter,
+    rows: slice,
+) -> Tensor:
+    """Return the sum of ``u_i`` over the examples ``rows``, at one gradient's cost."""
+    return added_up(
+        site.rule.summed_grads(call, (name,), rows)[name]
+        for site, call in contributions
+        for name in (site.name_of(parameter),)
+    )
+
+
+def square_sums(
+    contributions: Sequence[tuple[Site, LayerCall]], parameter: nn.Parameter
+) -> Tensor:
+    """Return ``sum_i u_i²`` element by element, all calls of the parameter together."""
+    if len(contributions) == 1:
+        site, call = contributions[0]
+        name = site.name_of(parameter)
+        return site.rule.square_sums(call, (name,))[name]
+    chunks = _chunks(contributions, parameter)
+    return added_up(widen(grads).square().sum(0) for grads in chunks)
 
 
 def _chunks(

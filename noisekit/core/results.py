@@ -9,6 +9,9 @@ from scipy.special import ndtri, stdtrit
 
 from noisekit.core.errors import UsageError
 
+_LARGEST_LOG = 300.0
+"""Half-width of an interval of logs beyond which nothing is known of the ratio."""
+
 
 class Status(StrEnum):
     """How far a value can be relied on."""
@@ -36,6 +39,7 @@ class ErrorSource(StrEnum):
     STEPS = "steps"
     SEEDS = "seeds"
     SOLVER = "solver"
+    DATA_AND_PROBES = "data and probes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,8 @@ class Ratio:
         The ratio is of quantities whose truth is not negative, so of a set that
         wraps through infinity the part above zero is kept: ``(low, inf)``.
         """
+        if math.isinf(self.numerator_variance + self.denominator_variance):
+            return (0.0, math.inf)
         t2 = quantile**2
         a = self.denominator**2 - t2 * self.denominator_variance
         b = self.numerator * self.denominator - t2 * self.covariance
@@ -104,6 +110,26 @@ class Ratio:
         if c <= 0:
             return (0.0, math.inf)
         return (c / (b + root) if b + root > 0 else 0.0, math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class LogRatio:
+    """The log of a ratio of averages and its error: skew falls less on that scale.
+
+    Attributes:
+        centre: The log of the ratio, less its bias.
+        stderr: Standard error of that.
+    """
+
+    centre: float
+    stderr: float
+
+    def confidence_set(self, quantile: float) -> tuple[float, float]:
+        """Return the interval of the ratio for a two-sided quantile."""
+        half = quantile * self.stderr
+        if not half < _LARGEST_LOG:
+            return (0.0, math.inf)
+        return (math.exp(self.centre - half), math.exp(self.centre + half))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +160,7 @@ class Estimate:
     status: Status = Status.OK
     num_matvecs: int = 0
     num_grads: int = 0
-    ratio: Ratio | None = None
+    ratio: Ratio | LogRatio | None = None
     side: Literal["lower"] | None = None
 
     def __float__(self) -> float:
@@ -144,9 +170,9 @@ class Estimate:
     def interval(self, level: float = 0.95) -> Interval:
         """Return the confidence set at ``level``.
 
-        A ratio gives Fieller's set; a standard error a t or normal interval; a
+        A ratio gives its own set; a standard error a t or normal interval; a
         residual bound the enclosure ``value ± bound`` whatever the level; a lower
-        bound ``[value, inf)``.
+        bound ``[value, inf)``, less its statistical error where it has one.
 
         Raises:
             UsageError: If ``level`` is not in (0, 1).
@@ -156,10 +182,10 @@ class Estimate:
         quantile = _two_sided_quantile(level, self.dof)
         if self.ratio is not None:
             return Interval(*self.ratio.confidence_set(quantile), level)
+        half = quantile * (self.stderr or 0.0)
         if self.side == "lower":
-            return Interval(self.value, math.inf, level)
+            return Interval(self.value - half, math.inf, level)
         if self.stderr is not None:
-            half = quantile * self.stderr
             return Interval(self.value - half, self.value + half, level)
         if self.bound is not None:
             return Interval(self.value - self.bound, self.value + self.bound, level)
@@ -173,10 +199,9 @@ class Estimate:
             text = f"{self.value:.4g} ± {self.stderr:.2g}"
         elif self.bound is not None:
             text = f"{self.value:.4g} (residual {self.bound:.2g})"
-        elif self.side == "lower":
-            text = f"≥ {self.value:.4g}"
         else:
             text = f"{self.value:.4g}"
+        text = f"≥ {text}" if self.side == "lower" else text
         return text if self.status is Status.OK else f"{text} [{self.status}]"
 
 

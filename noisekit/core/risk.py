@@ -1,27 +1,17 @@
 """The empirical risk: one model, one loss, all batches, weighted as they must be."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.batches import Batch, count_examples, tensors_in
-from noisekit.core.errors import (
-    BatchSizeError,
-    DataChangedError,
-    DeviceMismatchError,
-    LossShapeError,
-)
-from noisekit.core.frozen import (
-    MEMORY_BUDGET,
-    FrozenBatches,
-    StreamedBatches,
-    freeze,
-    read_batches,
-)
+from noisekit.core.batches import Batch
+from noisekit.core.distributed import Ranks, ranks_of, sum_over_ranks
+from noisekit.core.frozen import MEMORY_BUDGET, FrozenBatches, freeze
 from noisekit.core.mode import (
     BatchNormPolicy,
     batch_norms,
@@ -34,10 +24,8 @@ from noisekit.core.mode import (
 from noisekit.core.normalisers import (
     Normaliser,
     Reduction,
-    check_targets_alike,
     checked_reduction,
     known_normaliser,
-    most_telling,
     normaliser_value,
     normaliser_values,
 )
@@ -47,6 +35,18 @@ from noisekit.core.params import (
     layout_of,
     select_parameters,
 )
+from noisekit.core.precision import Precision, is_narrower
+from noisekit.core.risk_data import (
+    DataRules,
+    counts_over_ranks,
+    hash_over_ranks,
+    telling_batches,
+    unwrapped,
+)
+from noisekit.core.risk_values import RiskSums, RiskValue, scalar_loss, zero
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "MEMORY_BUDGET",
@@ -66,20 +66,6 @@ __all__ = [
 LossFn = Callable[[Any, Any], Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class RiskValue:
-    """The risk at one point.
-
-    Attributes:
-        loss: ``F`` [loss].
-        error: Share of examples that are misclassified, where outputs are
-            ``(n, classes)`` and targets are classes ``(n,)``; else ``None``.
-    """
-
-    loss: float
-    error: float | None
-
-
 class EmpiricalRisk:
     r"""A model's loss over all batches, as a function of chosen parameters.
 
@@ -94,15 +80,19 @@ class EmpiricalRisk:
     ``requires_grad`` and random state, bit for bit, also after an exception.
 
     Attributes:
-        model: The model, without the wrapper of ``torch.compile``.
+        model: The model, without the wrappers of ``torch.compile`` and of
+            ``DistributedDataParallel``.
         layout: How the chosen parameters lie in a flat vector.
         parameters: The chosen parameters.
         batches: The data: frozen in memory, or read again where too large.
+        normaliser: What gives ``c_b``; ``None`` counts examples.
         normalisers: ``c_b`` of each batch.
-        num_examples: Examples over all batches.
+        total: Sum of ``c_b`` over all batches and processes.
+        num_examples: Examples over all batches and processes.
         reduction: ``"mean"`` or ``"sum"``, as found by the check.
         checked: Whether that was checked, on parts and repeats of a batch.
         bn: The BatchNorm policy.
+        ranks: The processes that hold a share of the data each.
     """
 
     def __init__(
@@ -116,6 +106,7 @@ class EmpiricalRisk:
         params: ParameterPatterns = None,
         memory_budget: int = MEMORY_BUDGET,
         check: bool = True,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         """Read the data and check that they, the loss and the model fit together.
 
@@ -132,6 +123,8 @@ class EmpiricalRisk:
             memory_budget: Most memory for the data [bytes]; larger data are read
                 again on each pass and compared.
             check: Whether to check the normaliser and that the loss is not random.
+            process_group: Processes that each hold a share of the data and make every
+                call; by default those of a model in ``DistributedDataParallel``.
 
         Raises:
             EmptyDataError: If there is no example.
@@ -143,19 +136,25 @@ class EmpiricalRisk:
             UsageError: If ``bn`` or ``batches`` are not as described, or the loss
                 is random.
         """
-        self.model = unwrap_compiled(model)
+        self.ranks = ranks_of(model if process_group is None else process_group)
+        self.model = unwrapped(model)
         self.loss_fn = loss_fn
         self.bn: BatchNormPolicy = bn
         check_policy(self.model, bn)
         named = select_parameters(self.model, params)
         self.layout = layout_of(named)
         self.parameters = tuple(named.values())
-        self._normaliser = normaliser or known_normaliser(loss_fn)
-        self._depth = 0
-        self.batches = self._read(batches, memory_budget)
-        self.normalisers = normaliser_values(self.batches, self._normaliser)
-        self._total = sum(self.normalisers)
-        self.num_examples = self.batches.num_examples
+        self.normaliser = normaliser or known_normaliser(loss_fn)
+        self._holders: list[None] = []  # shared with the risks derived from this one
+        self._precision = Precision()
+        self._rules = DataRules.of(self.model, bn, self.layout.device)
+        self.batches = self._rules.read(batches, memory_budget)
+        self.normalisers = normaliser_values(self.batches, self.normaliser)
+        self.total, self.num_examples = counts_over_ranks(
+            (sum(self.normalisers), self.batches.num_examples),
+            self.ranks,
+            self.layout.device,
+        )
         self.num_batches = len(self.normalisers)
         declared = getattr(loss_fn, "reduction", None)
         self.reduction: Reduction = "sum" if declared == "sum" else "mean"
@@ -166,11 +165,68 @@ class EmpiricalRisk:
     @property
     def data_hash(self) -> str:
         """Hash of the examples; their order and batching do not change it."""
-        return self.batches.data_hash()
+        return hash_over_ranks(self.batches.data_hash(), self.ranks, self.layout.device)
 
     def vector(self) -> Tensor:
         """Return a copy of the chosen parameters as one flat vector."""
-        return flatten(p.detach() for p in self.parameters)
+        return flatten(p.detach().to(self.layout.dtype) for p in self.parameters)
+
+    @property
+    def leaves(self) -> tuple[nn.Parameter, ...]:
+        """What to differentiate with respect to: parameters, or their wide copies."""
+        return self._precision.leaves_of(self.parameters)
+
+    def restricted_to(self, params: ParameterPatterns) -> "EmpiricalRisk":
+        """Return the same risk as a function of some of the model's parameters.
+
+        Raises:
+            NoParametersError: If a pattern matches none of the model's.
+        """
+        part = copy.copy(self)
+        named = select_parameters(self.model, params)
+        part.layout = layout_of(named, self._precision.dtype)
+        part.parameters = tuple(named.values())
+        return part
+
+    def in_precision(self, dtype: torch.dtype) -> "EmpiricalRisk":
+        """Return the same risk, computed in ``dtype`` where the model is narrower.
+
+        Copies stand in the place of narrower parameters and buffers then, and data
+        are converted: the weights are the model's, only the arithmetic differs.
+        """
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        narrow = any(is_narrower(tensor, dtype) for tensor in tensors)
+        if self._precision.dtype == dtype or not narrow:
+            return self
+        wide = copy.copy(self)
+        wide._precision, wide._holders = Precision(dtype), []
+        named = dict(zip(self.layout.names, self.parameters, strict=True))
+        wide.layout = layout_of(named, dtype)
+        return wide
+
+    def on(self, batches: Iterable[Batch]) -> "EmpiricalRisk":
+        """Return the risk over other batches, such as a part of this process's data.
+
+        Within ``evaluating()`` the model stays held as it is, so that parts are
+        measured with the BatchNorm statistics of the whole.
+
+        Raises:
+            NormaliserError: If no target of theirs counts.
+        """
+        part = copy.copy(self)
+        part.batches = FrozenBatches(batches)
+        part.normalisers = normaliser_values(part.batches, self.normaliser)
+        part.ranks = Ranks()
+        part.total = sum(part.normalisers)
+        part.num_examples = part.batches.num_examples
+        part.num_batches = len(part.normalisers)
+        return part
+
+    def with_loss(self, loss_fn: LossFn) -> "EmpiricalRisk":
+        """Return the risk of another loss, which divides by the same as this one's."""
+        other = copy.copy(self)
+        other.loss_fn = loss_fn
+        return other
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -179,19 +235,21 @@ class EmpiricalRisk:
         May be nested; the outermost decides. With ``bn="recalibrated"`` statistics
         are those of the weights at entry.
         """
-        if self._depth:
+        if self._holders:
             yield
             return
-        self._depth += 1
+        self._holders.append(None)
         try:
             with ExitStack() as stack:
+                stack.enter_context(self._precision.held(self.model, self.loss_fn))
                 stack.enter_context(evaluation_mode(self.model, self.bn))
                 if self.bn == "recalibrated":
                     batches = (batch for _, batch in self.weighted_batches())
-                    stack.enter_context(recalibrated(self.model, batches))
+                    summed = partial(sum_over_ranks, ranks=self.ranks)
+                    stack.enter_context(recalibrated(self.model, batches, summed))
                 yield
         finally:
-            self._depth -= 1
+            self._holders.pop()
 
     @contextmanager
     def at(self, vector: Tensor | None) -> Iterator[None]:
@@ -208,15 +266,17 @@ class EmpiricalRisk:
                 yield
             return
         parts = self.layout.split(vector.detach())
-        own = [p.data for p in self.parameters]
-        try:
-            for parameter, part in zip(self.parameters, parts, strict=True):
-                parameter.data = part.to(parameter.device, parameter.dtype)
-            with self.evaluating():
-                yield
-        finally:
-            for parameter, data in zip(self.parameters, own, strict=True):
-                parameter.data = data
+        with self._precision.held(self.model, self.loss_fn):
+            leaves = self.leaves
+            own = [leaf.data for leaf in leaves]
+            try:
+                for leaf, part in zip(leaves, parts, strict=True):
+                    leaf.data = part.to(leaf.device, leaf.dtype)
+                with self.evaluating():
+                    yield
+            finally:
+                for leaf, data in zip(leaves, own, strict=True):
+                    leaf.data = data
 
     def batch_losses(self) -> Iterator[tuple[float, Tensor]]:
         """Yield each batch's weight and loss; ``F`` is the sum of their products.
@@ -228,8 +288,7 @@ class EmpiricalRisk:
             LossShapeError: If a loss is not one floating-point number.
             DeviceMismatchError: If a batch is on another device.
         """
-        for weight, loss, _, _ in self._evaluated():
-            yield weight, loss
+        yield from ((weight, loss) for weight, loss, _, _ in self._evaluated())
 
     def weighted_batches(self) -> Iterator[tuple[float, Batch]]:
         """Yield each batch with the factor of its loss in ``F``, those of 0 left out.
@@ -243,11 +302,17 @@ class EmpiricalRisk:
                 count = self.normalisers[i]
             else:
                 # A shuffling loader puts other examples together on each pass.
-                count = normaliser_value(batch, self._normaliser)
-                self._check_batch(batch)
+                count = normaliser_value(batch, self.normaliser)
+                self._rules.check(batch)
             if count > 0:
                 factor = count if self.reduction == "mean" else 1.0
-                yield factor / self._total, batch
+                yield factor / self.total, batch
+
+    def share_of(self, weight: float, batch: Batch) -> float:
+        """Return ``c_b`` over its sum, from the weight that the batch came with."""
+        if self.reduction == "mean":
+            return weight
+        return normaliser_value(batch, self.normaliser) / self.total
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Return the loss of one batch, checked to be a scalar.
@@ -255,7 +320,7 @@ class EmpiricalRisk:
         Raises:
             LossShapeError: If it is not one floating-point number.
         """
-        return self._outputs_and_loss(batch)[1]
+        return self.loss_at(self.outputs_of(batch), batch[1])
 
     def value(self, vector: Tensor | None = None) -> float:
         """Return ``F`` at ``vector``, or at the present parameters [loss]."""
@@ -265,30 +330,25 @@ class EmpiricalRisk:
         self, vector: Tensor | None = None, *, error: bool = True
     ) -> RiskValue:
         """Return ``F`` and, where it exists, the share of misclassified examples."""
-        classified = error
+        sums = RiskSums(self.layout.device, classified=error)
         with self.at(vector), torch.no_grad():
-            total, wrong, counted = (_zero(self.layout.device) for _ in range(3))
             for weight, loss, outputs, targets in self._evaluated():
-                total += weight * loss.to(total.dtype)
-                classified = classified and _is_classified(outputs, targets)
-                if classified:
-                    valid = targets >= 0  # negative classes mean "ignore"
-                    counted += valid.sum()
-                    wrong += (valid & (outputs.argmax(1) != targets)).sum()
-        share = float(wrong / counted) if classified else None
-        return RiskValue(float(total), share)
+                sums.add(loss, outputs, targets, weight=weight)
+        return sums.over(self.ranks)
 
     def value_and_grad(self, vector: Tensor | None = None) -> tuple[float, Tensor]:
         """Return ``F`` and its flat gradient at ``vector``."""
         dtype = torch.promote_types(self.layout.dtype, torch.float32)
         with self.at(vector):
-            total = _zero(self.layout.device)
+            total = zero(self.layout.device)
             gradient = torch.zeros(
                 self.layout.num_params, dtype=dtype, device=self.layout.device
             )
             for weight, loss in self.batch_losses():
                 total += weight * loss.detach().to(total.dtype)
                 gradient += weight * flatten(self.gradients(loss)).to(dtype)
+        total = sum_over_ranks(total, self.ranks)
+        gradient = sum_over_ranks(gradient, self.ranks)
         return float(total), gradient.to(self.layout.dtype)
 
     def gradients(
@@ -296,102 +356,44 @@ class EmpiricalRisk:
     ) -> tuple[Tensor, ...]:
         """Return the gradient of ``loss``, zero for parameters that it does not use."""
         if not loss.requires_grad:
-            return tuple(torch.zeros_like(p) for p in self.parameters)
+            return tuple(torch.zeros_like(p) for p in self.leaves)
         return torch.autograd.grad(
             loss,
-            self.parameters,
+            self.leaves,
             create_graph=create_graph,
             allow_unused=True,
             materialize_grads=True,
         )
 
+    def outputs_of(self, batch: Batch) -> Any:
+        """Return what the model returns for one batch; within ``evaluating()``."""
+        return call_model(self.model, self.converted(batch[0]))
+
+    def converted(self, value: Any) -> Any:  # any nesting a loader yields
+        """Return data in the precision that is computed in."""
+        return self._precision.convert(value)
+
+    def loss_at(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of outputs, checked to be a scalar.
+
+        Raises:
+            LossShapeError: If it is not one floating-point number.
+        """
+        return scalar_loss(self.loss_fn(outputs, self.converted(targets)))
+
     def _evaluated(self) -> Iterator[tuple[float, Tensor, Any, Any]]:
         for weight, batch in self.weighted_batches():
-            outputs, loss = self._outputs_and_loss(batch)
-            yield weight, loss, outputs, batch[1]
-
-    def _outputs_and_loss(self, batch: Batch) -> tuple[Any, Tensor]:
-        inputs, targets = batch
-        outputs = call_model(self.model, inputs)
-        loss = self.loss_fn(outputs, targets)
-        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
-            raise LossShapeError(
-                f"loss_fn needs to return one floating-point number, got "
-                f"{_describe(loss)}; reduce it with .mean() or .sum()."
-            )
-        return outputs, loss
-
-    def _read(
-        self, batches: Iterable[Batch], memory_budget: int
-    ) -> FrozenBatches | StreamedBatches:
-        frozen, complete = read_batches(batches, memory_budget=memory_budget)
-        for batch in frozen:
-            self._check_batch(batch)
-        if complete:
-            return frozen
-        if isinstance(batches, Iterator):
-            raise DataChangedError(
-                "data beyond the memory budget need to be read more than once, got an "
-                f"iterator ({type(batches).__name__}), which can be read once; pass "
-                "the DataLoader itself, or a larger memory_budget=."
-            )
-        return StreamedBatches(batches, ordered=self.bn == "batch")
-
-    def _check_batch(self, batch: Batch) -> None:
-        coupled = self.bn != "running" and bool(batch_norms(self.model))
-        if coupled and count_examples(batch) == 1:
-            raise BatchSizeError(
-                f"bn={self.bn!r} needs at least 2 examples in each batch, got a batch "
-                "of 1, which has no variance; use another batch size, drop_last=True "
-                "or bn='running'."
-            )
-        for tensor in tensors_in(batch):
-            if tensor.ndim and tensor.device != self.layout.device:
-                raise DeviceMismatchError(
-                    f"model and data need one device, got parameters on "
-                    f"{self.layout.device} and a batch on {tensor.device}; move the "
-                    "model with .to(), or wrap the loader: [(x.to(device), "
-                    "y.to(device)) for x, y in loader]."
-                )
+            outputs = self.outputs_of(batch)
+            yield weight, self.loss_at(outputs, batch[1]), outputs, batch[1]
 
     def _check(self, declared: str | None) -> Reduction:
-        if isinstance(self.batches, FrozenBatches):
-            if self._normaliser is None:
-                check_targets_alike(self.batches)
-            probed = most_telling(self.batches)
-        else:
-            probed = [next(iter(self.batches))]
         norms = batch_norms(self.model)
         with evaluation_mode(self.model, "running"), torch.no_grad():
             return checked_reduction(
                 self.loss_of,
-                probed,
-                normaliser=self._normaliser,
+                telling_batches(self.batches, self.normaliser),
+                normaliser=self.normaliser,
                 declared=declared,
                 separable=all(layer.running_mean is not None for layer in norms),
+                dtype=self.layout.dtype,
             )
-
-
-def _zero(device: torch.device) -> Tensor:
-    """Start of a sum, in double precision wherever the device has it."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros((), dtype=dtype, device=device)
-
-
-def _is_classified(outputs: object, targets: object) -> bool:
-    return (
-        isinstance(outputs, Tensor)
-        and isinstance(targets, Tensor)
-        and outputs.ndim == 2
-        and targets.ndim == 1
-        and outputs.shape[0] == targets.shape[0]
-        and outputs.shape[1] > 1
-        and not targets.is_floating_point()
-        and not targets.is_complex()
-    )
-
-
-def _describe(loss: object) -> str:
-    if isinstance(loss, Tensor):
-        return f"a tensor of shape {tuple(loss.shape)} and type {loss.dtype}"
-    return f"a {type(loss).__name__}"

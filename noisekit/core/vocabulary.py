@@ -10,6 +10,7 @@ from noisekit.core.errors import UsageError
 from noisekit.core.noise_quantities import NOISE_QUANTITIES
 from noisekit.core.quantity import Quantity
 from noisekit.core.sharpness_quantities import SHARPNESS_QUANTITIES
+from noisekit.core.step_quantities import STEP_QUANTITIES
 from noisekit.core.training_quantities import TRAINING_QUANTITIES
 
 __all__ = ["QUANTITIES", "Quantity", "quantity"]
@@ -17,7 +18,12 @@ __all__ = ["QUANTITIES", "Quantity", "quantity"]
 QUANTITIES: Mapping[str, Quantity] = MappingProxyType(
     {
         q.name: q
-        for q in (*TRAINING_QUANTITIES, *NOISE_QUANTITIES, *SHARPNESS_QUANTITIES)
+        for q in (
+            *TRAINING_QUANTITIES,
+            *NOISE_QUANTITIES,
+            *STEP_QUANTITIES,
+            *SHARPNESS_QUANTITIES,
+        )
     }
 )
 

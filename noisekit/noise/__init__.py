@@ -15,7 +15,11 @@ from noisekit.noise.elementwise import (
     evidence_stopping,
     gradient_signal_to_noise,
 )
-from noisekit.noise.hessian_noise import HessianNoiseScale, hessian_noise_scale
+from noisekit.noise.hessian_noise import (
+    HessianNoiseScale,
+    hessian_noise_of_sums,
+    hessian_noise_scale,
+)
 from noisekit.noise.moments import GradientMoments
 from noisekit.noise.scale import (
     NoiseParts,
@@ -23,6 +27,12 @@ from noisekit.noise.scale import (
     per_example_noise_scale,
     ratio_of_averages,
     two_batch_noise_scale,
+)
+from noisekit.noise.step_rules import (
+    inner_product_statistic,
+    norm_statistic,
+    orthogonality_statistic,
+    signal_ratios,
 )
 
 __all__ = [
@@ -38,11 +48,16 @@ __all__ = [
     "evidence_stopping",
     "gradient_diversity",
     "gradient_signal_to_noise",
+    "hessian_noise_of_sums",
     "hessian_noise_scale",
+    "inner_product_statistic",
     "inner_product_test",
+    "norm_statistic",
     "norm_test",
+    "orthogonality_statistic",
     "orthogonality_test",
     "per_example_noise_scale",
     "ratio_of_averages",
+    "signal_ratios",
     "two_batch_noise_scale",
 ]

@@ -36,6 +36,25 @@ class SampleTest:
     passed: bool
     batch_size: float
 
+    @classmethod
+    def of_statistic(
+        cls, statistic: float, num_examples: int, *, limit: float
+    ) -> "SampleTest":
+        """Return the test of a batch whose statistic is known, such as a reading's.
+
+        Args:
+            statistic: The smallest constant with which the batch passes.
+            num_examples: Examples of the batch.
+            limit: The rule's constant.
+
+        Raises:
+            BatchSizeError: If there are fewer than 2 examples.
+            UsageError: If ``limit`` is not positive.
+        """
+        _check(num_examples, limit, None)
+        wanted = num_examples * (statistic / limit) ** 2
+        return cls(statistic, limit, statistic <= limit, wanted)
+
 
 def norm_test(
     mean_sq_norm: float,

@@ -1,7 +1,7 @@
 """How gradient norms are distributed: a histogram that grows with the run."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -26,7 +26,7 @@ class LogHistogram:
 
     low: float
     high: float
-    counts: Tensor
+    counts: Tensor = field(repr=False)
     num_invalid: Tensor
 
     @classmethod
@@ -123,3 +123,11 @@ class LogHistogram:
         before = float(cumulative[index - 1])
         inside = (rank - before) / float(counts[index])
         return float(self.low * self.bin_ratio ** (index - 1 + inside))
+
+    def __str__(self) -> str:
+        """Write how many values there are, their median and middle nine tenths."""
+        low, middle, high = (self.quantile(share) for share in (0.05, 0.5, 0.95))
+        return (
+            f"{int(self.counts.sum())} values, median {middle:.3g}, nine in ten from "
+            f"{low:.3g} to {high:.3g}; {int(self.num_invalid)} invalid"
+        )

@@ -1,12 +1,12 @@
 """Quantities that need the gradient's mean and variance parameter by parameter."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from noisekit.core.errors import BatchSizeError, UsageError
+from noisekit.noise.step_rules import signal_ratios
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class ElementMoments:
     """
 
     num_examples: int
-    mean: Tensor
-    square_mean: Tensor
+    mean: Tensor = field(repr=False)
+    square_mean: Tensor = field(repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what no variance can be had from."""
@@ -44,6 +44,14 @@ class ElementMoments:
     def biased_variance_trace(self) -> Tensor:
         """``Σ_j ((1/n) Σ_i g_ij² - ḡ_j²)``, the ``ξ`` of CABS [loss²/param²]."""
         return self._spread().sum()
+
+    def __str__(self) -> str:
+        """Write how much was read, the squared mean and the variance in all."""
+        return (
+            f"gradients of {self.num_examples} examples over {self.mean.numel()} "
+            f"parameters: |mean|² {float(self.mean.square().sum()):.4g}, variances "
+            f"of {float(self.variance.sum()):.4g} in all"
+        )
 
     def _spread(self) -> Tensor:
         # Rounding can take the difference of two near-equal squares below zero.
@@ -130,7 +138,5 @@ def cabs_batch_size(
 
 def _sum_of_ratios(moments: ElementMoments) -> tuple[Tensor, Tensor]:
     """Sum of ``ḡ_j² / Var(g_j)`` over the parameters that vary, and their number."""
-    variance = moments.variance
-    varies = variance > 0
-    ratios = torch.where(varies, moments.mean.square() / variance, 0.0)
-    return ratios.sum(), varies.sum()
+    share = 1 / moments.num_examples
+    return signal_ratios(moments.mean, moments.square_mean * share, share)

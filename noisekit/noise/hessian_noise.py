@@ -54,23 +54,47 @@ def hessian_noise_scale(forms: Tensor, *, chunk_size: int) -> HessianNoiseScale:
             "a Hessian noise scale needs c_k' H c_l of every pair of chunks, got a "
             f"tensor of shape {tuple(forms.shape)}."
         )
-    count = len(forms)
-    if count < 3 or chunk_size < 1:
-        raise BatchSizeError(
-            "the error of a Hessian noise scale needs 3 chunks of 1 or more examples, "
-            f"got {count} of {chunk_size}."
-        )
+    _check(len(forms), chunk_size)
     matrix = forms.double()
     matrix = (matrix + matrix.T) / 2
-    total, diagonal = matrix.sum(), matrix.diagonal()
+    return hessian_noise_of_sums(
+        matrix.sum(1), matrix.diagonal(), chunk_size=chunk_size
+    )
+
+
+def hessian_noise_of_sums(
+    row_sums: Tensor, diagonal: Tensor, *, chunk_size: int
+) -> HessianNoiseScale:
+    """Return the same from what it needs of a large ``A``.
+
+    Args:
+        row_sums: ``c_k' H sum_l c_l`` of every chunk ``(K,)`` [loss³/param⁴].
+        diagonal: ``c_k' H c_k`` ``(K,)`` [loss³/param⁴].
+        chunk_size: Examples behind each chunk gradient.
+
+    Raises:
+        BatchSizeError: If there are fewer than 3 chunks, or none in a chunk.
+    """
+    count = len(diagonal)
+    _check(count, chunk_size)
+    rows, diagonal = row_sums.double(), diagonal.double()
+    total = rows.sum()
     noise, signal = _parts(total, diagonal.sum(), count, chunk_size)
     # Leaving chunk k out takes its row, its column and its diagonal element away.
-    left = total - 2 * matrix.sum(1) + diagonal
+    left = total - 2 * rows + diagonal
     spread = torch.cov(
         torch.stack(_parts(left, diagonal.sum() - diagonal, count - 1, chunk_size)),
         correction=0,
     ) * (count - 1)
     return _assembled(float(noise), float(signal), spread, count)
+
+
+def _check(count: int, chunk_size: int) -> None:
+    if count < 3 or chunk_size < 1:
+        raise BatchSizeError(
+            "the error of a Hessian noise scale needs 3 chunks of 1 or more examples, "
+            f"got {count} of {chunk_size}."
+        )
 
 
 def _parts(

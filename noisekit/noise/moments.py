@@ -1,7 +1,9 @@
 """Sufficient statistics of per-example gradients, and what follows from them."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -9,6 +11,19 @@ from torch import Tensor
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource
 from noisekit.noise.scale import NoiseParts, NoiseScale
+
+_ALONE = 1e-6
+"""What rounding may leave between an effective number of units and a whole one."""
+
+
+MOMENT_COLUMNS = (
+    "unit_size",
+    "weight_sq_sum",
+    "mean_sq_norm",
+    "mean_fourth",
+    "sq_norm_of_mean",
+)
+"""Columns of a table that hold the statistics, beside the numbers of units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,23 +35,39 @@ class GradientMoments:
     one entry per layer; they stay on their device until they are asked for.
 
     Attributes:
-        num_units: Units ``n``: examples, or ghost batches.
-        unit_size: Examples behind one unit.
+        num_units: Units ``n``: examples, chunks, micro-batches, ranks.
+        unit_size: Examples behind one unit; of unequal units, the size of equal ones
+            that would have as much noise: ``sum w_i² / sum (w_i² / b_i)``.
         weight_sq_sum: ``sum w_i²``; ``1/n`` where all weigh the same.
         sum_sq_norm: ``sum |u_i|²`` [loss²/param²].
-        sum_fourth: ``sum |u_i|⁴`` [loss⁴/param⁴].
+        sum_fourth: ``sum |u_i|⁴``; NaN where it was not read [loss⁴/param⁴].
         grad_sq_norm: ``|sum u_i|²``, of the reduced gradient [loss²/param²].
+        num_read: Units whose norms stand for all, where a random subset was read.
     """
 
     num_units: int
-    unit_size: int
-    weight_sq_sum: float
-    sum_sq_norm: Tensor
-    sum_fourth: Tensor
-    grad_sq_norm: Tensor
+    unit_size: float | Tensor
+    weight_sq_sum: float | Tensor
+    sum_sq_norm: Tensor = field(repr=False)
+    sum_fourth: Tensor = field(repr=False)
+    grad_sq_norm: Tensor = field(repr=False)
+    num_read: int | None = None
+
+    def __str__(self) -> str:
+        """Write the units and, of scalar moments, the noise scale and its parts."""
+        units = f"{self.num_units} units of {float(self.unit_size):g} examples"
+        if self.grad_sq_norm.ndim:
+            return f"gradient moments of {units}, {self.grad_sq_norm.numel()} entries"
+        scale = self.finalise()
+        if scale is None:
+            return f"gradient moments of {units}: too few for a noise scale"
+        return (
+            f"gradient moments of {units}: noise scale {scale.simple_noise_scale}, "
+            f"tr Σ {scale.variance_trace}, |G|² {scale.debiased_grad_sq_norm}"
+        )
 
     @property
-    def num_effective(self) -> float:
+    def num_effective(self) -> float | Tensor:
         """Units of equal weight that average noise as much, ``1 / sum w_i²``."""
         return 1.0 / self.weight_sq_sum
 
@@ -50,6 +81,42 @@ class GradientMoments:
         """Mean of ``|g_i|⁴`` over the units [loss⁴/param⁴]."""
         return self.num_effective**3 * self.sum_fourth
 
+    def columns(self) -> dict[str, float | int]:
+        """Return the statistics as numbers, from which ``from_columns`` makes them."""
+        return {
+            "num_units": self.num_units,
+            "num_read": self.num_units if self.num_read is None else self.num_read,
+            "unit_size": float(self.unit_size),
+            "weight_sq_sum": float(self.weight_sq_sum),
+            "mean_sq_norm": float(self.mean_sq_norm),
+            "mean_fourth": float(self.mean_fourth),
+            "sq_norm_of_mean": float(self.grad_sq_norm),
+        }
+
+    @classmethod
+    def from_columns(cls, row: Mapping[str, float | int], prefix: str = "") -> Self:
+        """Return the moments that a row of a table holds.
+
+        Args:
+            row: A row of ``Probe.frame`` or of a run's ``steps`` table.
+            prefix: What the columns' names begin with, such as ``"chunks_"``.
+        """
+
+        def value(name: str) -> Tensor:
+            return torch.tensor(float(row[prefix + name]), dtype=torch.float64)
+
+        weight_sq_sum = float(value("weight_sq_sum"))
+        num_units, num_read = (int(value(name)) for name in ("num_units", "num_read"))
+        return cls(
+            num_units,
+            float(value("unit_size")),
+            weight_sq_sum,
+            value("mean_sq_norm") * weight_sq_sum,
+            value("mean_fourth") * weight_sq_sum**3,
+            value("sq_norm_of_mean"),
+            None if num_read == num_units else num_read,
+        )
+
     def merge(
         self, other: "GradientMoments", *, grad_sq_norm: Tensor
     ) -> "GradientMoments":
@@ -62,10 +129,10 @@ class GradientMoments:
         Raises:
             UsageError: If the chunks' units are of different sizes.
         """
-        if self.unit_size != other.unit_size:
+        if float(self.unit_size) != float(other.unit_size):
             raise UsageError(
                 "merging moments needs units of one size, got "
-                f"{self.unit_size} and {other.unit_size} examples."
+                f"{float(self.unit_size):g} and {float(other.unit_size):g} examples."
             )
         total = self.num_units + other.num_units
         a, b = self.num_units / total, other.num_units / total
@@ -76,6 +143,10 @@ class GradientMoments:
             sum_sq_norm=a**2 * self.sum_sq_norm + b**2 * other.sum_sq_norm,
             sum_fourth=a**4 * self.sum_fourth + b**4 * other.sum_fourth,
             grad_sq_norm=grad_sq_norm,
+            num_read=None
+            if self.num_read is other.num_read is None
+            else (self.num_read or self.num_units)
+            + (other.num_read or other.num_units),
         )
 
     def layer(self, index: int) -> "GradientMoments":
@@ -86,6 +157,17 @@ class GradientMoments:
             sum_fourth=self.sum_fourth[index],
             grad_sq_norm=self.grad_sq_norm[index],
         )
+
+    def trace_and_norm(
+        self, *, population_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``tr Σ`` and ``|G|²`` per entry, on their device; see ``parts``."""
+        n = self.num_effective
+        trace = (self.mean_sq_norm - self.grad_sq_norm) / (1 - 1 / n)
+        noise = trace / n
+        if population_size is not None:
+            noise = noise * (1 - n * self.unit_size / population_size)
+        return trace * self.unit_size, self.grad_sq_norm - noise
 
     def parts(self, *, population_size: int | None = None) -> NoiseParts | None:
         r"""Return ``tr Σ`` and ``|G|²``, both unbiased; ``None`` of fewer than 2 units.
@@ -101,34 +183,45 @@ class GradientMoments:
         The errors are bounds, since norms alone do not tell how the noise is spread
         over directions: that of ``|G|²`` is attained if all noise lies along ``G``.
         Averages over steps (``ratio_of_averages``) and frozen weights
-        (``per_example_noise_scale``) have sharper ones.
+        (``per_example_noise_scale``) have sharper ones. Where the spread of the norms
+        was not read, one step has no error bound and its intervals are unbounded.
 
         Source:
             McCandlish et al. 2018, arXiv:1812.06162, appendix A.1; Cochran 1977,
             section 2.6, for the finite population.
         """
-        if self.num_units < 2:
+        n, size = float(self.num_effective), float(self.unit_size)
+        if self.num_units < 2 or n < 1 + _ALONE:
             return None
-        n = self.num_effective
-        statistics = (self.mean_sq_norm, self.mean_fourth, self.grad_sq_norm)
-        mean_sq, mean_fourth, q = torch.stack(statistics).double().tolist()
+        mean_sq, mean_fourth = float(self.mean_sq_norm), float(self.mean_fourth)
+        q = float(self.grad_sq_norm)
+        num_read = n * (self.num_read or self.num_units) / self.num_units
         trace = (mean_sq - q) / (1 - 1 / n)
         left = 1.0
         if population_size is not None:
-            left = max(0.0, 1 - n * self.unit_size / population_size)
+            left = max(0.0, 1 - n * size / population_size)
         norm = q - left * trace / n
-        spread = max(0.0, mean_fourth - mean_sq**2) / (n - 1)
-        along = 4 * max(norm, 0.0) * trace / n + 2 * trace**2 / (n * (n - 1))
-        trace_variance = spread * (n / (n - 1)) ** 2 * self.unit_size**2
-        norm_variance = max(0.0, along) * left
+        trace_variance = norm_variance = math.inf
+        covariance = 0.0
+        if num_read > 1 and not math.isnan(mean_fourth):
+            spread = max(0.0, mean_fourth - mean_sq**2)
+            if n < self.num_units * (1 - _ALONE):
+                # Norms of unequal units do not scatter about one mean; Gaussian noise
+                # along one direction scatters most.
+                spread = max(spread, 2 * trace**2)
+            trace_variance = spread / (num_read - 1) * (n / (n - 1)) ** 2
+            along = 4 * max(norm, 0.0) * trace / n + 2 * trace**2 / (n * (n - 1))
+            norm_variance = max(0.0, along) * left + trace_variance / n**2
+            covariance = -math.sqrt(trace_variance * norm_variance)  # the widest ratio
         return NoiseParts(
-            trace * self.unit_size,
+            trace * size,
             norm,
-            trace_variance,
+            trace_variance * size**2,
             norm_variance,
-            -math.sqrt(trace_variance * norm_variance),  # the widest ratio
+            covariance * size,
             ErrorSource.DATA,
             self.num_units,
+            dof=max(1.0, num_read - 1),
         )
 
     def finalise(self, *, population_size: int | None = None) -> NoiseScale | None:

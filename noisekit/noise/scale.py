@@ -6,7 +6,7 @@ kept, since dropping it would bias the average.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,8 +56,12 @@ class NoiseParts:
     num_samples: int
     dof: float | None = None
 
-    def noise_scale(self) -> NoiseScale:
+    def noise_scale(self, *, counted: float = 1.0) -> NoiseScale:
         """Return both parts and their ratio, with Fieller's confidence set.
+
+        Args:
+            counted: What an example counts in the ratio, such as the tokens of a
+                sequence; the parts stay those of examples.
 
         Where ``|G|²`` is not positive the ratio is NaN with ``Status.NO_SIGNAL``;
         where the set is unbounded, ``Status.NOT_RESOLVED``. The set is there in both
@@ -66,14 +70,24 @@ class NoiseParts:
         signal = self.debiased_grad_sq_norm > 0
         value = math.nan
         status = Status.NO_SIGNAL
+        ratio = self if counted == 1.0 else self.scaled(counted)
         if signal:
-            value = self.variance_trace / self.debiased_grad_sq_norm
-            bounded = self._ratio_estimate(value, Status.OK).interval().bounded
+            value = ratio.variance_trace / self.debiased_grad_sq_norm
+            bounded = ratio._ratio_estimate(value, Status.OK).interval().bounded
             status = Status.OK if bounded else Status.NOT_RESOLVED
         return NoiseScale(
-            self._ratio_estimate(value, status),
+            ratio._ratio_estimate(value, status),
             self._part(self.variance_trace, self.trace_variance),
             self._part(self.debiased_grad_sq_norm, self.norm_variance),
+        )
+
+    def scaled(self, factor: float) -> "NoiseParts":
+        """Return the parts with ``tr Σ`` times ``factor``, errors included."""
+        return replace(
+            self,
+            variance_trace=self.variance_trace * factor,
+            trace_variance=self.trace_variance * factor**2,
+            covariance=self.covariance * factor,
         )
 
     def _part(self, value: float, variance: float) -> Estimate:
@@ -151,7 +165,9 @@ def two_batch_noise_scale(
     return ratio_of_averages(traces, norms, num_blocks=num_blocks)
 
 
-def per_example_noise_scale(sq_norms: Tensor, inner_products: Tensor) -> NoiseScale:
+def per_example_noise_scale(
+    sq_norms: Tensor, inner_products: Tensor, *, counted: float = 1.0
+) -> NoiseScale:
     r"""Estimate the simple noise scale from single examples' gradients.
 
     .. math:: \hat S = \frac{n (S_1 - q)}{n - 1}, \quad
@@ -163,6 +179,7 @@ def per_example_noise_scale(sq_norms: Tensor, inner_products: Tensor) -> NoiseSc
     Args:
         sq_norms: ``|g_i|²`` of each example's own gradient [loss²/param²].
         inner_products: ``<g_i, ḡ>`` with the mean gradient [loss²/param²].
+        counted: What an example counts in the scale, such as a sequence's tokens.
 
     Raises:
         BatchSizeError: If there are fewer than 3 examples.
@@ -191,7 +208,7 @@ def per_example_noise_scale(sq_norms: Tensor, inner_products: Tensor) -> NoiseSc
         float(spread[0, 1]),
         ErrorSource.DATA,
         n,
-    ).noise_scale()
+    ).noise_scale(counted=counted)
 
 
 def ratio_of_averages(

@@ -46,6 +46,14 @@ class GradientWatch:
             return Before.EMPTY  # written to after the step: zeroed in place
         return Before.EMPTY if self._all_zero() else Before.CHANGED
 
+    def changed(self) -> bool:
+        """Whether ``.grad`` was written to since a backward pass or step has left it.
+
+        Unscaling a scaler's gradients does not count as such; clipping them does, also
+        where nothing had to be clipped.
+        """
+        return self._now() != self._mark
+
     def after_backward(self) -> None:
         """Remember what a backward pass has left."""
         self._mark, self._stepped = self._now(), False

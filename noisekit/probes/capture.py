@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from noisekit.core.batch_axis import axis_of_examples
+from noisekit.core.call_state import autocast_dtype
 from noisekit.core.errors import BatchSizeError, LayerReadError
 from noisekit.core.layer_rules import LayerCall
 from noisekit.core.module_replay import ModuleReplay
@@ -20,16 +21,13 @@ def captured_call(
     forward_pass: ForwardPass,
     inputs: tuple[tuple[Any, ...], dict[str, Any]],
     num_outputs: int,
-    *,
-    rng_state: Tensor | None,
 ) -> CapturedCall:
     """Return the call with its inputs detached; their memory is not copied."""
     assert forward_pass.num_examples is not None
     args, kwargs = _detached(*inputs)
     grads: list[Tensor | None] = [None] * num_outputs
-    call = LayerCall(
-        site.module, args, kwargs, (), forward_pass.num_examples, grads, rng_state
-    )
+    call = LayerCall(site.module, args, kwargs, (), forward_pass.num_examples, grads)
+    call.autocast = autocast_dtype(site.module)
     number = forward_pass.num_calls.get(site.path, 0)
     forward_pass.num_calls[site.path] = number + 1
     key = (site.path, number)
@@ -66,17 +64,18 @@ def versions_of(call: LayerCall) -> tuple[int, ...]:
 class ExampleAxes:
     """Finds the axis of the examples of every captured input.
 
-    Sizes decide where they can. Where another axis is as long as the batch, the
-    model is run once on one example less: the axis that shrinks is the one.
+    The model is run once on one example less: the axis that shrinks is the one. Sizes
+    alone would take as many positions, queries or channels for as many examples. They
+    decide where a model cannot be run on a smaller batch, and leave no doubt.
     """
 
     def __init__(self) -> None:
-        self._known: dict[CallKey, tuple[int | None, ...]] | None = None
+        self._known: dict[CallKey, tuple[int | None, ...]] = {}
+        self._by_size: set[str] = set()
 
-    @property
-    def traced(self) -> bool:
-        """Whether the model was run on a smaller batch."""
-        return self._known is not None
+    def settled(self, captured: CapturedCall) -> bool:
+        """Whether no smaller run can tell more about this call."""
+        return captured.key[0] in self._by_size or self._find(captured) is not None
 
     def resolve(self, captured: CapturedCall) -> None:
         """Set the axes of the call's inputs.
@@ -87,7 +86,7 @@ class ExampleAxes:
         """
         call = captured.call
         tensors = _example_inputs(captured)
-        known = (self._known or {}).get(captured.key, ())
+        known = self._find(captured) or ()
         call.axes = tuple(
             _axis(captured, position, tensor.shape, known)
             for position, tensor in enumerate(tensors)
@@ -98,18 +97,32 @@ class ExampleAxes:
                 f"its input has no axis of {call.num_examples} examples ({shapes})"
             )
 
+    def _find(self, captured: CapturedCall) -> tuple[int | None, ...] | None:
+        """Axes known of this call, or of all others of its module alike.
+
+        A module may be called more often than it was: in longer loops, or again when a
+        checkpoint is recomputed.
+        """
+        exact = self._known.get(captured.key)
+        if exact is not None:
+            return exact
+        path = captured.key[0]
+        others = {axes for key, axes in self._known.items() if key[0] == path}
+        return others.pop() if len(others) == 1 else None
+
     def trace(
         self, calls: Iterable[CapturedCall], smaller: Mapping[CallKey, list[torch.Size]]
     ) -> None:
         """Keep which axes of ``calls`` shrank when the batch was smaller."""
-        self._known = {}
         for captured in calls:
             shapes = [tensor.shape for tensor in _example_inputs(captured)]
             before = smaller.get(captured.key, ())
             if len(before) >= len(shapes):
                 self._known[captured.key] = tuple(
-                    _shrunk_axis(a, b) for a, b in zip(before, shapes, strict=False)
+                    shrunk_axis(a, b) for a, b in zip(before, shapes, strict=False)
                 )
+            else:
+                self._by_size.add(captured.key[0])
 
 
 def _axis(
@@ -119,7 +132,7 @@ def _axis(
     known: tuple[int | None, ...],
 ) -> int | None:
     site, num_examples = captured.site, captured.call.num_examples
-    if known and num_examples > 1:
+    if position < len(known) and num_examples > 1:
         axis = known[position]
         fits = axis is not None and shape[axis] == num_examples
         return axis if fits else None
@@ -138,8 +151,8 @@ def _example_inputs(captured: CapturedCall) -> list[Tensor]:
     return tensors if replayed else tensors[:1]
 
 
-def _shrunk_axis(smaller: torch.Size, shape: torch.Size) -> int | None:
-    """The one axis that differs between the smaller batch and this one."""
+def shrunk_axis(smaller: torch.Size, shape: torch.Size) -> int | None:
+    """Return the one axis that differs between the smaller batch and this one."""
     if len(smaller) != len(shape):
         return None
     changed = [i for i, (a, b) in enumerate(zip(smaller, shape, strict=True)) if a != b]

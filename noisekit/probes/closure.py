@@ -5,12 +5,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.layer_rules import LayerCall
-from noisekit.core.per_example import Site, summed_grads
+from noisekit.core.layer_rules import LayerCall, added_up
+from noisekit.core.per_example import Site, sum_over_rows, summed_grads
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5}
 _HALF_TOLERANCE = 2e-2
 """Relative to ``sqrt(n sum |u_i|²)``, which bounds the rounding of the sum."""
+
+_SHARE_OF_ALL = 0.05
+"""Of the tolerance, relative to all parameters together: a gradient that is zero but
+for rounding, such as that of the bias of attention's keys, has no digits to compare."""
 
 
 class ClosureCheck:
@@ -22,7 +26,9 @@ class ClosureCheck:
 
     def __init__(self) -> None:
         self._before: dict[int, Tensor | None] = {}
-        self._excess: dict[int, Tensor] = {}
+        self._after: dict[int, Tensor] = {}
+        self._missing: dict[int, Tensor] = {}
+        self._bounds: dict[int, Tensor] = {}
 
     def note(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Remember the gradients before this backward pass adds to them."""
@@ -32,32 +38,56 @@ class ClosureCheck:
                 kept = None if grad is None else grad.detach().clone()
                 self._before[id(parameter)] = kept
 
+    def keep(self, parameter: nn.Parameter) -> None:
+        """Remember the gradient now, before sums over ranks are written over it."""
+        if parameter.grad is not None:
+            self._after[id(parameter)] = parameter.grad.detach().clone()
+
     def compare(
         self,
         parameter: nn.Parameter,
         contributions: Sequence[tuple[Site, LayerCall]],
         sq_norms: Tensor,
+        *,
+        chunks: Sequence[slice] = (),
     ) -> None:
-        """Note by how much the sum misses the change, relative to what rounding may."""
+        """Note by how much the sum misses the change, relative to what rounding may.
+
+        Args:
+            parameter: Whose gradient is complete.
+            contributions: All calls that it comes from.
+            sq_norms: ``|u_i|²`` of every example.
+            chunks: The examples of each chunk, where sums over chunks are read too;
+                those are computed in another way and have to add up as well.
+        """
         if parameter.grad is None or parameter.is_meta:
             return
         before = self._before.get(id(parameter))
-        change = parameter.grad if before is None else parameter.grad - before
+        after = self._after.get(id(parameter), parameter.grad)
+        change = after if before is None else after - before
         missing = torch.linalg.vector_norm(
             summed_grads(contributions, parameter) - change
         )
+        if chunks:
+            parts = [sum_over_rows(contributions, parameter, rows) for rows in chunks]
+            missing = torch.maximum(
+                missing, torch.linalg.vector_norm(added_up(parts) - change)
+            )
         bound = (len(sq_norms) * sq_norms.sum()).sqrt()
         if before is not None:  # the difference carries the rounding of the sum
             bound = bound + torch.linalg.vector_norm(before)
         tolerance = max(_tolerance(call, parameter) for _, call in contributions)
-        self._excess[id(parameter)] = missing - tolerance * bound
+        self._missing[id(parameter)] = missing.double()
+        self._bounds[id(parameter)] = tolerance * bound.double()
 
     def failures(self) -> set[int]:
         """Return the ids of parameters whose sum misses; one transfer to the host."""
-        if not self._excess:
+        if not self._missing:
             return set()
-        excess = torch.stack([e.double() for e in self._excess.values()]).tolist()
-        pairs = zip(self._excess, excess, strict=True)
+        bounds = torch.stack(list(self._bounds.values()))
+        allowed = bounds + _SHARE_OF_ALL * torch.linalg.vector_norm(bounds)
+        excess = (torch.stack(list(self._missing.values())) - allowed).tolist()
+        pairs = zip(self._missing, excess, strict=True)
         # Not ``> 0``: a NaN is left to the training, which will see it anyway.
         return {key for key, value in pairs if value > 0}
 

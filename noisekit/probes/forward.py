@@ -1,5 +1,6 @@
 """The forward side of a probe: passes opened, calls of sites captured."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,14 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from noisekit.core.errors import (
-    BatchSizeError,
-    CoupledExamplesError,
-    LayerReadError,
-)
+from noisekit.core.call_state import CallState, attributes_given_back
+from noisekit.core.errors import CoupledExamplesError, LayerReadError
 from noisekit.core.mode import model_given_back
-from noisekit.core.module_replay import ModuleReplay, random_state
-from noisekit.core.per_example import Site
+from noisekit.core.module_replay import ModuleReplay
+from noisekit.core.per_example import Site, coupling
 from noisekit.probes.capture import (
     ExampleAxes,
     batch_size_of,
@@ -27,8 +25,12 @@ from noisekit.probes.capture import (
 )
 from noisekit.probes.hooks import ModelHook
 from noisekit.probes.passes import CallKey, CapturedCall, ForwardPass
+from noisekit.probes.replace import Replacement
 from noisekit.probes.silence import silence, silenced
 from noisekit.probes.sites import SitePlan
+from noisekit.probes.smaller import SmallerBatch
+from noisekit.probes.targets import eagerly
+from noisekit.probes.unit_norms import UnitNorms
 
 
 @dataclass(slots=True)
@@ -40,7 +42,8 @@ class Wanted:
         examples: Whether per-example norms are wanted as well.
         closure: Whether the closure is checked.
         inputs: Whether each pass keeps the model's inputs, for a replay.
-        refuses_coupling: Whether coupled examples raise, instead of being noted.
+        refuses_coupling: The estimator for which coupled examples raise; empty where
+            they are noted.
         tangents: A direction per parameter; each example's inner product with it is
             then wanted too.
     """
@@ -49,7 +52,7 @@ class Wanted:
     examples: bool = True
     closure: bool = True
     inputs: bool = False
-    refuses_coupling: bool = False
+    refuses_coupling: str = ""
     tangents: Mapping[str, Tensor] | None = None
 
 
@@ -87,28 +90,39 @@ class ForwardCapture:
         *,
         wanted: Wanted,
         batch_dim: int,
+        caller: nn.Module | None = None,
     ) -> None:
         self.active: ForwardPass | None = None
         self.refusal = ""
         self._model = model
+        self._caller = model if caller is None else caller
         self._plan = plan
         self._listener = listener
         self._wanted = wanted
         self._batch_dim = batch_dim
-        self._batch_norms = [
-            (name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)
+        self._couplers = [
+            (name, m)
+            for name, m in model.named_modules()
+            if isinstance(m, _BatchNorm | nn.Embedding | nn.EmbeddingBag)
         ]
         self._axes = ExampleAxes()
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._calls: list[CapturedCall] = []
-        self._rng_states: dict[str, list[Tensor]] = {}
-        self._smaller: dict[CallKey, list[torch.Size]] | None = None
-        start, end = ModelHook(self._start, model), ModelHook(self._end, model)
+        self._states: dict[Site, list[CallState]] = {}
+        self._smaller: SmallerBatch | None = None
+        caller = self._caller
+        start, end = ModelHook(self._start, caller), ModelHook(self._end, caller)
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(start, with_kwargs=True, prepend=True),
-            model.register_forward_hook(end),
+            caller.register_forward_pre_hook(start, with_kwargs=True, prepend=True),
+            caller.register_forward_hook(end),
         ]
         self._site_handles: list[RemovableHandle] = []
+        self._replacement: Replacement | None = None
+        self._hook_sites()
+
+    def replace_gradients(self, units: UnitNorms) -> None:
+        """Have weight gradients computed from the parts that ``units`` reads."""
+        self._replacement = Replacement(self._plan, units, self._captures)
         self._hook_sites()
 
     def _hook_sites(self) -> None:
@@ -116,7 +130,7 @@ class ForwardCapture:
             handle.remove()
         self._site_handles = []
         for site in self._plan.sites:
-            module = site.module
+            module = site.module if site.path else self._caller
             end = ModelHook(self._call_end, module, site)
             self._site_handles.append(
                 # Before hooks that replace the output: the rules know the layer's own.
@@ -124,21 +138,27 @@ class ForwardCapture:
             )
             if isinstance(site.rule, ModuleReplay) and site.path:
                 start = ModelHook(self._call_start, module, site)
-                self._site_handles.append(module.register_forward_pre_hook(start))
+                self._site_handles.append(
+                    # Before hooks that compute a weight, and write to buffers for it.
+                    module.register_forward_pre_hook(start, prepend=True)
+                )
+            if self._replacement is not None:
+                self._site_handles += self._replacement.hook(site)
 
     def remove(self) -> None:
         """Take every hook off the model."""
         for handle in (*self._handles, *self._site_handles):
             handle.remove()
         self._handles, self._site_handles = [], []
+        if self._replacement is not None:
+            self._replacement.give_back()
 
     # ------------------------------------------------------------ the whole model
 
     def _start(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if silenced(self._listener):
             return
-        self._calls, self._rng_states = [], {}
-        self._inputs = self.active = None
+        self._forget()
         self._listener.on_forward_start()
         if not torch.is_grad_enabled():
             return
@@ -148,27 +168,36 @@ class ForwardCapture:
         if self._wanted.examples:
             self.active.faults.extend(self._obstacles())
             self._inputs = (args, kwargs)
-            self._rng_states[""] = [random_state(self._model)]
+            for site in self._plan.sites:
+                if isinstance(site.rule, ModuleReplay) and not site.path:
+                    self._states[site] = [site.rule.state_before(site.module)]
         if self._wanted.inputs:
             self.active.inputs = (args, kwargs)
+
+    def _forget(self) -> None:
+        """Drop what an exception in the last pass may have left."""
+        self._calls, self._states = [], {}
+        self._inputs = self.active = None
+        if self._replacement is not None:
+            self._replacement.give_back()
 
     def _obstacles(self) -> list[str]:
         """Why the examples' gradients are not their own, or not to be had."""
         if self.refusal:
             return [self.refusal]
-        names = [
-            name
-            for name, layer in self._batch_norms
-            if layer.training or layer.running_mean is None
-        ]
-        if not names:
+        found = ((name, coupling(module)) for name, module in self._couplers)
+        name, cause = next(((name, cause) for name, cause in found if cause), ("", ""))
+        if not cause:
             return []
-        reason = f"BatchNorm in training mode couples the examples ({names[0]})"
+        reason = f"{cause} couples the examples ({name})"
         if self._wanted.refuses_coupling:
+            norm = cause.startswith("BatchNorm")
+            remedy = "put BatchNorm in evaluation mode" if norm else "switch that off"
             raise CoupledExamplesError(
-                "estimator='per_example' needs examples with gradients of their own, "
-                f"got a {reason}; use estimator='ghost' with ghost_batch=, or put "
-                "BatchNorm in evaluation mode."
+                f"estimator={self._wanted.refuses_coupling!r} needs examples with "
+                f"gradients of their own, but {reason}; read micro-batches by "
+                "estimator='accumulation', use estimator='ghost' with ghost_batch=, "
+                f"or {remedy}."
             )
         return [reason]
 
@@ -181,7 +210,7 @@ class ForwardCapture:
                 tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         calls, self._calls = self._calls, []
         try:
-            self._resolve_all(calls)
+            self._resolve_all(calls, outputs)
         finally:
             self._inputs = None
 
@@ -202,8 +231,9 @@ class ForwardCapture:
     def _call_start(self, site: object, args: object) -> None:
         if self._captures():
             assert isinstance(site, Site)
-            states = self._rng_states.setdefault(site.path, [])
-            states.append(random_state(site.module))
+            assert isinstance(site.rule, ModuleReplay)
+            states = self._states.setdefault(site, [])
+            states.append(site.rule.state_before(site.module))
 
     def _call_end(
         self,
@@ -214,17 +244,15 @@ class ForwardCapture:
     ) -> None:
         assert isinstance(site, Site)
         if self._smaller is not None:
-            self._note_smaller(site, tensors_of((args, kwargs)))
+            self._smaller.note(site.path, tensors_of((args, kwargs)))
         if not self._captures():
             return
-        assert self.active is not None
-        rng_state = self._draws(site)
         tensors = tensors_of(outputs)
-        if not any(tensor.requires_grad for tensor in tensors):
+        captured = self._captured(site, (args, kwargs), tensors)
+        if captured is None:
             return
-        captured = captured_call(
-            site, self.active, (args, kwargs), len(tensors), rng_state=rng_state
-        )
+        if self._replacement is not None:
+            self._replacement.link(captured)
         if self._inputs is not None:
             self._calls.append(captured)
         for position, tensor in enumerate(tensors):
@@ -232,12 +260,27 @@ class ForwardCapture:
                 hook = partial(self._listener.on_output_grad, captured, position)
                 tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _draws(self, site: Site) -> Tensor | None:
-        """The random state before the call, if the call has drawn from it."""
-        if not isinstance(site.rule, ModuleReplay):
-            return None
-        before = self._rng_states[site.path].pop()
-        return None if torch.equal(before, random_state(site.module)) else before
+    def _captured(
+        self,
+        site: Site,
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
+        outputs: list[Tensor],
+    ) -> CapturedCall | None:
+        """The call, with what a replay or a rule needs of the state around it."""
+        assert self.active is not None
+        states = self._states.get(site, [])
+        before = states.pop() if states else None
+        replayed = isinstance(site.rule, ModuleReplay)
+        if not any(t.requires_grad for t in outputs) or (replayed and before is None):
+            return None  # without a gradient, or begun where nothing was captured
+        captured = captured_call(site, self.active, inputs, len(outputs))
+        if isinstance(site.rule, ModuleReplay) and before is not None:
+            fault = site.rule.note_state(captured.call, before)
+            if fault:
+                self.active.faults.append(f"{site.path or 'the model'}: {fault}")
+        else:
+            captured.call.statistics = site.rule.statistics(outputs[0])
+        return captured
 
     # ------------------------------------------------------------ axes of examples
 
@@ -250,14 +293,30 @@ class ForwardCapture:
         if not captured.call.axes:
             self._axes.resolve(captured)
 
-    def _resolve_all(self, calls: list[CapturedCall]) -> None:
-        try:
-            self._resolve_each(calls)
-        except BatchSizeError:
-            if self._axes.traced:
-                raise
-            self._axes.trace(calls, self._shapes_of_smaller_batch())
-            self._resolve_each(calls)
+    def _resolve_all(self, calls: list[CapturedCall], outputs: object) -> None:
+        count = None if self.active is None else self.active.num_examples
+        if count != 1 and not all(self._axes.settled(call) for call in calls):
+            smaller = self._run_on_smaller_batch(calls, outputs)
+            self._axes.trace(calls, smaller.shapes)
+            self._judge(calls, smaller.disordered())
+        self._resolve_each(calls)
+
+    def _judge(
+        self, calls: list[CapturedCall], disordered: set[CallKey | None]
+    ) -> None:
+        """Refuse coupled examples; read around calls that see them in another order."""
+        if None in disordered:
+            self.refusal = "outputs for an example depend on the others in the batch"
+            assert self.active is not None
+            self.active.faults.append(self.refusal)
+            return
+        for captured in calls:
+            if captured.key in disordered:
+                self._listener.on_unreadable(
+                    captured.site,
+                    captured.forward_pass,
+                    "its rows are not the batch's examples in their order",
+                )
 
     def _resolve_each(self, calls: list[CapturedCall]) -> None:
         for captured in calls:
@@ -268,24 +327,37 @@ class ForwardCapture:
                     captured.site, captured.forward_pass, str(error)
                 )
 
-    def _shapes_of_smaller_batch(self) -> dict[CallKey, list[torch.Size]]:
+    def _run_on_smaller_batch(
+        self, calls: list[CapturedCall], outputs: object
+    ) -> SmallerBatch:
         """Run the model once on one example less; it is given back as it was."""
+        smaller = SmallerBatch(calls)
         count = None if self.active is None else self.active.num_examples
         if self._inputs is None or count is None or count < 2:
-            return {}
+            return smaller
         args, kwargs = one_example_less(self._inputs, count, self._batch_dim)
-        self._smaller = {}
-        with silence(), model_given_back(self._model), torch.no_grad():
+        self._smaller = smaller
+        with (
+            silence(),
+            model_given_back(self._model),
+            attributes_given_back(self._model),
+            eagerly("torch._dynamo" in sys.modules),  # not compiled for one size more
+            torch.no_grad(),
+        ):
+            before = CallState.of(self._model, copying=False)
             try:
-                self._model(*args, **kwargs)
+                again = self._model(*args, **kwargs)
+                same = not (
+                    before.has_drawn(self._model) or before.has_written(self._model)
+                )
             except Exception:
-                return {}  # a model of one batch size only: sizes have to decide
-            else:
-                return self._smaller
+                # A model of one batch size only: sizes have to decide.
+                return SmallerBatch(())
             finally:
                 self._smaller = None
-
-    def _note_smaller(self, site: Site, tensors: list[Tensor]) -> None:
-        assert self._smaller is not None
-        number = sum(1 for path, _ in self._smaller if path == site.path)
-        self._smaller[site.path, number] = [tensor.shape for tensor in tensors]
+        if self._caller is not self._model:  # whose hooks were not called
+            smaller.note("", tensors_of((args, kwargs)))
+        smaller.note_outputs(outputs, again)
+        if not same:
+            smaller.forget_values()  # other draws, other buffers: no comparison
+        return smaller

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,12 @@ from noisekit.core.params import ParameterPatterns, select_parameters
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.noise.scale import per_example_noise_scale
+from noisekit.probes.estimators import Unit, refuse_unit
+from noisekit.probes.frozen_tokens import sequence_shares
 from noisekit.probes.passes import ForwardPass
 from noisekit.probes.recorder import Recorder
 from noisekit.probes.silence import silence
+from noisekit.probes.tokens import TokenCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class GradientNoise:
         variance_trace: ``tr Σ`` over its examples [loss²/param²].
         debiased_grad_sq_norm: ``|G|²`` of what the data are a sample of; may be
             negative [loss²/param²].
-        simple_noise_scale: ``tr Σ / |G|²`` [examples].
+        simple_noise_scale: ``tr Σ / |G|²`` [examples, or tokens].
         example_sq_norms: ``|g_i|²`` per example, in the order of the batches.
         coverage: How each parameter was read.
         num_examples: Examples in the data set.
@@ -39,9 +42,20 @@ class GradientNoise:
     variance_trace: Estimate
     debiased_grad_sq_norm: Estimate
     simple_noise_scale: Estimate
-    example_sq_norms: Tensor
-    coverage: Mapping[str, str]
+    example_sq_norms: Tensor = field(repr=False)
+    coverage: Mapping[str, str] = field(repr=False)
     num_examples: int
+
+    def __str__(self) -> str:
+        """Write the noise scale and its parts, a line each."""
+        return "\n".join(
+            [
+                f"gradient noise of {self.num_examples} examples:",
+                f"  simple noise scale: {self.simple_noise_scale}",
+                f"  tr Σ: {self.variance_trace}",
+                f"  |G|²: {self.debiased_grad_sq_norm}",
+            ]
+        )
 
 
 def gradient_noise(
@@ -52,6 +66,8 @@ def gradient_noise(
     bn: BatchNormPolicy = "running",
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
+    unit: Unit = "example",
+    tokens: TokenCounts | None = None,
 ) -> GradientNoise:
     """Return the gradient noise of a data set at frozen weights, with sharp errors.
 
@@ -66,16 +82,23 @@ def gradient_noise(
         bn: BatchNorm policy; ``"batch"`` couples the examples and is refused.
         normaliser: What the loss of a batch is divided by, given its targets.
         params: Names or patterns of the parameters to measure; all by default.
+        unit: As for ``attach``: with ``"token"`` the noise scale is counted in tokens,
+            and ``tr Σ`` is of the sequences but for how their lengths vary, which a
+            mean over tokens does not see.
+        tokens: With ``unit="token"`` and a loss other than PyTorch's cross-entropy:
+            given a batch's targets, how many tokens count in each sequence.
 
     Raises:
         CoupledExamplesError: If examples have no gradients of their own.
         BatchSizeError: If there are fewer than 3 examples.
         LayerReadError: If some parameter's gradients cannot be told apart.
+        UsageError: If it is not known which tokens count.
     """
+    refuse_unit(unit)
     risk = EmpiricalRisk(
         model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
     )
-    with _recording(risk, params) as recorder:
+    with recording(risk, params) as recorder:
         sq_norms = torch.cat(list(_example_sq_norms(risk, recorder)))
         names, parameters = recorder.names, recorder.parameters
         gradient = {
@@ -84,8 +107,12 @@ def gradient_noise(
         }
         inner = torch.cat(list(_inner_products(risk, recorder, gradient)))
         coverage = recorder.plan.coverage()
-    noise = per_example_noise_scale(sq_norms, inner)
     total = torch.stack([g.double().square().sum() for g in gradient.values()]).sum()
+    counted, own = 1.0, (sq_norms, inner)
+    if unit == "token":
+        lengths = sequence_shares(risk, tokens)
+        counted, own = lengths.per_sequence, lengths.of_a_ratio(*own, total)
+    noise = per_example_noise_scale(*own, counted=counted)
     return GradientNoise(
         Estimate(float(total), num_grads=2 * risk.num_batches),
         noise.variance_trace,
@@ -118,35 +145,17 @@ def example_sq_norms(
     risk = EmpiricalRisk(
         model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
     )
-    with _recording(risk, params) as recorder:
+    with recording(risk, params) as recorder:
         return torch.cat(list(_example_sq_norms(risk, recorder)))
 
 
-def parameter_sq_norms(
-    risk: EmpiricalRisk, params: ParameterPatterns = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return ``|g_i|²`` by parameter, and how each was read.
+@contextmanager
+def recording(risk: EmpiricalRisk, params: ParameterPatterns) -> Iterator[Recorder]:
+    """Yield a recorder whose sites account for the first batch's gradient.
 
     Raises:
         CoupledExamplesError: If examples have no gradients of their own.
-        LayerReadError: If some parameter's gradients cannot be told apart.
     """
-    columns: dict[str, list[Tensor]] = {}
-    with _recording(risk, params) as recorder:
-        for weight, loss in risk.batch_losses():
-            (weight * loss).backward()  # type: ignore[no-untyped-call]
-            found = _only_pass(recorder).sq_norms
-            unused = torch.zeros_like(next(iter(found.values())))
-            for index, name in enumerate(recorder.names):
-                norms = found.get(index, unused) * risk.num_examples**2
-                columns.setdefault(name, []).append(norms)
-        coverage = recorder.plan.coverage()
-    return {name: torch.cat(parts) for name, parts in columns.items()}, coverage
-
-
-@contextmanager
-def _recording(risk: EmpiricalRisk, params: ParameterPatterns) -> Iterator[Recorder]:
-    """Yield a recorder whose sites account for the first batch's gradient."""
     if risk.bn == "batch":
         raise CoupledExamplesError(
             "gradients of single examples need BatchNorm's running statistics, got "
@@ -184,7 +193,7 @@ def _example_sq_norms(risk: EmpiricalRisk, recorder: Recorder) -> Iterator[Tenso
     """Yield ``|g_i|²`` per batch; the risk's gradient gathers in ``.grad``."""
     for weight, loss in risk.batch_losses():
         (weight * loss).backward()  # type: ignore[no-untyped-call]
-        forward_pass = _only_pass(recorder)
+        forward_pass = only_pass(recorder)
         norms = torch.stack(list(forward_pass.sq_norms.values())).sum(0)
         yield norms * risk.num_examples**2
 
@@ -196,11 +205,16 @@ def _inner_products(
     recorder.wanted.tangents = gradient
     for weight, loss in risk.batch_losses():
         (weight * loss).backward()  # type: ignore[no-untyped-call]
-        forward_pass = _only_pass(recorder)
+        forward_pass = only_pass(recorder)
         yield torch.stack(forward_pass.inner_products).sum(0) * risk.num_examples
 
 
-def _only_pass(recorder: Recorder) -> ForwardPass:
+def only_pass(recorder: Recorder) -> ForwardPass:
+    """Return the one pass that a backward pass has gone through.
+
+    Raises:
+        LayerReadError: If there was another number, or it could not be read.
+    """
     record = recorder.take(stepped=False)
     faults = [fault for p in record.passes for fault in p.faults]
     if faults or len(record.passes) != 1 or not record.passes[0].sq_norms:

@@ -6,6 +6,7 @@ statistics, and its noise, which belongs to that size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class GhostReplay:
         try:
             active.ghost = self.moments(active, targets)
         except BatchSizeError as error:
-            active.faults.append(str(error))
+            active.ghost_faults.append(str(error))
         active.inputs = None
 
     def moments(self, forward_pass: ForwardPass, targets: Any) -> GradientMoments:
@@ -66,6 +67,7 @@ class GhostReplay:
                 self._recorder.model,
                 self._loss_fn,
                 (forward_pass.inputs, targets),
+                weights=forward_pass.weights,
                 parameters=self._recorder.parameters,
                 ghost_batch=self._ghost_batch,
                 batch_size=forward_pass.num_examples,
@@ -79,6 +81,7 @@ def _ghost_moments(
     loss_fn: LossFn,
     batch: tuple[Inputs, Any],
     *,
+    weights: Tensor | None,
     parameters: Sequence[nn.Parameter],
     ghost_batch: int,
     batch_size: int,
@@ -96,35 +99,88 @@ def _ghost_moments(
             f"noise of ghost batches needs two of {ghost_batch} examples, got a batch "
             f"of {batch_size}; use a ghost_batch of at most {max(1, batch_size // 2)}."
         )
+    shares = _Shares.of(weights, num_ghosts, ghost_batch, loss_reduction)
     norms = []
     total: list[Tensor] = []
     with model_given_back(model), torch.enable_grad():
         for k in range(num_ghosts):
             rows = (k * ghost_batch, ghost_batch)
-            args, kwargs = _narrow(inputs, batch_size, batch_dim, rows)
-            chosen = _narrow(targets, batch_size, 0, rows)
+            args, kwargs = narrow(inputs, batch_size, batch_dim, rows)
+            chosen = narrow(targets, batch_size, 0, rows)
             loss = loss_fn(model(*args, **kwargs), chosen)
             grads = torch.autograd.grad(
                 loss, list(parameters), allow_unused=True, materialize_grads=True
             )
-            norms.append(_sq_norm(grads))
-            if total:
-                torch._foreach_add_(total, grads)
-            else:
-                total = [grad.clone() for grad in grads]
-    divisor = num_ghosts * (ghost_batch if loss_reduction == "sum" else 1)
-    sq_norms = torch.stack(norms) / divisor**2
+            norms.append(shares.sq_norm(k, grads))
+            total = total or [torch.zeros_like(grad) for grad in grads]
+            shares.add(k, grads, to=total)
+    sq_norms = torch.stack(norms) * shares.scale**2
     return GradientMoments(
         num_ghosts,
-        ghost_batch,
-        1 / num_ghosts,
+        shares.unit_size,
+        shares.sq_sum,
         sq_norms.sum(),
         sq_norms.square().sum(),
-        _sq_norm(total) / divisor**2,
+        _sq_norm(total) * shares.scale**2,
     )
 
 
-def _narrow(
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """What each ghost batch weighs in the mean of all, and what its gradient is worth.
+
+    Attributes:
+        scale: What every ghost batch's gradient is multiplied by.
+        factors: What each is multiplied by beside that ``(K,)``; zero where a ghost
+            batch has no example that counts. ``None`` where all weigh alike.
+        sq_sum: ``sum v_k²`` of the weights ``v_k``.
+        unit_size: Effective examples of one.
+    """
+
+    scale: float
+    factors: Tensor | None
+    sq_sum: Tensor | float
+    unit_size: Tensor | float
+
+    @classmethod
+    def of(
+        cls,
+        weights: Tensor | None,
+        num_ghosts: int,
+        ghost_batch: int,
+        loss_reduction: LossReduction,
+    ) -> "_Shares":
+        """Return the shares, given what each example of the batch counts."""
+        if weights is None:
+            divisor = num_ghosts * (ghost_batch if loss_reduction == "sum" else 1)
+            return cls(1 / divisor, None, 1 / num_ghosts, ghost_batch)
+        used = weights[: num_ghosts * ghost_batch].view(num_ghosts, ghost_batch)
+        counts = used.sum(1)
+        total, squares = counts.sum(), counts.square().sum()
+        of_one = counts if loss_reduction == "mean" else (counts > 0).to(counts.dtype)
+        size = squares / used.square().sum()
+        return cls(1.0, of_one / total, squares / total**2, size)
+
+    def sq_norm(self, k: int, grads: Sequence[Tensor]) -> Tensor:
+        """Return ``|u_k|²`` from the gradient of ghost batch ``k``, up to ``scale``."""
+        sq_norm = _sq_norm(grads)
+        if self.factors is None:
+            return sq_norm
+        factor = self.factors[k]
+        # The mean over no example at all is not a number.
+        return torch.where(factor > 0, sq_norm * factor.square(), 0.0)
+
+    def add(self, k: int, grads: Sequence[Tensor], *, to: Sequence[Tensor]) -> None:
+        """Add ``u_k`` to a sum, up to ``scale``."""
+        if self.factors is None:
+            torch._foreach_add_(list(to), list(grads))
+            return
+        factor = self.factors[k]
+        for total, grad in zip(to, grads, strict=True):
+            total.addcmul_(torch.where(factor > 0, grad, 0.0), factor.to(grad.dtype))
+
+
+def narrow(
     tree: Any, batch_size: int, batch_dim: int, rows: tuple[int, int]
 ) -> Any:  # a nest of tensors, as it came
     """Cut every tensor that runs over the examples to ``rows`` (start, length)."""

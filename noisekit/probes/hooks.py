@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,17 +27,24 @@ class ModelHook:
     __slots__ = ("__weakref__", "_method", "_module", "_tag")
 
     def __init__(
-        self, method: Callable[..., None], module: nn.Module, tag: object = None
+        self, method: Callable[..., object], module: nn.Module, tag: object = None
     ) -> None:
         self._method = weakref.WeakMethod(method)
         self._module = weakref.ref(module)
         self._tag = tag
 
-    def __call__(self, module: nn.Module, *args: Any) -> None:  # what PyTorch passes
-        """Pass the call on, unless the recorder is gone or this is a copy."""
+    def __call__(self, module: nn.Module, *args: Any) -> object:  # what PyTorch passes
+        """Pass the call on, unless the recorder is gone or this is a copy.
+
+        While a model is compiled that was not when the hook was made, nothing is
+        traced: the compiled code has no hooks, and readings say so.
+        """
+        if torch.compiler.is_compiling():
+            return None
         method = self._method()
         if method is not None and module is self._module():
-            method(self._tag, *args)
+            return method(self._tag, *args)
+        return None
 
     def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
         """Be copied and pickled as an inert hook."""
@@ -53,7 +61,9 @@ class ParameterHook:
         self._index = index
 
     def __call__(self, parameter: Tensor) -> None:
-        """Pass the call on, unless the recorder is gone."""
+        """Pass the call on, unless the recorder is gone or the backward is compiled."""
+        if torch.compiler.is_compiling():
+            return
         method = self._method()
         if method is not None:
             method(self._index)

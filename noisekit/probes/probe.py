@@ -1,115 +1,37 @@
-"""The probe: one line in somebody's training loop, a reading per optimiser step."""
+"""The probe: a reading per optimiser step of somebody's training loop."""
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from noisekit.core.distributed import Ranks
 from noisekit.core.errors import UsageError
 from noisekit.core.mode import call_model, model_given_back
-from noisekit.core.params import ParameterPatterns, layout_of, select_parameters
 from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import LossFn
-from noisekit.noise.scale import ratio_of_averages
-from noisekit.probes.assembly import (
-    LossReduction,
-    MicrobatchWeights,
-    StepPosition,
-    assemble,
-)
-from noisekit.probes.ghost import GhostReplay
+from noisekit.probes.assembly import StepPosition
+from noisekit.probes.estimators import OF_CALLS
+from noisekit.probes.examples_seen import ExamplesSeen, SummedReading
+from noisekit.probes.gradient_norms import GradientNorms
+from noisekit.probes.noise_readers import NoiseReaders
+from noisekit.probes.options import ProbeOptions, Sink
 from noisekit.probes.passes import StepRecord
+from noisekit.probes.quantities import StepQuantities
+from noisekit.probes.ranksums import RankSums
 from noisekit.probes.reading import Reading
+from noisekit.probes.readings import Readings
 from noisekit.probes.recorder import Recorder
-from noisekit.probes.refusals import refuse_model, refuse_optimizer, refuse_options
+from noisekit.probes.replicas import ProbeJoin
+from noisekit.probes.schedule import Overhead, Schedule, clock_of
 from noisekit.probes.silence import silence
-
-Estimator = Literal["auto", "per_example", "ghost"]
-Sink = Callable[[Reading], object]
-MAX_READINGS = 10_000
-
-
-def attach(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    loss_fn: LossFn | None = None,
-    every: int | Callable[[int], bool] = 1,
-    estimator: Estimator = "auto",
-    ghost_batch: int | None = None,
-    loss_reduction: LossReduction = "mean",
-    microbatch_weights: MicrobatchWeights = "equal",
-    batch_dim: int = 0,
-    unit: Literal["example"] = "example",
-    params: ParameterPatterns = None,
-    scaler: "torch.amp.GradScaler | None" = None,
-    exact_bits: bool = True,
-    sinks: Iterable[Sink] = (),
-) -> "Probe":
-    """Read gradient and gradient noise at every optimiser step of a training loop.
-
-    Attaching changes no bit of the training. Norms are read in the loop's own
-    backward pass, before clipping, and a reading appears when the optimiser steps.
-
-    Args:
-        model: Trained by calling it; its first tensor input holds the batch.
-        optimizer: Whose steps are read.
-        loss_fn: Needed by ``estimator="ghost"`` and by ``measure``.
-        every: Read each so many steps, starting with the first; or a function of the
-            step's number.
-        estimator: ``"per_example"`` raises where examples are coupled, as BatchNorm
-            does in training mode; ``"auto"`` then reads the gradient only;
-            ``"ghost"`` replays parts of the batch and reads their noise.
-        ghost_batch: Examples of a ghost batch.
-        loss_reduction: What the loss does over the batch.
-        microbatch_weights: With accumulation of means: ``"equal"`` where each
-            micro-batch has the same factor (``loss / k``), ``"by_size"`` where it has
-            its share of the examples. They differ for unequal micro-batches only.
-        batch_dim: Axis of the examples in the model's input.
-        unit: What the noise is counted in.
-        params: Names or patterns of the parameters to read; all by default.
-        scaler: The loop's gradient scaler; a step that it skips gives no reading.
-        exact_bits: Whether training must keep its bits; faster ways that round
-            differently may be taken otherwise.
-        sinks: Called with every reading.
-
-    Raises:
-        UsageError: If the model is compiled, distributed or scripted, or an option
-            does not fit.
-        NoParametersError: If there is nothing to read.
-        DeviceMismatchError: If the parameters are on several devices.
-    """
-    refuse_model(model)
-    refuse_optimizer(optimizer, model)
-    refuse_options(
-        every=every,
-        estimator=estimator,
-        loss_reduction=loss_reduction,
-        microbatch_weights=microbatch_weights,
-        unit=unit,
-        ghost_batch=ghost_batch,
-        loss_fn=loss_fn,
-    )
-    named = select_parameters(model, params)
-    layout_of(named)  # refuses parameters on several devices
-    recorder = Recorder(model, named, batch_dim=batch_dim)
-    return Probe(
-        recorder,
-        optimizer,
-        loss_fn=loss_fn,
-        every=every,
-        estimator=estimator,
-        ghost_batch=ghost_batch,
-        loss_reduction=loss_reduction,
-        microbatch_weights=microbatch_weights,
-        scaler=scaler,
-        sinks=sinks,
-    )
+from noisekit.probes.step_parts import StepParts
+from noisekit.probes.stepping import OptimizerSteps
 
 
 class Probe:
@@ -117,86 +39,103 @@ class Probe:
 
     Attributes:
         step: Optimiser steps taken.
-        examples_seen: Examples that entered a gradient.
     """
 
     def __init__(
         self,
         recorder: Recorder,
         optimizer: torch.optim.Optimizer,
-        *,
-        loss_fn: LossFn | None,
-        every: int | Callable[[int], bool],
-        estimator: Estimator,
-        ghost_batch: int | None,
-        loss_reduction: LossReduction,
-        microbatch_weights: MicrobatchWeights,
-        scaler: "torch.amp.GradScaler | None",
-        sinks: Iterable[Sink],
+        options: ProbeOptions,
     ) -> None:
         self.step = 0
-        self.examples_seen = 0
         self._recorder = recorder
-        self._loss_fn = loss_fn
-        self._every = every
-        self._loss_reduction: LossReduction = loss_reduction
-        self._microbatch_weights: MicrobatchWeights = microbatch_weights
-        self._scaler = scaler
-        self._sinks = tuple(sinks)
+        self._options = options
+        self._readings = Readings(options.sinks)
         self._at_the_end: list[Callable[[], object]] = []
-        self._readings: deque[Reading] = deque(maxlen=MAX_READINGS)
-        self._num_readings = 0
-        self._ghosts: GhostReplay | None = None
-        if estimator == "ghost" and loss_fn is not None and ghost_batch is not None:
-            self._ghosts = GhostReplay(recorder, loss_fn, ghost_batch, loss_reduction)
-        recorder.wanted.refuses_coupling = estimator == "per_example"
-        self._handles: list[Any] = [optimizer.register_step_post_hook(self._on_step)]
-        if isinstance(loss_fn, nn.Module):
-            self._handles.append(loss_fn.register_forward_hook(self._on_loss))
+        self._noise = NoiseReaders(recorder, optimizer, options)
+        self._quantities = StepQuantities(recorder, optimizer, options)
+        self._leave_compiled_calls()
+        self._steps = OptimizerSteps(optimizer, recorder, options.scaler, self._on_step)
+        device = recorder.parameters[0].device
+        self._schedule = Schedule(options.every, options.budget, clock_of(device))
+        self._seen = ExamplesSeen(recorder.replicas, self._rank_sums(), device)
+        recorder.replicas.join(self._on_absent_step)
+        self._handles: list[RemovableHandle] = []
+        if isinstance(options.loss_fn, nn.Module):
+            self._handles.append(options.loss_fn.register_forward_hook(self._on_loss))
         self._prepare()
+
+    def _leave_compiled_calls(self) -> None:
+        """Replay compiled parts only where it was asked for: it is a second pass."""
+        names = set(self._noise.options.names)
+        if self._recorder.opaque and not names & OF_CALLS:
+            self._recorder.refuse_calls(
+                "torch.compile keeps the calls of layers to itself; "
+                "estimator='per_example' replays the compiled parts"
+            )
+
+    def _rank_sums(self) -> RankSums:
+        recorder = self._recorder
+        return RankSums(
+            len(recorder.names),
+            self._noise.options.names,
+            self._options.loss_reduction,
+            recorder.replicas.ranks.size,
+            self._quantities.num_parts,
+        )
 
     # ------------------------------------------------------------------- the loop
 
     def _prepare(self) -> None:
         """Decide what the next step's passes are to record."""
-        recorder, step = self._recorder, self.step + 1
-        every = self._every
-        wanted = every(step) if callable(every) else (step - 1) % every == 0
-        ghost = self._ghosts is not None
+        recorder, taken = self._recorder, self._readings.num_taken
+        wanted = self._schedule.is_due(self.step + 1)
+        self._noise.want(recorder, wanted=wanted, num_readings=taken)
+        self._quantities.want(wanted=wanted, num_readings=taken)
         wants = recorder.wanted
-        wants.gradient = bool(wanted)
-        wants.examples = wants.gradient and not ghost
-        wants.inputs = wants.gradient and ghost
-        wants.closure = not recorder.verified or _check_is_due(self._num_readings)
+        wants.closure = not recorder.verified or _check_is_due(self._readings.num_taken)
 
-    def _on_step(self, *_: object) -> None:
+    def _on_step(self) -> None:
         """Commit what the step's backward passes have left."""
         record = self._recorder.take()
         self.step += 1
-        self.examples_seen += record.num_examples
-        if self._recorder.wanted.gradient and record.gradient is not None:
-            reading = self._assembled(record, self._loss_scale())
-            self._readings.append(reading)
-            self._num_readings += 1
-            for sink in self._sinks:
-                sink(reading)
+        self._seen.add(record.num_examples)
+        wanted = self._recorder.wanted.gradient
+        if wanted:
+            self._commit(record)
+        self._schedule.step_ended(read=wanted)
         self._prepare()
 
-    def _loss_scale(self) -> Tensor | None:
-        scaler = self._scaler
-        if scaler is None or not scaler.is_enabled():
-            return None
-        return scaler._get_scale_async()  # get_scale() would synchronise
+    def _on_absent_step(self) -> None:
+        """Take part in a step that other ranks take, without inputs of its own."""
+        self.step += 1
+        if self._recorder.wanted.gradient:
+            self._seen.summed(None)
+        self._prepare()
 
-    def _assembled(self, record: StepRecord, loss_scale: Tensor | None) -> Reading:
-        return assemble(
-            record,
-            StepPosition(self.step, self.examples_seen),
-            self._recorder.plan.coverage(),
-            loss_reduction=self._loss_reduction,
-            microbatch_weights=self._microbatch_weights,
-            loss_scale=loss_scale,
-        )
+    def _commit(self, record: StepRecord) -> None:
+        """Make a reading of the record, over all ranks, which wait for each other."""
+        local: Reading | None = None
+        parts: StepParts | None = None
+        if record.gradient is not None:
+            # Over several ranks the count of examples comes with the sums.
+            seen = self._seen.total if self.ranks.alone else 0
+            local = self._noise.reading(
+                record,
+                StepPosition(self.step, seen),
+                self._steps.loss_scale,
+                num_ranks=self.ranks.size,
+            )
+            local = self._steps.annotated(local)
+            local = self._quantities.added(local, record)
+            parts = self._quantities.parts(local, record, self._steps.loss_scale)
+        reading: Reading | SummedReading | None = local
+        if not self.ranks.alone:
+            count = self._noise.count(record)
+            reading = self._seen.summed(local, count=count, parts=parts)
+        if reading is not None:
+            whole = self._quantities.completed(reading, parts)
+            self._readings.add(self._steps.unless_skipped(whole))
 
     @property
     def loss_fn(self) -> LossFn:
@@ -213,59 +152,117 @@ class Probe:
             return loss_fn
 
         def observed(outputs: Any, targets: Any) -> Tensor:  # the user's own types
-            if self._ghosts is not None:
-                self._ghosts.observe(targets)
-            return loss_fn(outputs, targets)
+            loss = loss_fn(outputs, targets)
+            self._quantities.observe(targets, loss)
+            self._noise.observe(targets)
+            return loss
 
         return observed
 
-    def _on_loss(self, module: object, args: tuple[Any, ...], loss: object) -> None:
-        if self._ghosts is not None and len(args) > 1:
-            self._ghosts.observe(args[1])
+    def _on_loss(self, module: object, args: tuple[Any, ...], loss: Tensor) -> None:
+        if len(args) > 1:
+            self._quantities.observe(args[1], loss)
+            self._noise.observe(args[1])
 
     # ------------------------------------------------------------------- readings
 
     @property
+    def examples_seen(self) -> int:
+        """Examples that entered a gradient, on all ranks together.
+
+        Between readings other ranks are taken to have seen as many as this one.
+        """
+        return self._seen.total
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train the model, all of which have the same readings."""
+        return self._recorder.replicas.ranks
+
+    @property
+    def overhead(self) -> Overhead:
+        """What the readings have cost, as far as steps without one tell."""
+        return self._schedule.overhead()
+
+    @property
+    def joinable(self) -> ProbeJoin:
+        """What goes into ``torch``'s ``Join`` after the model, for uneven inputs.
+
+        Raises:
+            UsageError: If the model is not distributed.
+        """
+        joinable = self._recorder.replicas.joinable
+        if joinable is None:
+            raise UsageError(
+                "joinable needs a model in DistributedDataParallel, got one process; "
+                "leave the probe out of Join."
+            )
+        return joinable
+
+    @property
+    def gradient_norms(self) -> GradientNorms:
+        """How gradient norms are distributed over the run so far.
+
+        Raises:
+            UsageError: If ``"grad_histogram"`` is not among the probe's quantities.
+        """
+        norms = self._quantities.norms
+        if norms is None:
+            raise UsageError(
+                "gradient_norms needs quantities=('grad_histogram',), got others; "
+                "name it in attach()."
+            )
+        return norms
+
+    @property
     def readings(self) -> list[Reading]:
         """The last readings, oldest first; at most 10,000 are kept."""
-        return list(self._readings)
+        return self._readings.kept()
 
     def frame(self) -> pd.DataFrame:
         """Return the readings as a table, one row per step."""
-        return pd.DataFrame([reading.row() for reading in self._readings])
+        return self._readings.frame()
 
-    def simple_noise_scale(self, *, population_size: int | None = None) -> Estimate:
-        """Return the simple noise scale over all kept readings [examples].
+    def simple_noise_scale(
+        self,
+        *,
+        window: int | None = None,
+        estimator: str | None = None,
+        population_size: int | None = None,
+    ) -> Estimate:
+        """Return the simple noise scale over the last readings [examples].
 
         A ratio of averages with Fieller's interval, errors by a block jackknife over
-        steps. Weights move while training, so that this is an average over them.
+        steps; unbounded where the signal is not resolved, never clamped. Weights move
+        while training, so that this is an average over those of the window.
 
         Args:
+            window: How many readings count, the last one included; all that are kept
+                by default.
+            estimator: Which of those that were read side by side; the readings' own
+                by default.
             population_size: Examples of the finite data set that batches are drawn
                 from without replacement, if its own gradient is meant.
+
+        Raises:
+            UsageError: If ``window`` is not positive, or that estimator was not
+                asked for.
         """
-        readings = [r for r in self._readings if r.moments is not None]
-        parts = [
-            part
-            for r in readings
-            if r.moments is not None
-            for part in (r.moments.parts(population_size=population_size),)
-            if part is not None
-        ]
-        if not parts:
+        self._noise.check_asked(estimator)
+        if window is not None and window < 1:
+            raise UsageError(f"window needs to be 1 or more readings, got {window}.")
+        found = self._readings.noise_scale(
+            window=window, estimator=estimator, population_size=population_size
+        )
+        if found is None:
             return Estimate(math.nan, status=Status.UNAVAILABLE)
-        if len(parts) == 1:
-            return parts[0].noise_scale().simple_noise_scale
-        return ratio_of_averages(
-            torch.tensor([p.variance_trace for p in parts], dtype=torch.float64),
-            torch.tensor([p.debiased_grad_sq_norm for p in parts], dtype=torch.float64),
-            weights=torch.tensor([float(r.batch_size) for r in readings]),
-        ).simple_noise_scale
+        return found.simple_noise_scale
 
     def measure(self, inputs: Any, targets: Any) -> Reading:
         """Read a batch at the present weights, off the training path.
 
-        The model is called in its present mode and given back bit for bit.
+        The model is called in its present mode and given back bit for bit. With several
+        ranks this one's batch is read alone; call it between steps then.
 
         Args:
             inputs: A tensor, a tuple or a mapping of arguments.
@@ -280,28 +277,31 @@ class Probe:
         own = self._recorder.twin()
         with silence(own), model_given_back(model):
             try:
-                own.wanted.inputs = self._ghosts is not None
-                own.wanted.examples = self._ghosts is None
+                self._noise.set_up_twin(own)
                 record = _passed(own, model, loss_fn, inputs, targets)
-                active = own.active
-                if self._ghosts is not None and active is not None:
-                    active.ghost = self._ghosts.moments(active, targets)
+                active, ghosts = own.active, self._noise.ghosts
+                self._noise.weigh(own, targets)
+                if ghosts is not None and active is not None:
+                    active.ghost = ghosts.moments(active, targets)
             finally:
                 own.remove()
-        return self._assembled(record, None)
+        position = StepPosition(self.step, self.examples_seen)
+        return self._noise.reading(record, position, None)
 
     def _needed_loss_fn(self, caller: str) -> LossFn:
-        if self._loss_fn is None:
+        if self._options.loss_fn is None:
             raise UsageError(
                 f"{caller} needs the loss, got loss_fn=None; give it to attach()."
             )
-        return self._loss_fn
+        return self._options.loss_fn
 
     # ------------------------------------------------------------------- life span
 
     def detach(self) -> None:
         """Take every hook off; the readings stay."""
         self._recorder.remove()
+        self._steps.remove()
+        self._quantities.remove()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -310,7 +310,7 @@ class Probe:
 
     def add_sink(self, sink: Sink) -> None:
         """Have ``sink`` called with every reading from now on."""
-        self._sinks = (*self._sinks, sink)
+        self._readings.add_sink(sink)
 
     def on_detach(self, close: Callable[[], object]) -> None:
         """Have ``close`` called once, when the probe is taken off, such as a sink's."""
@@ -329,13 +329,15 @@ class Probe:
         """Detach."""
         self.detach()
 
-    def state_dict(self) -> dict[str, int | dict[str, str]]:
+    def state_dict(self) -> dict[str, Any]:  # plain values that JSON can hold
         """Return what a resumed run needs so that its readings go on as they would."""
         return {
             "step": self.step,
             "examples_seen": self.examples_seen,
-            "num_readings": self._num_readings,
+            "num_readings": self._readings.num_taken,
             "replayed": self._recorder.plan.replayed,
+            "noise": self._noise.state_dict(),
+            "quantities": self._quantities.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # parsed from a file
@@ -351,9 +353,11 @@ class Probe:
                 f"{', '.join(sorted(missing))}."
             )
         self.step = int(state["step"])
-        self.examples_seen = int(state["examples_seen"])
-        self._num_readings = int(state["num_readings"])
+        self._seen.restart(int(state["examples_seen"]))
+        self._readings.num_taken = int(state["num_readings"])
         self._recorder.plan.replay(state["replayed"])
+        self._noise.load_state_dict(state["noise"])
+        self._quantities.load_state_dict(state["quantities"], started=self.step > 0)
         self._prepare()
 
 

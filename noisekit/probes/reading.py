@@ -2,12 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from noisekit.core.results import Estimate, Status
-from noisekit.noise.moments import GradientMoments
+from noisekit.core.step_quantities import COLUMNS_OF
+from noisekit.noise.moments import MOMENT_COLUMNS, GradientMoments
+from noisekit.noise.scale import NoiseScale
+from noisekit.probes.estimators import ESTIMATORS
+from noisekit.probes.step_quantity import HessianForms, StepQuantity
+from noisekit.probes.tokens import TokenCount
+
+_NOTHING = Estimate(math.nan, status=Status.UNAVAILABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +22,18 @@ class Coverage:
     """How the parameters were read, and why not.
 
     Attributes:
-        methods: By parameter: a layer's rule, or the replay of a module.
+        methods: By parameter: a layer's rule, or the replay of a module, and for other
+            estimators than per-example what was made of it.
         reason: Why there are no readings of the noise; ``None`` where there are.
         note: What a reader must know of the reading, such as unequal micro-batches.
+        missing: By estimator that was asked for beside the reading's own, and by
+            quantity: why it has nothing to say of this step.
     """
 
     methods: Mapping[str, str]
     reason: str | None = None
     note: str | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -47,7 +58,7 @@ class LayerReading:
         grad_sq_norm: Its part of the squared gradient norm [loss²/param²].
         variance_trace: Its part of ``tr Σ`` [loss²/param²].
         debiased_grad_sq_norm: Its part of ``|G|²``; may be negative [loss²/param²].
-        simple_noise_scale: Of this parameter alone [examples].
+        simple_noise_scale: Of this parameter alone [examples, or tokens].
     """
 
     name: str
@@ -68,13 +79,22 @@ class Reading:
         step: Optimiser steps taken, this one included.
         examples_seen: Examples that entered a gradient, this step's included.
         batch_size: Examples behind this step's gradient.
-        estimator: ``"per_example"``, ``"ghost(b)"`` for ghost batches of ``b``
-            examples, or ``"none"``.
+        estimator: How the noise was read, such as ``"per_example"``; where units are
+            of ``b`` examples with it, as in ``"accumulation(b)"``; or ``"none"``.
         coverage: How each parameter was read, or why the noise was not.
         moments: Sufficient statistics of the noise; ``None`` where there are none.
         layer_moments: The same with one entry per parameter.
         layer_sq_norms: Squared norm of the mean gradient per parameter.
         example_sq_norms: ``|g_i|²`` per example of the step.
+        estimates: By estimator, the reading's own first: sufficient statistics of the
+            same step's noise.
+        unit: What is counted as one: ``"example"`` or ``"sequence"``; with
+            ``"token"`` noise scales are counted in tokens, while the sampling unit,
+            and that of ``tr Σ``, is the sequence.
+        tokens: Tokens that count behind this step's gradient, where those are asked
+            for and known.
+        clip_factor: What clipping has multiplied the gradient by, where it is known.
+        quantities: What else was asked for, by its name in the vocabulary.
     """
 
     step: int
@@ -86,6 +106,11 @@ class Reading:
     layer_moments: GradientMoments | None
     layer_sq_norms: Tensor
     example_sq_norms: Tensor | None
+    estimates: Mapping[str, GradientMoments] = field(default_factory=dict)
+    unit: str = "example"
+    tokens: TokenCount | None = None
+    clip_factor: Tensor | float | None = None
+    quantities: Mapping[str, StepQuantity | HessianForms] = field(default_factory=dict)
 
     @property
     def grad_sq_norm(self) -> Estimate:
@@ -94,18 +119,22 @@ class Reading:
 
     @property
     def variance_trace(self) -> Estimate:
-        """``tr Σ`` per example [loss²/param²]."""
-        return _finalised(self.moments)[0]
+        """``tr Σ`` per example, or sequence [loss²/param²]."""
+        return self._finalised(self.moments)[0]
 
     @property
     def debiased_grad_sq_norm(self) -> Estimate:
         """``|G|²`` without the noise's part; may be negative [loss²/param²]."""
-        return _finalised(self.moments)[1]
+        return self._finalised(self.moments)[1]
 
     @property
     def simple_noise_scale(self) -> Estimate:
-        """``tr Σ / |G|²`` of this step alone, with a wide interval [examples]."""
-        return _finalised(self.moments)[2]
+        """``tr Σ / |G|²`` of this step alone, with a wide interval [examples].
+
+        With ``unit="token"`` it is counted in tokens: a batch of so many that count
+        has as much noise as signal in its squared gradient norm.
+        """
+        return self._finalised(self.moments)[2]
 
     @property
     def status(self) -> Status:
@@ -125,13 +154,51 @@ class Reading:
 
     def _layer(self, index: int) -> tuple[Estimate, Estimate, Estimate]:
         moments = self.layer_moments
-        return _finalised(None if moments is None else moments.layer(index))
+        return self._finalised(None if moments is None else moments.layer(index))
+
+    def noise(self, estimator: str) -> NoiseScale | None:
+        """Return what one of the estimators says of this step alone.
+
+        ``None`` where it has nothing to say; ``coverage.missing`` then says why.
+        """
+        moments = self.estimates.get(estimator)
+        return None if moments is None else self._noise(moments)
+
+    @property
+    def _per_example(self) -> float:
+        """What an example counts in noise scales; NaN where that is not known."""
+        if self.unit != "token":
+            return 1.0
+        return math.nan if self.tokens is None else self.tokens.per_sequence
+
+    def _finalised(
+        self, moments: GradientMoments | None
+    ) -> tuple[Estimate, Estimate, Estimate]:
+        found = None if moments is None else self._noise(moments)
+        if found is None:
+            return _NOTHING, _NOTHING, _NOTHING
+        return (
+            found.variance_trace,
+            found.debiased_grad_sq_norm,
+            found.simple_noise_scale,
+        )
+
+    def _noise(self, moments: GradientMoments) -> NoiseScale | None:
+        parts, counted = moments.parts(), self._per_example
+        if parts is None:
+            return None
+        if math.isnan(counted):
+            return replace(parts.noise_scale(), simple_noise_scale=_NOTHING)
+        return parts.noise_scale(counted=counted)
 
     def row(self) -> dict[str, float | int | str]:
-        """Return the reading as one flat row: values, sufficient statistics, status."""
-        trace, norm, scale = _finalised(self.moments)
-        moments = self.moments
-        return {
+        """Return the reading as one flat row: values, sufficient statistics, status.
+
+        The statistics of further estimators have their names in front, such as
+        ``chunks_mean_sq_norm``; ``GradientMoments.from_columns`` reads them again.
+        """
+        trace, norm, scale = self._finalised(self.moments)
+        row: dict[str, float | int | str] = {
             "step": self.step,
             "examples_seen": self.examples_seen,
             "batch_size": self.batch_size,
@@ -139,26 +206,34 @@ class Reading:
             "variance_trace": trace.value,
             "debiased_grad_sq_norm": norm.value,
             "simple_noise_scale": scale.value,
-            "unit": "example" if moments is None or moments.unit_size == 1 else "chunk",
-            "unit_size": 1.0 if moments is None else float(moments.unit_size),
-            "num_units": 0 if moments is None else moments.num_units,
-            "mean_sq_norm": math.nan
-            if moments is None
-            else float(moments.mean_sq_norm),
-            "mean_fourth": math.nan if moments is None else float(moments.mean_fourth),
+            "unit": self.unit,
+            **_columns(self.moments),
             "estimator": self.estimator,
             "coverage": float(self.coverage.complete),
             "status": str(scale.status),
         }
+        if self.unit == "token":
+            found = self.tokens
+            row["tokens"] = math.nan if found is None else found.total
+            row["tokens_per_sequence"] = self._per_example
+        elif self.moments is not None and row["unit_size"] != 1.0:
+            row["unit"] = "chunk"
+        factor = self.clip_factor
+        row["clip_factor"] = math.nan if factor is None else float(factor)
+        # Every row of a run has the same columns, also for what is missing in a step.
+        for name in (*list(self.estimates)[1:], *self.coverage.missing):
+            if name in ESTIMATORS:
+                columns = _columns(self.estimates.get(name))
+                row |= {f"{name}_{column}": value for column, value in columns.items()}
+        for name in self.coverage.missing:
+            row |= dict.fromkeys(COLUMNS_OF.get(name, ()), math.nan)
+        for name, quantity in self.quantities.items():
+            row |= quantity.columns(name)
+        return row
 
 
-def _finalised(moments: GradientMoments | None) -> tuple[Estimate, Estimate, Estimate]:
-    found = None if moments is None else moments.finalise()
-    if found is None:
-        nothing = Estimate(math.nan, status=Status.UNAVAILABLE)
-        return nothing, nothing, nothing
-    return (
-        found.variance_trace,
-        found.debiased_grad_sq_norm,
-        found.simple_noise_scale,
-    )
+def _columns(moments: GradientMoments | None) -> dict[str, float | int]:
+    """Sufficient statistics; of no units where there are none."""
+    if moments is not None:
+        return moments.columns()
+    return {"num_units": 0, "num_read": 0, **dict.fromkeys(MOMENT_COLUMNS, math.nan)}

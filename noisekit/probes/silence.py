@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class _Silence:
     """Who may record now; one for the process, since backward passes change threads."""
@@ -27,5 +29,7 @@ def silence(exempt: object | None = None) -> Iterator[None]:
 
 
 def silenced(recorder: object) -> bool:
-    """Whether ``recorder`` must not record now."""
+    """Whether ``recorder`` must not record now, or is being traced by a compiler."""
+    if torch.compiler.is_compiling():
+        return True
     return _SILENCE.imposed and _SILENCE.exempt is not recorder

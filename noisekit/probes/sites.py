@@ -34,8 +34,14 @@ class SitePlan:
         groups: dict[str, list[nn.Parameter]] = {}
         for index, path in self._replayed.items():
             groups.setdefault(path, []).append(parameters[index])
+        assigned = []
+        for site in assign_sites(self._model, plain):
+            if isinstance(site.rule, ModuleReplay) and site.path in groups:
+                groups[site.path].extend(site.params.values())  # one replay for both
+            else:
+                assigned.append(site)
         self.sites: tuple[Site, ...] = (
-            *assign_sites(self._model, plain),
+            *assigned,
             *(replay_site(self._model, path, group) for path, group in groups.items()),
         )
         self._sites_of = [

@@ -59,8 +59,15 @@ class BackwardTasks:
         """Drop every run; an exception may have broken one off."""
         self._tasks, self._current, self.task = {}, _Task(), -1
 
-    def visit(self, forward_pass: ForwardPass) -> None:
-        """Note that the run passes through ``forward_pass``."""
+    def visit(self, forward_pass: ForwardPass, *, twice: bool) -> None:
+        """Note that the run passes through ``forward_pass``.
+
+        Args:
+            forward_pass: The pass.
+            twice: Whether what the run gives can be differentiated in its turn.
+        """
+        if twice:
+            forward_pass.twice.add(self.task)
         if forward_pass not in self._current.passes:
             self._current.passes.append(forward_pass)
 

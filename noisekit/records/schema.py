@@ -1,12 +1,13 @@
 """The tables of a run, typed from the vocabulary and versioned."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import pyarrow as pa
 
 from noisekit.core.errors import UsageError
+from noisekit.core.step_quantities import COLUMNS_OF
 from noisekit.core.vocabulary import QUANTITIES
 
 FORMAT = 1
@@ -78,20 +79,59 @@ _POSITION = (*_integers("step", "examples_seen"), *_floats("epoch"))
 _WEIGHTS = _floats("weight_norm", "distance_from_start")
 _SNAPSHOT = Column("snapshot", pa.string(), "Name of the snapshot.")
 
+_MOMENTS = (
+    Column("unit_size", pa.float64(), "Examples in one unit, on average."),
+    Column("num_units", pa.int64(), "Units behind the step's gradient."),
+    Column("num_read", pa.int64(), "Units whose squared norms were read."),
+    Column("weight_sq_sum", pa.float64(), "Sum of the units' squared weights."),
+    Column("mean_sq_norm", pa.float64(), "Mean squared norm of a unit's gradient."),
+    Column("mean_fourth", pa.float64(), "Mean fourth power of a unit's gradient norm."),
+    Column("sq_norm_of_mean", pa.float64(), "Squared norm of the mean over the units."),
+)
+"""Sufficient statistics: every estimate can be made of them again."""
+
+ESTIMATORS = (
+    "per_example",
+    "rows",
+    "chunks",
+    "accumulation",
+    "ranks",
+    "random_signs",
+    "norm_layers",
+    "ghost",
+    "preconditioned",
+)
+"""Estimators that a reading may have beside its own, named in front of a column."""
+
 _STEPS = (
     *_POSITION,
     *_integers("batch_size"),
     *_floats("learning_rate", "batch_loss"),
-    Column("unit", pa.string(), "What one unit of the noise is: example or chunk."),
-    Column("unit_size", pa.float64(), "Examples in one unit, on average."),
-    Column("num_units", pa.int64(), "Units whose squared norms were read."),
+    Column(
+        "unit",
+        pa.string(),
+        "One unit of the noise: example, sequence, chunk; token where the noise scale "
+        "is counted in tokens, the sampling unit being the sequence.",
+    ),
+    Column("tokens", pa.float64(), "Tokens that count behind the step's gradient."),
+    Column("tokens_per_sequence", pa.float64(), "The same per effective sequence."),
+    *_MOMENTS,
     *_floats("grad_sq_norm"),
-    Column("mean_sq_norm", pa.float64(), "Mean squared norm of a unit's gradient."),
-    Column("mean_fourth", pa.float64(), "Mean fourth power of a unit's gradient norm."),
     *_floats("variance_trace", "debiased_grad_sq_norm", "simple_noise_scale"),
     Column("estimator", pa.string(), "How the units' gradients were read."),
     Column("coverage", pa.float64(), "Share of the parameters that the reading saw."),
     Column("status", pa.string(), "Whether the reading can be relied on."),
+    Column("clip_factor", pa.float64(), "What clipping multiplied the gradient by."),
+    *_floats(*dict.fromkeys(name for names in COLUMNS_OF.values() for name in names)),
+    *(
+        replace(
+            column,
+            name=f"{estimator}_{column.name}",
+            definition=f"{column.definition} By the estimator {estimator!r}.",
+        )
+        for estimator in ESTIMATORS
+        for column in _MOMENTS
+    ),
 )
 _MEASUREMENTS = (
     _SNAPSHOT,

@@ -5,9 +5,10 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from io import StringIO
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from noisekit.core.errors import StorageError
@@ -124,7 +125,9 @@ class JsonLinesSink(TextSink):
         return json.dumps(finite, allow_nan=False) + "\n"
 
 
-TEXT_SINKS = {".csv": CsvSink, ".jsonl": JsonLinesSink}
+TEXT_SINKS: Mapping[str, Callable[[Path | str], TextSink]] = MappingProxyType(
+    {".csv": CsvSink, ".jsonl": JsonLinesSink}
+)
 """Sinks by the ending of their files' names."""
 
 

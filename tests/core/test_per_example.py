@@ -104,10 +104,14 @@ CASES = (
         "embedding",
         indices=4,
     ),
+    Case("embedding_wide", lambda: nn.Embedding(40, 3), (5, 6), "embedding", indices=9),
     Case("embedding_1d", lambda: nn.Embedding(4, 3), (5,), "embedding", indices=4),
-    Case("conv1d", lambda: nn.Conv1d(3, 4, 2), (5, 3, 6), "replay"),
+    Case("conv1d", lambda: nn.Conv1d(3, 4, 2), (5, 3, 6), "convolution"),
     Case(
-        "conv_transposed", lambda: nn.ConvTranspose2d(2, 3, 3), (4, 2, 4, 4), "replay"
+        "conv_transposed",
+        lambda: nn.ConvTranspose2d(2, 3, 3),
+        (4, 2, 4, 4),
+        "convolution",
     ),
     Case("prelu", lambda: nn.PReLU(3), (4, 3, 2), "replay"),
     Case(
@@ -303,3 +307,28 @@ def test_ambiguous_axis_is_refused_with_the_place() -> None:
     message = r"2 axes of that length \(0, 1\) in shape \(4, 4, 3\) at input 0 of enc;"
     with pytest.raises(BatchSizeError, match=message):
         axis_of_examples((4, 4, 3), 4, among=range(2), where="input 0 of enc")
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_sums_over_some_rows_are_sums_of_their_gradients(case: Case) -> None:
+    """Catches: the whole batch summed whatever the rows; a bias without positions."""
+    module, call, grads = captured(case, torch.float64)
+    names = [name for name, _ in module.named_parameters()]
+    rows = slice(1, call.num_examples - 1)
+    got = rule_of(module).summed_grads(call, names, rows)
+    expected = reference.module_gradients(module, call.args[0], grads, axis=case.axis)
+    assert set(got) == set(names)
+    for name in names:
+        torch.testing.assert_close(got[name], expected[name][rows].sum(0))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_square_sums_are_sums_of_squared_gradients(case: Case) -> None:
+    """Catches: the square of the sum; positions or equal tokens squared one by one."""
+    module, call, grads = captured(case, torch.float64)
+    names = [name for name, _ in module.named_parameters()]
+    got = rule_of(module).square_sums(call, names)
+    expected = reference.module_gradients(module, call.args[0], grads, axis=case.axis)
+    assert set(got) == set(names)
+    for name in names:
+        torch.testing.assert_close(got[name], expected[name].square().sum(0))

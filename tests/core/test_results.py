@@ -37,6 +37,13 @@ def test_lower_bound_is_one_sided() -> None:
     assert (interval.low, interval.high) == (3.0, math.inf)
 
 
+def test_mean_of_lower_bounds_is_less_its_error() -> None:
+    """Catches: a lower end that ignores the error over what was averaged."""
+    interval = Estimate(3.0, stderr=0.5, side="lower").interval()
+    assert interval.low == pytest.approx(3 - 1.959964 * 0.5, rel=1e-6)
+    assert interval.high == math.inf
+
+
 def test_without_any_error_nothing_is_claimed() -> None:
     """Catches: a bare number with an interval of width zero."""
     interval = Estimate(3.0).interval()
@@ -130,6 +137,7 @@ def test_fieller_covers_where_the_delta_method_does_not() -> None:
         (Estimate(1.23456, stderr=0.0456), "1.235 ± 0.046"),
         (Estimate(1.23456, bound=0.01), "1.235 (residual 0.01)"),
         (Estimate(1.5, side="lower"), "≥ 1.5"),
+        (Estimate(1.5, stderr=0.25, side="lower"), "≥ 1.5 ± 0.25"),
         (Estimate(1.5), "1.5"),
         (Estimate(1.5, status=Status.NO_SIGNAL), "1.5 [no_signal]"),
         (

@@ -180,6 +180,44 @@ def test_recalibration_follows_the_point_that_is_evaluated() -> None:
     assert risk.value(doubled) == pytest.approx(risk.value(vector), rel=1e-4)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parts_of_the_data_have_the_risk_of_their_own(case: Case) -> None:
+    """``on`` a part is what a new risk over it would be, and the whole stays.
+
+    Catches: the total of the whole, which makes every part too small.
+    """
+    risk = EmpiricalRisk(
+        case.build(), case.loss_fn, case.batches, normaliser=case.normaliser
+    )
+    whole = risk.value()
+    parts = [risk.on([batch]) for batch in case.batches]
+    mean = sum(
+        count * part.value() for count, part in zip(case.counts, parts, strict=True)
+    )
+    assert mean / sum(case.counts) == pytest.approx(whole, rel=1e-12)
+    assert sum(part.num_examples for part in parts) == risk.num_examples
+    assert risk.value() == whole
+
+
+def test_parts_are_measured_with_the_statistics_of_the_whole() -> None:
+    """Within ``evaluating()`` a part does not recalibrate BatchNorm to itself.
+
+    Catches: statistics that change from part to part.
+    """
+    risk = EmpiricalRisk(seeded(batch_norm_network)(), LOSS, RAGGED, bn="recalibrated")
+    part = risk.on(RAGGED[:1])
+    with risk.evaluating():
+        together = part.value()
+    assert together != pytest.approx(part.value(), rel=1e-6)
+
+
+def test_another_loss_divides_by_the_same() -> None:
+    """Catches: the first loss evaluated again."""
+    risk = EmpiricalRisk(seeded(mlp)(), LOSS, RAGGED)
+    twice = risk.with_loss(lambda outputs, targets: 2 * LOSS(outputs, targets))
+    assert twice.value() == pytest.approx(2 * risk.value(), rel=1e-12)
+
+
 def test_compiled_model_is_evaluated_as_written() -> None:
     """Catches: parameter names with a prefix, and graphs without second derivative."""
     model = seeded(mlp)()

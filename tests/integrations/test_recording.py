@@ -1,13 +1,19 @@
 """A probe that writes a run directory, and the report of such a run."""
 
+import inspect
+import re
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import noisekit as nk
-from noisekit.core.errors import RunLockedError, UsageError
+from noisekit import probes
+from noisekit.core.errors import RunLockedError, StorageError, UsageError
+from noisekit.integrations import recording
 
 
 def train(probed: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -78,3 +84,110 @@ def test_refused_attachment_frees_the_directory(
         nk.attach(model, optimizer, estimator="ghost", save_to=tmp_path / "mine")
     with nk.attach(model, optimizer, save_to=tmp_path / "mine"):
         train(model, optimizer, 1)
+
+
+def test_a_budget_and_estimators_side_by_side_are_recorded(
+    net: tuple[nn.Module, torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    """Catches: options that are accepted here and lost on the way to the probe."""
+    model, optimizer = net
+    with nk.attach(
+        model,
+        optimizer,
+        estimator=("per_example", "chunks"),
+        num_chunks=2,
+        budget=0.5,
+        save_to=tmp_path / "mine",
+    ) as probe:
+        train(model, optimizer, 30)
+    steps = nk.open_runs(tmp_path / "mine").steps
+    assert list(steps["step"]) == [reading.step for reading in probe.readings]
+    assert 2 <= len(steps) <= 30
+    assert probe.overhead.budget == 0.5
+
+
+def test_every_quantity_is_recorded(
+    net: tuple[nn.Module, torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    """Also those that the first step has not got.
+
+    Catches: a column that the table does not know.
+    """
+    model, optimizer = net
+    with nk.attach(
+        model,
+        optimizer,
+        quantities=("norm_test", "gsnr", "update_size", "gradient_cosine"),
+        save_to=tmp_path / "mine",
+    ) as probe:
+        train(model, optimizer, 4)
+    steps = nk.open_runs(tmp_path / "mine").steps
+    for name in ("norm_test", "debiased_gsnr", "update_size", "gradient_cosine"):
+        wanted = [reading.row()[name] for reading in probe.readings]
+        assert list(steps[name]) == pytest.approx(wanted, nan_ok=True), name
+    assert steps["gradient_cosine"].notna().sum() == 3
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_file_s_ending_makes_it_text(
+    net: tuple[nn.Module, torch.optim.Optimizer], tmp_path: Path, ending: str
+) -> None:
+    """Catches: a run directory called readings.csv; a cosine that comes too late."""
+    model, optimizer = net
+    path = tmp_path / f"readings.{ending}"
+    with nk.attach(
+        model, optimizer, quantities="gradient_cosine", save_to=path
+    ) as probe:
+        train(model, optimizer, 3)
+    table = pd.read_csv(path) if ending == "csv" else pd.read_json(path, lines=True)
+    assert list(table["step"]) == [1, 2, 3]
+    assert list(table["gradient_cosine"].isna()) == [True, False, False]
+    wanted = [reading.row()["grad_sq_norm"] for reading in probe.readings]
+    assert list(table["grad_sq_norm"]) == pytest.approx(wanted)
+
+
+def test_an_unwritable_file_leaves_no_probe(
+    net: tuple[nn.Module, torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    """Catches: hooks left on the model after attach raised."""
+    model, optimizer = net
+    (tmp_path / "taken.csv").mkdir()
+    with pytest.raises(StorageError, match=r"a sink needs a file .*taken\.csv"):
+        nk.attach(model, optimizer, save_to=tmp_path / "taken.csv")
+    assert not model._forward_pre_hooks
+
+
+def arguments(function: Callable[..., object]) -> dict[str, str]:
+    """What a docstring says of each argument."""
+    text = (function.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+    entries = re.split(r"\n\s{8}(?=\w+: )", text)[1:]
+    pairs = (entry.partition(": ")[::2] for entry in entries)
+    return {name: " ".join(said.split()) for name, said in pairs}
+
+
+def test_attach_is_that_of_the_probes_with_a_directory() -> None:
+    """The same parameters in the same order, with the same defaults and descriptions.
+
+    Catches: an option that one of the two has not got.
+    """
+    own = inspect.signature(nk.attach).parameters
+    theirs = inspect.signature(probes.attach).parameters
+    rest = [parameter for name, parameter in own.items() if name != "save_to"]
+    assert rest == list(theirs.values())
+    documented = arguments(nk.attach)
+    assert documented.keys() == own.keys()
+    del documented["save_to"]
+    assert documented == arguments(probes.attach)
+
+
+def test_every_option_reaches_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: one option passed on as another, or not at all."""
+    got: dict[str, object] = {}
+
+    def attach(model: object, optimizer: object, **options: object) -> None:
+        got.update(options, model=model, optimizer=optimizer)
+
+    wanted = {name: object() for name in inspect.signature(probes.attach).parameters}
+    monkeypatch.setattr(recording.probes, "attach", attach)
+    nk.attach(**wanted)  # type: ignore[arg-type]
+    assert got == wanted

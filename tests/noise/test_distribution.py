@@ -69,3 +69,12 @@ def test_bad_input_is_named() -> None:
         LogHistogram.empty().quantile(2)
     with pytest.raises(UsageError, match="same bins"):
         LogHistogram.empty().merge(LogHistogram.empty(num_bins=3))
+
+
+def test_printed_it_is_a_line() -> None:
+    """Catches: every bin on the screen."""
+    histogram = LogHistogram.empty().add(torch.tensor([1.0, 2.0, 3.0, math.nan]))
+    middle = histogram.quantile(0.5)
+    assert str(histogram).startswith(f"3 values, median {middle:.3g}, nine in ten from")
+    assert str(histogram).endswith("; 1 invalid")
+    assert "counts" not in repr(histogram)

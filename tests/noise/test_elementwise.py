@@ -106,3 +106,12 @@ def test_bad_input_is_named() -> None:
         moments_of(torch.ones(1, 3))
     with pytest.raises(UsageError, match=r"one shape, got \(2,\) and \(3,\)"):
         ElementMoments(4, torch.ones(2), torch.ones(3))
+
+
+def test_printed_moments_are_a_line() -> None:
+    """Catches: every parameter's moments on the screen."""
+    moments = moments_of(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+    assert str(moments) == (
+        "gradients of 2 examples over 2 parameters: |mean|² 8, variances of 2 in all"
+    )
+    assert repr(moments) == "ElementMoments(num_examples=2)"

@@ -1,12 +1,14 @@
 """Sufficient statistics: what follows from them, and how they merge."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from noisekit.core.errors import UsageError
+from noisekit.core.results import Status
 from noisekit.noise import GradientMoments
 from tests.reference import noise as reference
 
@@ -170,3 +172,109 @@ def test_layers_add_up() -> None:
     for i, part in enumerate(found):
         assert part is not None
         assert part.variance_trace == pytest.approx(float(grads[:, i].var()))
+
+
+def unequal_chunks(grads: Tensor, sizes: list[int]) -> GradientMoments:
+    """The moments of chunks of ``(n, P)`` gradients that weigh by their size."""
+    n = len(grads)
+    parts = torch.stack([part.sum(0) / n for part in grads.split(sizes)])
+    weights = torch.tensor(sizes, dtype=torch.float64) / n
+    weight_sq_sum = float(weights.square().sum())
+    sq_norms = parts.square().sum(1)
+    return GradientMoments(
+        len(sizes),
+        weight_sq_sum * n,
+        weight_sq_sum,
+        sq_norms.sum(),
+        sq_norms.square().sum(),
+        parts.sum(0).square().sum(),
+    )
+
+
+def test_unequal_chunks_give_the_noise_of_an_example() -> None:
+    """Catches: the mean size of chunks where their weighted size belongs."""
+    grads, sizes = draw(12, 5), [2, 3, 7]
+    means = torch.stack([part.mean(0) for part in grads.split(sizes)])
+    counts = torch.tensor(sizes, dtype=torch.float64)
+    trace, norm = reference.unit_noise(means, counts / 12, counts)
+    parts = unequal_chunks(grads, sizes).parts()
+    assert parts is not None
+    assert parts.variance_trace == pytest.approx(trace)
+    assert parts.debiased_grad_sq_norm == pytest.approx(norm)
+
+
+def test_weights_may_be_on_the_device() -> None:
+    """Catches: a weight that is turned into a number while the step runs."""
+    plain = unequal_chunks(draw(12, 5), [2, 3, 7])
+    on_device = replace(
+        plain,
+        unit_size=torch.tensor(plain.unit_size, dtype=torch.float64),
+        weight_sq_sum=torch.tensor(plain.weight_sq_sum, dtype=torch.float64),
+    )
+    assert on_device.parts() == plain.parts()
+    assert on_device.columns() == plain.columns()
+
+
+@pytest.mark.parametrize("prefix", ["", "chunks_"])
+def test_columns_hold_all_there_is(prefix: str) -> None:
+    """Catches: a table from which an interval cannot be had again."""
+    for num_read in (None, 2):
+        moments = replace(unequal_chunks(draw(12, 5), [2, 3, 7]), num_read=num_read)
+        row = {prefix + name: value for name, value in moments.columns().items()}
+        again = GradientMoments.from_columns(row, prefix)
+        mine, theirs = again.parts(), moments.parts()
+        assert mine is not None
+        assert theirs is not None
+        for name in ("variance_trace", "debiased_grad_sq_norm", "trace_variance"):
+            assert getattr(mine, name) == pytest.approx(getattr(theirs, name))
+        assert mine.dof == pytest.approx(theirs.dof)
+
+
+def test_a_subset_has_the_error_of_the_units_that_were_read() -> None:
+    """Catches: the error of all units for a quarter of them."""
+    whole = moments_of(draw(400, 5))
+    part = replace(whole, num_read=100)
+    mine, theirs = part.parts(), whole.parts()
+    assert mine is not None
+    assert theirs is not None
+    assert mine.trace_variance == pytest.approx(4 * theirs.trace_variance, rel=0.02)
+    assert mine.variance_trace == theirs.variance_trace
+
+
+def test_an_unread_spread_leaves_one_step_unresolved() -> None:
+    """Catches: NaN limits, or an error of zero."""
+    moments = replace(moments_of(draw(8, 3)), sum_fourth=torch.tensor(math.nan))
+    found = moments.finalise()
+    assert found is not None
+    assert found.variance_trace.interval().low == -math.inf
+    interval = found.simple_noise_scale.interval()
+    assert (interval.low, interval.high) == (0.0, math.inf)
+    assert found.simple_noise_scale.status is Status.NOT_RESOLVED
+
+
+def test_merged_subsets_count_what_was_read() -> None:
+    """Catches: a subset that is taken for the whole once it is merged."""
+    grads = draw(12, 5)
+    a, b = moments_of(grads[:4]), replace(moments_of(grads[4:]), num_read=2)
+    norm = grads.mean(0).square().sum()
+    assert a.merge(b, grad_sq_norm=norm).num_read == 6
+    assert a.merge(a, grad_sq_norm=norm).num_read is None
+
+
+def test_printed_they_are_a_line() -> None:
+    """Catches: a tensor per layer on the screen; a scale of a single unit."""
+    moments = moments_of(draw(7, 5))
+    scale = moments.finalise()
+    assert scale is not None
+    assert str(moments) == (
+        f"gradient moments of 7 units of 1 examples: noise scale "
+        f"{scale.simple_noise_scale}, tr Σ {scale.variance_trace}, "
+        f"|G|² {scale.debiased_grad_sq_norm}"
+    )
+    assert "tensor" not in repr(moments)
+    layers = torch.ones(3)
+    by_layer = replace(
+        moments, sum_sq_norm=layers, sum_fourth=layers, grad_sq_norm=layers
+    )
+    assert str(by_layer).endswith("of 7 units of 1 examples, 3 entries")
+    assert str(moments_of(draw(1, 5))).endswith("too few for a noise scale")

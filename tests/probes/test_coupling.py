@@ -8,6 +8,8 @@ from torch.nn import functional
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError
 from noisekit.core.results import Status
 from noisekit.probes import attach
+from noisekit.probes.assembly import LossReduction
+from tests.reference import noise as reference
 
 
 def build(*, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -73,7 +75,7 @@ def test_per_example_readings_can_be_insisted_on() -> None:
     model, (inputs, targets) = build(), data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     probe = attach(model, optimizer, estimator="per_example")
-    message = r"use estimator='ghost' with ghost_batch=, or put BatchNorm in eval"
+    message = "use estimator='ghost' with ghost_batch=, or put BatchNorm in eval"
     with pytest.raises(CoupledExamplesError, match=message):
         model(inputs)
     model.eval()
@@ -126,6 +128,67 @@ def test_ghost_batches_of_a_sum_loss_mean_the_same() -> None:
     optimizer.step()
     trace = 6 * float(rows.var(0, correction=1).sum())
     assert probe.readings[0].variance_trace.value == pytest.approx(trace)
+
+
+CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+
+
+def counts_of(targets: Tensor) -> Tensor:
+    return CLASS_WEIGHTS[targets.clamp(min=0)] * (targets >= 0)
+
+
+class OwnMean(nn.Module):
+    """The same mean written by hand: over no example it is not a number."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        chosen = outputs.log_softmax(1).gather(1, targets.clamp(min=0)[:, None])
+        losses, counts = -chosen[:, 0], counts_of(targets)
+        return (counts * losses).sum() / counts.sum()
+
+
+@pytest.mark.parametrize("kind", ["mean", "sum", "own"])
+def test_ghost_batches_weigh_by_what_their_examples_count(kind: str) -> None:
+    """Class weights and ignored targets: a ghost batch has fewer effective examples.
+
+    Catches: every ghost batch weighing the same; a ghost batch without any example
+    that counts, whose mean is not a number; sizes as if all examples counted.
+    """
+    model, (inputs, targets) = build(), data(18)
+    targets[12:] = -100
+    targets[:6] = torch.tensor([0, 0, 1, 2, 2, 2])
+    own = nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)
+    rows = []
+    for part, classes in zip(inputs[:12].split(6), targets[:12].split(6), strict=True):
+        twin = build()
+        grads = torch.autograd.grad(own(twin(part), classes), list(twin.parameters()))
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    counts = CLASS_WEIGHTS[targets[:12]].view(2, 6)
+    weights = counts.sum(1) / counts.sum()
+    sizes = counts.sum(1).square() / counts.square().sum(1)
+    expected = reference.unit_noise(torch.stack(rows), weights, sizes)
+    reduction: LossReduction = "sum" if kind == "sum" else "mean"
+    known = nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, reduction=reduction)
+    loss = OwnMean() if kind == "own" else known
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = attach(
+        model,
+        optimizer,
+        estimator="ghost",
+        ghost_batch=6,
+        loss_fn=loss,
+        loss_reduction=reduction,
+        example_weights=counts_of if kind == "own" else None,
+    )
+    loss(model(inputs), targets).backward()
+    optimizer.step()
+    (reading,) = probe.readings
+    found = (reading.variance_trace.value, reading.debiased_grad_sq_norm.value)
+    assert found == pytest.approx(expected)
+    assert reading.estimator == "ghost(6)"
+    assert reading.row()["unit_size"] < 6
+    assert reading.row()["weight_sq_sum"] == pytest.approx(
+        float(weights.square().sum())
+    )
 
 
 def test_ghost_batches_change_no_bit_of_the_training() -> None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError, LayerReadError
+from noisekit.core.subsets import chunk_sq_norms
 from noisekit.probes import attach, example_sq_norms, gradient_noise, self_check
 from tests.probes.models import CASES as ALL_CASES
 from tests.probes.models import MLP, Case, dropout_model
@@ -168,3 +169,45 @@ def test_the_self_check_fails_where_examples_see_each_other() -> None:
     check = self_check(Coupled(), nn.CrossEntropyLoss(), MLP.data(torch.float32))
     assert not check.passed
     assert "the probe disagrees with brute force on 6 examples" in str(check)
+
+
+def test_the_self_check_is_of_every_estimator() -> None:
+    """Catches: an estimator that no user's model is ever checked with."""
+    check = self_check(MLP.model(), nn.CrossEntropyLoss(), MLP.data())
+    names = {"rows", "chunks", "accumulation", "random_signs"}
+    assert set(check.estimators) == names
+    assert max(check.estimators.values()) < 1e-10
+
+
+def test_the_self_check_knows_weighted_losses() -> None:
+    """Catches: single examples' losses compared as if all weighed the same."""
+    weight = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
+    for reduction in ("mean", "sum"):
+        loss = nn.CrossEntropyLoss(weight=weight, reduction=reduction)
+        check = self_check(MLP.model(), loss, MLP.data())
+        assert check.passed, str(check)
+
+
+def test_a_wrong_estimator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a verdict on per-example norms alone."""
+
+    def doubled(site, call, names, chunks):
+        found = chunk_sq_norms(site, call, names, chunks)
+        return {name: 2 * norms for name, norms in found.items()}
+
+    monkeypatch.setattr("noisekit.probes.unit_norms.chunk_sq_norms", doubled)
+    check = self_check(MLP.model(), nn.CrossEntropyLoss(), MLP.data())
+    assert not check.passed
+    assert "largest relative error 1.0e+00 (estimator chunks; tolerance" in str(check)
+
+
+def test_printed_noise_is_a_few_lines() -> None:
+    """Catches: every example's norm on the screen."""
+    noise = gradient_noise(MLP.model(), nn.CrossEntropyLoss(), ragged(MLP))
+    assert str(noise).splitlines() == [
+        f"gradient noise of {noise.num_examples} examples:",
+        f"  simple noise scale: {noise.simple_noise_scale}",
+        f"  tr Σ: {noise.variance_trace}",
+        f"  |G|²: {noise.debiased_grad_sq_norm}",
+    ]
+    assert "tensor" not in repr(noise)

@@ -316,7 +316,8 @@ def test_a_model_used_by_its_parts_has_no_examples() -> None:
     reading = probe.readings[0]
     assert reading.grad_sq_norm.value > 0
     reason = reading.coverage.reason
-    assert reason == "the model's own forward was not called in this step"
+    assert reason is not None
+    assert reason.startswith("the model's own forward was not called in this step")
 
 
 # ------------------------------------------------------------------ the closure check
@@ -396,7 +397,8 @@ def test_a_shallow_copy_is_not_the_model() -> None:
     loss_of(copy.copy(model), inputs, targets).backward()
     optimizer.step()
     reason = probe.readings[0].coverage.reason
-    assert reason == "the model's own forward was not called in this step"
+    assert reason is not None
+    assert reason.startswith("the model's own forward was not called in this step")
 
 
 def test_a_copied_optimizer_has_no_probe() -> None:

@@ -1,0 +1,88 @@
+"""What each example counts in a loss's mean: class weights, ignored targets, its own.
+
+A loss that weighs its targets averages over fewer effective examples,
+``n_eff = 1 / sum w_i²``, than the batch has.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from noisekit.core.errors import NormaliserError
+
+# Takes a batch's targets, in whatever form the loader gives them.
+ExampleWeights = Callable[[Any], Tensor]
+
+
+def example_weights(
+    given: ExampleWeights | None, loss_fn: object, targets: Any, num_examples: int
+) -> Tensor | None:
+    """Return what each example counts, ``(n,)``; ``None`` where all count alike.
+
+    Args:
+        given: The user's own function of the targets.
+        loss_fn: PyTorch's cross-entropies are known: an example counts the sum of
+            the class weights of its targets that are not ignored.
+        targets: Of one micro-batch.
+        num_examples: Its examples.
+
+    Raises:
+        NormaliserError: If ``given`` does not return one number per example.
+    """
+    if given is not None:
+        return per_example("example_weights", given(targets), num_examples)
+    weights = target_weights(loss_fn, targets)
+    if weights is None or weights.numel() % num_examples:
+        return None
+    return weights.reshape(num_examples, -1).sum(1)
+
+
+def per_example(name: str, values: object, num_examples: int) -> Tensor:
+    """Return what a user's function of the targets gave, in float32 or wider.
+
+    Raises:
+        NormaliserError: If it is not one number per example.
+    """
+    if not isinstance(values, Tensor) or values.shape != (num_examples,):
+        shape = tuple(values.shape) if isinstance(values, Tensor) else values
+        raise NormaliserError(
+            f"{name} needs to return a tensor of shape ({num_examples},), one number "
+            f"per example, got {shape}."
+        )
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+
+
+def target_weights(loss_fn: object, targets: Any) -> Tensor | None:
+    """Return what each target counts in a known loss's mean; ``None`` of others.
+
+    The class weight of a target that is not ignored, zero of one that is.
+    """
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        return None
+    known = _class_weights(loss_fn)
+    if known is None:
+        return None
+    class_weights, ignored = known
+    counted = targets != ignored
+    counts = counted.to(torch.float32)
+    if class_weights is not None:
+        chosen = class_weights.to(targets.device)[targets.where(counted, 0)]
+        counts = counts * chosen
+    return counts
+
+
+def tells_targets(loss_fn: object) -> bool:
+    """Whether a loss is one of those whose counting of targets is known."""
+    return _class_weights(loss_fn) is not None
+
+
+def _class_weights(loss_fn: object) -> tuple[Tensor | None, int] | None:
+    """Class weights and ignored class of a cross-entropy; ``None`` for other losses."""
+    if isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss):
+        return loss_fn.weight, loss_fn.ignore_index
+    if loss_fn is functional.cross_entropy or loss_fn is functional.nll_loss:
+        return None, -100
+    return None

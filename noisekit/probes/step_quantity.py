@@ -1,0 +1,71 @@
+"""What a reading holds beside the noise: one quantity of one step."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from noisekit.core.results import Estimate
+from noisekit.noise.hessian_noise import HessianNoiseScale, hessian_noise_scale
+
+
+@dataclass(frozen=True, slots=True)
+class StepQuantity:
+    """One quantity of one step, in total and, where it has a meaning, per parameter.
+
+    Attributes:
+        values: The total first, then one entry per parameter, if there are such; on
+            the training device until somebody asks.
+    """
+
+    values: Tensor
+
+    @property
+    def value(self) -> float:
+        """Of all parameters together."""
+        return float(self.values[0])
+
+    @property
+    def estimate(self) -> Estimate:
+        """The same as an estimate; one step does not tell its error."""
+        return Estimate(self.value)
+
+    @property
+    def layers(self) -> tuple[Estimate, ...]:
+        """One entry per parameter, in the reading's order; none where it has none."""
+        return tuple(Estimate(value) for value in self.values[1:].tolist())
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Return what a table holds of it."""
+        return {name: self.value}
+
+
+@dataclass(frozen=True, slots=True)
+class HessianForms:
+    """Curvature along the gradients of chunks, from which the noise scale follows.
+
+    Attributes:
+        values: ``c_k' H c_l``, with ``H`` of other examples ``(K, K)``.
+        chunk_size: Examples behind each ``c_k``.
+    """
+
+    values: Tensor
+    chunk_size: int
+
+    @property
+    def noise(self) -> HessianNoiseScale:
+        """The noise scale and its parts; errors are given the Hessian."""
+        return hessian_noise_scale(self.values, chunk_size=self.chunk_size)
+
+    @property
+    def estimate(self) -> Estimate:
+        """``tr(HΣ) / G'HG`` of this step alone [examples]."""
+        return self.noise.hessian_noise_scale
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Return what a table holds of it; the parts can be averaged over steps."""
+        noise = self.noise
+        return {
+            name: noise.hessian_noise_scale.value,
+            "noise_curvature": noise.noise_curvature.value,
+            "gradient_curvature": noise.gradient_curvature.value,
+        }

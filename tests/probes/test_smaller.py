@@ -1,0 +1,163 @@
+"""The run on one example less: which axis, which order, whose outputs."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from noisekit.probes import Reading, attach
+from tests.probes.exactness import (
+    assert_agree,
+    data,
+    expected_now,
+    readings_of,
+    seeded,
+)
+from tests.probes.networks import Headed
+from tests.reference import noise as reference
+
+
+class _Flipped(nn.Module):
+    """Calls its layer on the examples in reverse, and turns them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.linear(x.flip(0)).tanh()
+        return hidden.flip(0)
+
+
+def test_rows_in_another_order_are_read_around_the_layer() -> None:
+    """Their sum closes, and each layer's own noise is right: only examples are mixed.
+
+    Catches: row ``i`` of a layer's input taken for example ``i``.
+    """
+    model = seeded(lambda: Headed(_Flipped(), 6))
+    inputs, targets = data(4, 6)
+    first, second = readings_of(model, inputs, targets, steps=2)
+    reason = "core.linear: its rows are not the batch's examples in their order"
+    assert first.coverage.reason == reason
+    assert second.coverage.methods["core.linear.weight"] == "replay of core"
+    assert_agree(second, expected_now(model, inputs, targets), 1e-9)
+
+
+class _Centred(nn.Module):
+    """Subtracts the batch's mean, as no layer of PyTorch's own does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (300, 6)])
+def test_examples_coupled_by_a_custom_module_are_refused(
+    shape: tuple[int, ...],
+) -> None:
+    """Catches: contributions read as if each were its own example's gradient."""
+    model = seeded(lambda: Headed(nn.Sequential(nn.Linear(6, 6), _Centred()), 6))
+    readings = readings_of(model, *data(*shape), steps=2)
+    reason = "outputs for an example depend on the others in the batch"
+    assert [reading.coverage.reason for reading in readings] == [reason, reason]
+    assert readings[0].grad_sq_norm.value > 0
+
+
+def test_random_models_are_not_compared() -> None:
+    """Catches: other dropout masks on a smaller batch taken for coupled examples."""
+    model = seeded(lambda: Headed(nn.Sequential(nn.Linear(6, 6), nn.Dropout()), 6))
+    assert all(r.coverage.complete for r in readings_of(model, *data(4, 6)))
+
+
+class _Loop(nn.Module):
+    """A cell, called once for every time step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(6, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), 5)
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        logits: Tensor = self.head(state)
+        return logits
+
+
+def test_a_longer_loop_needs_no_other_run() -> None:
+    """Catches: a forward pass more for every length, whose calls nobody has seen."""
+    model = seeded(_Loop)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    runs = []
+    model.cell.register_forward_pre_hook(lambda *_: runs.append(1))
+    with attach(model, optimizer) as probe:
+        for length in (3, 5, 4):
+            inputs, targets = data(4, length, 6)
+            optimizer.zero_grad()
+            before = len(runs)
+            outputs = model(inputs)
+            taken = len(runs) - before
+            assert taken == (2 * length if length == 3 else length)
+            functional.cross_entropy(outputs, targets).backward()
+            optimizer.step()
+            reading = probe.readings[-1]
+            grads = reference.contributions(
+                model, functional.cross_entropy, (inputs,), targets
+            )
+            expected = {name: len(inputs) * rows for name, rows in grads.items()}
+            assert_agree(reading, expected, 1e-9)
+
+
+class _Bags(nn.Module):
+    """Bags of one batch size only, given as a matrix or by offsets."""
+
+    def __init__(self, *, offsets: bool) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(7, 4, mode="sum")
+        self.head = nn.Linear(4, 3)
+        self.offsets = offsets
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if len(tokens) == 4:  # the run on one example less
+            raise ValueError("needs another batch size")
+        if not self.offsets:
+            return self.head(self.bags(tokens))
+        starts = torch.arange(len(tokens)) * tokens.shape[1]
+        return self.head(self.bags(tokens.flatten(), starts))
+
+
+def first_reading(model: nn.Module, tokens: Tensor, targets: Tensor) -> Reading:
+    """Of a step that moves no weight."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with attach(model, optimizer) as probe:
+        functional.cross_entropy(model(tokens), targets).backward()
+        optimizer.step()
+    return probe.readings[0]
+
+
+def test_a_matrix_of_bags_has_them_on_its_first_axis() -> None:
+    """Five bags of five tokens, where sizes alone leave a doubt.
+
+    Catches: the layer's own documented axis not asked for.
+    """
+    model = seeded(lambda: _Bags(offsets=False))
+    generator = torch.Generator().manual_seed(3)
+    tokens, targets = torch.randint(7, (5, 5), generator=generator), torch.arange(5) % 3
+    grads = reference.example_gradients(
+        model, functional.cross_entropy, tokens, targets
+    )
+    reading = first_reading(model, tokens, targets)
+    assert reading.coverage.reason is None
+    expected = reference.variance_trace(list(grads.values()))
+    assert reading.variance_trace.value == pytest.approx(expected)
+
+
+def test_bags_by_offsets_have_no_axis_of_examples() -> None:
+    """One token per bag: indices and offsets are as many as the examples.
+
+    Catches: offsets cut into rows, which start from zero and mean the rest.
+    """
+    model = seeded(lambda: _Bags(offsets=True))
+    reading = first_reading(model, torch.arange(5)[:, None], torch.arange(5) % 3)
+    expected = "bags: its input has no axis of 5 examples ((5,), (5,))"
+    assert reading.coverage.reason == expected
