@@ -1,26 +1,73 @@
-"""The Hessian of a loss: products, eigenvalues, traces; nothing trains here."""
+"""Curvature of a loss: products, eigenvalues, traces, spectra; nothing trains here."""
 
+from noisekit.curvature.covariance import GradientCovarianceOperator
+from noisekit.curvature.density import (
+    LogDensity,
+    SpectralDensity,
+    spectral_density,
+)
+from noisekit.curvature.fisher import FisherOperator
+from noisekit.curvature.form_trial import Trial
+from noisekit.curvature.ggn import GGNOperator
 from noisekit.curvature.hessian import HessianOperator
 from noisekit.curvature.lanczos import EigenPairs, top_eigenpairs
-from noisekit.curvature.operator import MatrixLike, SymmetricOperator, as_operator
+from noisekit.curvature.operator import (
+    LinearCombination,
+    MatrixLike,
+    SymmetricOperator,
+    as_operator,
+)
+from noisekit.curvature.outliers import Atom
+from noisekit.curvature.preconditioned import (
+    ScaledOperator,
+    adam_preconditioned,
+    weight_scaled,
+)
+from noisekit.curvature.quadrature import Quadrature, spectral_quadrature
 from noisekit.curvature.reference import pyhessian_top_eigenvalue
+from noisekit.curvature.risk_operator import RiskOperator
+from noisekit.curvature.sizes import (
+    effective_dimension,
+    frobenius_norm,
+    participation_ratio,
+)
 from noisekit.curvature.traces import (
     DiagonalEstimate,
+    Target,
     diagonal,
     trace,
     weighted_trace,
 )
 
 __all__ = [
+    "Atom",
     "DiagonalEstimate",
     "EigenPairs",
+    "FisherOperator",
+    "GGNOperator",
+    "GradientCovarianceOperator",
     "HessianOperator",
+    "LinearCombination",
+    "LogDensity",
     "MatrixLike",
+    "Quadrature",
+    "RiskOperator",
+    "ScaledOperator",
+    "SpectralDensity",
     "SymmetricOperator",
+    "Target",
+    "Trial",
+    "adam_preconditioned",
     "as_operator",
     "diagonal",
+    "effective_dimension",
+    "frobenius_norm",
+    "participation_ratio",
     "pyhessian_top_eigenvalue",
+    "spectral_density",
+    "spectral_quadrature",
     "top_eigenpairs",
     "trace",
+    "weight_scaled",
     "weighted_trace",
 ]

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from noisekit.curvature.operator import SymmetricOperator
-from noisekit.curvature.random_vectors import normal_vector
+from noisekit.curvature.random_vectors import probe_block
 
-Which = Literal["LA", "SA"]
+Which = Literal["LA", "SA", "BE"]
+
+_RESTART_COLUMNS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class RitzPairs:
         coefficients: ``(m, m)``, the pairs' vectors in terms of the basis.
         residuals: ``|H v - value v|`` of each pair, rounding included.
         norm: Largest magnitude of any Ritz value so far, about the norm of ``H``.
-        random_steps: Steps of the random chain.
+        num_steps: Block products so far.
         invariant: Whether ``H`` maps the basis into itself, up to rounding.
         exhausted: Whether the basis spans everything.
     """
@@ -31,7 +33,7 @@ class RitzPairs:
     coefficients: np.ndarray
     residuals: np.ndarray
     norm: float
-    random_steps: int
+    num_steps: int
     invariant: bool
     exhausted: bool
 
@@ -49,18 +51,23 @@ class RitzPairs:
 class KrylovBasis:
     """Lanczos vectors, each orthogonalised twice against all that are kept.
 
-    One chain of products sets out from a random direction, and one from each start
-    vector. What the last product of a chain has outside the basis is the chain's end,
-    and becomes a basis vector when the chain goes on. The projected matrix is made of
-    inner products with the whole basis, not only of the last two vectors, so that
-    chains, restarts and new directions need no separate formulas.
+    A step multiplies the newest block of vectors; what the products have outside the
+    basis is the next block. The projected matrix is made of inner products with the
+    whole basis, not only of the last two blocks, so that restarts and new directions
+    need no separate formulas.
+
+    With ``Q`` the basis, ``T`` the projected matrix and ``N`` the orthonormal next
+    block, ``H Q = Q T + N F E``: ``F`` is small and triangular, and ``E`` picks the
+    newest block, since what older products had outside is in the basis by now.
 
     Source:
         Wu and Simon 2000, "Thick-restart Lanczos method for large symmetric
-        eigenvalue problems", SIAM J. Matrix Anal. Appl. 22.
+        eigenvalue problems", SIAM J. Matrix Anal. Appl. 22; Golub and Underwood 1977,
+        "The block Lanczos method for computing eigenvalues".
 
     Attributes:
-        num_matvecs: Products spent.
+        block_size: Most vectors multiplied at a time.
+        num_matvecs: Products spent, one per vector of a block.
     """
 
     def __init__(
@@ -70,161 +77,204 @@ class KrylovBasis:
         which: Which,
         capacity: int,
         num_kept: int,
+        block_size: int,
         generator: torch.Generator,
     ) -> None:
         size = operator.shape[0]
         self._operator = operator
-        self._sign = -1.0 if which == "LA" else 1.0
+        self._which = which
         self._capacity = min(capacity, size)
         self._num_kept = num_kept
+        self.block_size = min(block_size, size)
         self._generator = generator
         self._dtype = torch.promote_types(operator.dtype, torch.float32)
         self._device = operator.device
-        self._vectors = torch.zeros(
+        # Not zeroed: pages that no vector has come to take no memory.
+        self._vectors = torch.empty(
             (self._capacity, size), dtype=self._dtype, device=self._device
         )
         self._projected = np.zeros((self._capacity, self._capacity))
         self._count = 0
+        self._newest = slice(0, 0)
+        self._neighbours = 0
+        self._restarted = False
         self._norm = 0.0
-        # Row 0 is the random chain. A share says how much of a chain's end is in the
-        # product of a basis vector: all of it in that of the chain's last vector.
-        self._ends = self._vectors.new_zeros((1, size))
-        self._end_norms = np.zeros(1)
-        self._shares = np.zeros((1, self._capacity))
-        self._chain = 0
-        self._random_steps = 0
+        self._next = self._vectors.new_empty((0, size))
+        self._factor = np.zeros((0, 0))
+        self._num_steps = 0
         self.num_matvecs = 0
 
-    def begin(self, start: Tensor | None) -> None:
-        """Take in ``start``, then set out from a random direction.
+    def begin(self, start: Tensor) -> None:
+        """Set out from random directions, with the start vectors added to them.
 
-        Only a random direction contains every eigenvector. Were it merely mixed into
-        a start near one eigenvector, the others would be too faint to be seen.
+        The random part is as long as a start vector. It contains every eigenvector,
+        and stays visible when a start is one exactly: the first step then splits the
+        two, and the steps after it belong to the random part. A weaker one would have
+        to outgrow what a start has wrong before anything new showed.
         """
-        if start is not None:
-            self._take_in(start)
-        self._set_out()
+        block = self._random_block(self.block_size)
+        for i, vector in enumerate(start.to(block).T):
+            block[i % len(block)] += vector / vector.norm()
+        self._append(_orthonormal(block)[0])
 
     def step(self) -> None:
-        """Multiply the newest vector and orthogonalise what comes out."""
-        self._count += 1
+        """Multiply the newest block and orthogonalise what comes out."""
         basis = self._vectors[: self._count]
-        newest = basis[-1]
-        if len(self._ends) > 1:
-            self._ends = self._ends - torch.outer(self._ends @ newest, newest)
-        product = self._operator @ newest.to(self._operator.dtype)
-        rest, coefficients = _orthogonalised(product.to(self._dtype), basis)
-        self._ends[self._chain] = rest
+        product = self._multiplied(basis[self._newest])
+        rest, coefficients = _orthogonalised(product, basis, self._neighbours)
+        self._next, factor = _orthonormal(rest)
         # One transfer per step; the device works ahead for all the rest.
-        numbers = torch.cat([coefficients, self._ends.norm(dim=1)]).tolist()
-        self._projected[: self._count, self._count - 1] = numbers[: self._count]
-        self._projected[self._count - 1, : self._count] = numbers[: self._count]
-        self._end_norms = np.array(numbers[self._count :])
-        self._shares[self._chain] = 0.0
-        self._shares[self._chain, self._count - 1] = 1.0
-        self._random_steps += self._chain == 0
-        self.num_matvecs += 1
+        numbers = torch.cat([coefficients, factor.to(coefficients)]).cpu().numpy()
+        inner, self._factor = numbers[: self._count], numbers[self._count :]
+        self._projected[: self._count, self._newest] = inner
+        self._projected[self._newest, : self._count] = inner.T
+        square = inner[self._newest]
+        self._projected[self._newest, self._newest] = (square + square.T) / 2
+        self._norm = max(self._norm, float(np.linalg.norm(inner[:, -1])))
+        self._num_steps += 1
+        self.num_matvecs += len(product)
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is no next block: nothing is left, or it is not finite."""
+        if not np.isfinite(self._factor).all():
+            return True
+        return not self._alive()[1].any()
 
     def ritz(self) -> RitzPairs:
         """Return the eigenpairs of the projected matrix."""
         matrix = self._projected[: self._count, : self._count]
-        if not (np.isfinite(matrix).all() and np.isfinite(self._end_norms).all()):
+        if not (np.isfinite(matrix).all() and np.isfinite(self._factor).all()):
             values = np.full(self._count, np.nan)
             return RitzPairs(values, matrix, values, np.nan, 0, False, False)
         values, coefficients = np.linalg.eigh(matrix)
-        order = np.argsort(self._sign * values, kind="stable")
+        order = _best_first(len(values), self._which)
         values, coefficients = values[order], coefficients[:, order]
         self._norm = max(self._norm, float(np.abs(values).max()))
         rounding = torch.finfo(self._operator.dtype).eps * self._norm
+        outside = self._factor @ coefficients[self._newest]
         return RitzPairs(
             values=values,
             coefficients=coefficients,
-            residuals=self._outside(coefficients).sum(0) + rounding,
+            residuals=np.linalg.norm(outside, axis=0) + rounding,
             norm=self._norm,
-            random_steps=self._random_steps,
-            invariant=not self._alive().any(),
+            num_steps=self._num_steps,
+            invariant=not self._alive()[1].any(),
             exhausted=self._count == self._operator.shape[0],
         )
 
-    def advance(self, ritz: RitzPairs, *, target: int) -> None:
-        """Go on with the chain that is most to blame for the residual of ``target``."""
-        blame = self._outside(ritz.coefficients)[:, target]
-        if self._count == self._capacity:
+    def advance(self, ritz: RitzPairs) -> None:
+        """Take in the next block, after a restart where there is no room for it."""
+        if self._count + self._next_width() > self._capacity:
             self._restart(ritz)
-        alive = self._alive()
+        self.extend()
+
+    def extend(self) -> None:
+        """Take in the next block; a random one where everything so far is invariant."""
+        rotation, alive = self._alive()
+        width = self._next_width()
         if not alive.any():
-            self._set_out()
-            return
-        self._chain = int(np.argmax(blame * alive))
-        end = self._ends[self._chain]
-        if len(self._ends) > 1:
-            end = _orthogonalised(end, self._vectors[: self._count])[0]
-        self._vectors[self._count] = end / end.norm()
+            block = self._random_block(width)
+            block = _orthogonalised(block, self._vectors[: self._count], 0)[0]
+            self._append(_orthonormal(block)[0])
+        elif len(alive) == width:
+            self._append(self._next)
+        else:
+            directions = torch.from_numpy(rotation[:, :width].T.copy())
+            self._append(directions.to(self._next) @ self._next)
+
+    def _next_width(self) -> int:
+        strong = int(self._alive()[1].sum())
+        return min(strong or self.block_size, self._operator.shape[0] - self._count)
 
     def vectors(self, ritz: RitzPairs, count: int) -> Tensor:
         """Return the first ``count`` Ritz vectors, ``(P, count)``."""
-        found = self._combined(ritz.coefficients[:, :count])  # (count, P)
-        return torch.nn.functional.normalize(found, dim=1).T.contiguous()
+        found = (
+            self._weights(ritz.coefficients[:, :count]) @ (self._vectors[: self._count])
+        )
+        return found.div_(found.norm(dim=1, keepdim=True)).T
 
-    def _take_in(self, start: Tensor) -> None:
-        size = self._vectors.shape[1]
-        near = start.to(self._device, self._dtype).reshape(size, -1)
-        count = min(near.shape[1], self._capacity - 1)
-        if count == 0:
-            return
-        basis = torch.linalg.qr(near[:, :count])[0].T.contiguous()
-        products = self._operator @ basis.T.to(self._operator.dtype)
-        products = products.T.to(self._dtype)
-        projected = basis @ products.T
-        self._projected[:count, :count] = projected.double().cpu().numpy()
-        self._vectors[:count] = basis
-        self._ends = torch.cat([self._ends, products - projected.T @ basis])
-        self._shares = np.eye(count + 1, self._capacity, k=-1)
-        self._count = count
-        self.num_matvecs += count
+    def _multiplied(self, block: Tensor) -> Tensor:
+        """Products with the rows of ``block``, as rows."""
+        given = block.to(self._operator.dtype)
+        if len(given) == 1:
+            return (self._operator @ given[0]).to(self._dtype)[None]
+        return (self._operator @ given.T).T.to(self._dtype)
 
-    def _set_out(self) -> None:
-        """Begin the random chain, anew where everything so far is invariant."""
-        size = self._vectors.shape[1]
-        vector = normal_vector(size, self._generator, (self._dtype, self._device))
-        vector = _orthogonalised(vector, self._vectors[: self._count])[0]
-        self._vectors[self._count] = vector / vector.norm()
-        self._chain = 0
+    def _append(self, block: Tensor) -> None:
+        # A product has parts along its own block and the one before, and, the first
+        # time after a restart, along all that were kept.
+        self._neighbours = 0 if self._restarted else self._newest.start
+        self._restarted = False
+        self._newest = slice(self._count, self._count + len(block))
+        self._vectors[self._newest] = block
+        self._count += len(block)
 
-    def _outside(self, coefficients: np.ndarray) -> np.ndarray:
-        """Norm of what each chain's end contributes to each residual."""
-        shares = self._shares[:, : self._count] @ coefficients
-        return np.asarray(self._end_norms[:, None] * np.abs(shares))
+    def _random_block(self, width: int) -> Tensor:
+        shape = (self._vectors.shape[1], width)
+        block = probe_block(
+            shape, self._generator, (self._dtype, self._device), probe="normal"
+        )
+        return torch.nn.functional.normalize(block.T, dim=1)
 
-    def _alive(self) -> np.ndarray:
-        """Which chains have an end that is more than rounding."""
+    def _alive(self) -> tuple[np.ndarray, np.ndarray]:
+        """Directions of the next block, strongest first, and which exceed rounding."""
+        rotation, strengths, _ = np.linalg.svd(self._factor)
         rounding = torch.finfo(self._operator.dtype).eps
-        return np.asarray(self._end_norms > 50 * rounding * self._norm)
+        return rotation, np.asarray(strengths > 50 * rounding * self._norm)
 
     def _restart(self, ritz: RitzPairs) -> None:
-        """Keep the best Ritz vectors only."""
-        kept = min(self._num_kept, self._capacity - 1)
-        shares = self._shares[:, : self._count] @ ritz.coefficients[:, :kept]
-        self._vectors[:kept] = self._combined(ritz.coefficients[:, :kept])
+        """Keep the best Ritz vectors only, written over the basis piece by piece."""
+        kept = min(self._num_kept, self._capacity - self.block_size)
+        weights = self._weights(ritz.coefficients[:, :kept])
+        for begin in range(0, self._vectors.shape[1], _RESTART_COLUMNS):
+            piece = self._vectors[:, begin : begin + _RESTART_COLUMNS]
+            piece[:kept] = weights @ piece[: self._count]
         self._projected[:] = 0.0
         self._projected[range(kept), range(kept)] = ritz.values[:kept]
-        self._shares[:] = 0.0
-        self._shares[:, :kept] = shares
         self._count = kept
+        self._restarted = True
 
-    def _combined(self, coefficients: np.ndarray) -> Tensor:
+    def _weights(self, coefficients: np.ndarray) -> Tensor:
         weights = torch.from_numpy(np.ascontiguousarray(coefficients.T))
-        basis = self._vectors[: self._count]
-        return torch.mm(weights.to(basis), basis)
+        return weights.to(self._vectors)
 
 
-def _orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Part of ``vector`` outside the basis, and its inner products with the basis.
+def _best_first(count: int, which: Which) -> np.ndarray:
+    """Order of ascending values: from the top, the bottom, or both by turns."""
+    if which == "SA":
+        return np.arange(count)
+    downwards = np.arange(count)[::-1]
+    if which == "LA":
+        return downwards
+    by_turns = np.empty(2 * count, dtype=int)
+    by_turns[0::2], by_turns[1::2] = downwards, np.arange(count)
+    return by_turns[:count]
 
-    Two passes: after one, what rounding leaves grows into copies of eigenvalues.
+
+def _orthogonalised(
+    block: Tensor, basis: Tensor, neighbours: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of ``block`` outside the basis, and their inner products with the basis.
+
+    Two passes: after one, what rounding leaves grows into copies of eigenvalues. The
+    first needs only those vectors, from ``neighbours`` on, that the block is not
+    orthogonal to but for rounding.
     """
-    first = basis @ vector
-    vector = vector - basis.T @ first
-    second = basis @ vector
-    coefficients = first.double() + second.double()
-    return vector - basis.T @ second, coefficients
+    near = basis[neighbours:]
+    first = near @ block.T  # (m, b)
+    block = block - first.T @ near
+    second = basis @ block.T
+    rest = block - second.T @ basis
+    coefficients = second.double()
+    coefficients[neighbours:] += first.double()
+    return rest, coefficients
+
+
+def _orthonormal(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows ``N`` and a small ``F`` with ``block.T = N.T F``."""
+    if len(block) == 1:
+        norm = block.norm().reshape(1, 1)
+        return block / norm.clamp_min(torch.finfo(block.dtype).tiny), norm
+    columns, factor = torch.linalg.qr(block.T)
+    return columns.T.contiguous(), factor

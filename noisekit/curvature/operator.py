@@ -1,6 +1,8 @@
 """Symmetric matrices that are known by their products with vectors."""
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from noisekit.core.distributed import Ranks
 from noisekit.core.errors import UsageError
 
 
@@ -51,6 +54,11 @@ class SymmetricOperator(ABC):
     def device(self) -> torch.device:
         """Where the vectors are."""
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that every product needs, each with the same vector."""
+        return Ranks()
+
     @abstractmethod
     def _matvec(self, vector: Tensor) -> Tensor:
         """Return the product with one vector of the right shape, type and device."""
@@ -72,8 +80,40 @@ class SymmetricOperator(ABC):
             self.num_matvecs += 1
             return self._matvec(block)
         self.num_matvecs += other.shape[1]
+        return self._matmat(block) if other.shape[1] else torch.zeros_like(block)
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        """Return the product with a block of at least one column."""
         columns = [self._matvec(column.contiguous()) for column in block.unbind(1)]
-        return torch.stack(columns, 1) if columns else torch.zeros_like(block)
+        return torch.stack(columns, 1)
+
+    def __add__(self, other: "SymmetricOperator") -> "SymmetricOperator":
+        """Return the sum with another operator of the same parameters."""
+        if not isinstance(other, SymmetricOperator):
+            return NotImplemented
+        return LinearCombination([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: "SymmetricOperator") -> "SymmetricOperator":
+        """Return the difference to another operator of the same parameters."""
+        if not isinstance(other, SymmetricOperator):
+            return NotImplemented
+        return LinearCombination([(1.0, self), (-1.0, other)])
+
+    def __mul__(self, factor: float) -> "SymmetricOperator":
+        """Return a multiple of this."""
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return LinearCombination([(float(factor), self)])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "SymmetricOperator":
+        """Return the negative of this."""
+        return LinearCombination([(-1.0, self)])
+
+    def shifted(self, shift: float) -> "SymmetricOperator":
+        """Return this plus ``shift`` times the identity."""
+        return LinearCombination([(1.0, self)], shift=shift)
 
     def to_dense(self) -> Tensor:
         """Return the whole matrix, at the price of one product per column."""
@@ -83,13 +123,82 @@ class SymmetricOperator(ABC):
         """Return this as SciPy's operator, for its solvers."""
 
         def product(vector: np.ndarray) -> np.ndarray:
-            given = torch.from_numpy(np.ascontiguousarray(vector.reshape(-1)))
+            return block_product(vector.reshape(-1))
+
+        def block_product(block: np.ndarray) -> np.ndarray:
+            given = torch.from_numpy(np.ascontiguousarray(block))
             return (self @ given).cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(
-            shape=self.shape, matvec=product, rmatvec=product, dtype=dtype
+            shape=self.shape,
+            matvec=product,
+            rmatvec=product,
+            matmat=block_product,
+            rmatmat=block_product,
+            dtype=dtype,
         )
+
+
+class LinearCombination(SymmetricOperator):
+    r"""``sum_i a_i A_i + c I``, one product of each ``A_i`` per product.
+
+    Attributes:
+        terms: The factors ``a_i`` and operators ``A_i``.
+        shift: ``c``.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[tuple[float, SymmetricOperator]],
+        *,
+        shift: float = 0.0,
+    ) -> None:
+        """Check that the terms fit together.
+
+        Raises:
+            UsageError: If they differ in size or device.
+        """
+        kinds = {(a.shape[0], str(a.device)) for _, a in terms}
+        if len(kinds) != 1:
+            found = ", ".join(f"{size} on {device}" for size, device in sorted(kinds))
+            raise UsageError(
+                f"a sum needs operators of one size on one device, got {found}; choose "
+                "the same parameters for all with params=."
+            )
+        self.terms = tuple(terms)
+        self.shift = shift
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.terms[0][1].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest type of the terms."""
+        return functools.reduce(
+            torch.promote_types, (operator.dtype for _, operator in self.terms)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+        return self.terms[0][1].device
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the term that spans most."""
+        return max((a.ranks for _, a in self.terms), key=lambda ranks: ranks.size)
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        return self._matmat(vector)
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        total = self.shift * block
+        for factor, operator in self.terms:
+            total = total + factor * (operator @ block).to(total.dtype)
+        return total
 
 
 class DenseOperator(SymmetricOperator):
@@ -129,7 +238,8 @@ class ForeignOperator(SymmetricOperator):
     """Another library's operator; products go through NumPy or PyTorch as it asks."""
 
     def __init__(self, matrix: MatrixLike) -> None:
-        _check_square(matrix.shape)
+        self._shape = _shape_of(matrix)
+        _check_square(self._shape)
         self._matrix = matrix
         self._speaks_torch = isinstance(matrix.dtype, torch.dtype)
         if isinstance(matrix.dtype, torch.dtype):
@@ -142,7 +252,7 @@ class ForeignOperator(SymmetricOperator):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        return self._matrix.shape[0], self._matrix.shape[1]
+        return self._shape[0], self._shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,7 +266,8 @@ class ForeignOperator(SymmetricOperator):
 
     def _matvec(self, vector: Tensor) -> Tensor:
         if self._speaks_torch:
-            return cast(Tensor, self._matrix @ vector)
+            # Some return the graph that led there, which would pile up.
+            return cast(Tensor, self._matrix @ vector).detach()
         product = self._matrix @ vector.numpy()
         return torch.from_numpy(np.asarray(product).reshape(-1)).to(self._dtype)
 
@@ -168,7 +279,8 @@ def as_operator(
 
     Args:
         matrix: One already, a symmetric tensor or array, or anything with
-            ``shape``, ``dtype`` and ``@``, such as SciPy's and curvlinops' operators.
+            ``shape`` (or ``size``), ``dtype`` and ``@``, such as the operators of
+            SciPy, curvlinops and hessian-eigenthings.
 
     Raises:
         UsageError: If it is none of these, not square, or not symmetric.
@@ -179,13 +291,24 @@ def as_operator(
         return DenseOperator(matrix if matrix.is_floating_point() else matrix.double())
     if isinstance(matrix, np.ndarray):
         return as_operator(torch.from_numpy(np.ascontiguousarray(matrix)))
-    if not all(hasattr(matrix, name) for name in ("shape", "dtype", "__matmul__")):
+    if not (_shape_of(matrix) and hasattr(matrix, "dtype")) or not hasattr(
+        matrix, "__matmul__"
+    ):
         raise UsageError(
             "an operator needs shape, dtype and @, got a "
             f"{type(matrix).__name__}; build one with nk.HessianOperator(model, "
             "loss_fn, batches)."
         )
     return ForeignOperator(matrix)
+
+
+def _shape_of(matrix: object) -> tuple[int, ...]:
+    """Its shape, or that of the only size it has; empty where it has neither."""
+    shape = getattr(matrix, "shape", None)
+    if shape is None:
+        size = getattr(matrix, "size", None)
+        return (size, size) if isinstance(size, int) else ()
+    return tuple(shape)
 
 
 def _check_square(shape: tuple[int, ...]) -> None:

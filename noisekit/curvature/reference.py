@@ -2,14 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from noisekit.core.errors import MissingPackageError, UsageError
+from noisekit.core.mode import model_arguments
 from noisekit.core.params import flatten
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import Batch, EmpiricalRisk
@@ -46,7 +46,8 @@ def pyhessian_top_eigenvalue(
 
     Raises:
         MissingPackageError: If PyHessian is not installed.
-        UsageError: If ``tol`` or ``max_iterations`` is not positive.
+        UsageError: If ``tol`` or ``max_iterations`` is not positive, or the data are
+            spread over several processes.
 
     Source:
         Yao et al. 2020, arXiv:1912.07145.
@@ -55,6 +56,11 @@ def pyhessian_top_eigenvalue(
         raise UsageError(
             "PyHessian needs tol > 0 and max_iterations >= 1, got "
             f"{tol} and {max_iterations}."
+        )
+    if not risk.ranks.alone:
+        raise UsageError(
+            "PyHessian needs all data in one process, got a share of them in each of "
+            f"{risk.ranks.size}; use method='lanczos'."
         )
     try:
         from pyhessian import hessian
@@ -134,20 +140,11 @@ class _StandIn(nn.Module):
         (model,) = self._model
         own = dict(zip(self._risk.layout.names, self.chosen, strict=True))
         inputs, targets = weighted.batch
-        args, kwargs = _arguments(inputs)
+        args, kwargs = model_arguments(inputs)
         outputs = functional_call(model, {**self._others, **own}, args, kwargs)
         loss = weighted.factor * self._risk.loss_fn(outputs, targets)
         # Adds nothing to any derivative, but gives every parameter a gradient.
         return loss + 0.0 * torch.stack([(p * p).sum() for p in self.chosen]).sum()
-
-
-# Inputs are whatever the model takes.
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return (inputs,), {}
 
 
 def _loss(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""Keeping graphs: the memory they take, and whether the model is still theirs."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.errors import UsageError
+
+
+def graph_bytes(build: Callable[[], object], model: nn.Module) -> int:
+    """Return the memory that the graphs made by ``build`` hold besides weights [bytes].
+
+    What ``build`` returns is dropped.
+    """
+    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        made = build()
+    del made
+    return sum(found.values())
+
+
+def model_state(model: nn.Module, vector: Tensor) -> tuple[object, ...]:
+    """Return what changes when parameters or buffers do, also through ``.data``.
+
+    Args:
+        model: Whose state.
+        vector: Its chosen parameters as one flat vector.
+    """
+    versions = [t._version for t in (*model.parameters(), *model.buffers())]
+    ramp = torch.linspace(0.5, 1.5, len(vector), device=vector.device)
+    sums = torch.stack([vector.sum(), vector @ ramp.to(vector.dtype)])
+    return (*versions, *sums.tolist())
+
+
+@contextmanager
+def second_derivatives_explained() -> Iterator[None]:
+    """Say what it means when PyTorch has no second derivative of an operation.
+
+    Raises:
+        UsageError: In its place.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        text = str(error)
+        if "derivative" in text and "not" in text and not isinstance(error, UsageError):
+            raise UsageError(
+                "the product needs second derivatives of every operation in the "
+                f"model, got one without: {text.splitlines()[0]}; replace that layer "
+                "(EmbeddingBag by Embedding and a sum, for one), leave its parameters "
+                "out with params=, or take form='finite_difference'."
+            ) from error
+        raise
+
+
+def refuse_once_differentiable(outputs: Iterable[Tensor]) -> None:
+    """Raise where autograd would leave a part of a second derivative out silently.
+
+    Behind a kernel without a second derivative it puts a node that raises, but runs it
+    only where it lies on a way to the parameters, which such a kernel cuts.
+
+    Raises:
+        RuntimeError: As PyTorch does where it notices by itself.
+    """
+    waiting, seen = [output.grad_fn for output in outputs], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "a kernel of the model has a derivative that is not differentiable"
+            )
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
