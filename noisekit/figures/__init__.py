@@ -7,12 +7,14 @@ Nothing in here computes with torch.
 from noisekit.figures.batch_sizes import grad_sq_norm_against_batch_size
 from noisekit.figures.comparison import paired_arms
 from noisekit.figures.curvature import sharpness_against_loss
+from noisekit.figures.density import spectral_density
 from noisekit.figures.example_norms import example_norm_histograms
 from noisekit.figures.forest import contrast_forest
 from noisekit.figures.landscape import linear_path
 from noisekit.figures.noise import noise_over_training
 from noisekit.figures.plot import FORMATS, Plot, writable_folder, write_table
 from noisekit.figures.ratios import descriptive_ratios, paired_ratios
+from noisekit.figures.slices import loss_lines, loss_surface
 from noisekit.figures.theme import ONE_COLUMN, TWO_COLUMNS, ArmStyle, arm_styles, themed
 from noisekit.figures.training import training_curves
 from noisekit.figures.tuning import rate_tuning
@@ -29,11 +31,14 @@ __all__ = [
     "example_norm_histograms",
     "grad_sq_norm_against_batch_size",
     "linear_path",
+    "loss_lines",
+    "loss_surface",
     "noise_over_training",
     "paired_arms",
     "paired_ratios",
     "rate_tuning",
     "sharpness_against_loss",
+    "spectral_density",
     "themed",
     "training_curves",
     "writable_folder",

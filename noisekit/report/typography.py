@@ -21,6 +21,10 @@ _UPRIGHT = {
     "cdot": "·",
     "times": "×",
     "nabla": "∇",
+    "cos": "cos",
+    "leq": "≤",
+    "parallel": "∥",
+    "top": "⊤",
 }
 _ACCENTS = {"bar": "\u0304", "hat": "\u0302", "tilde": "\u0303"}
 _POWER = re.compile(r"(?<![\w.])([-−]?\d+(?:\.\d+)?)e([+-]\d+)(?!\w)")

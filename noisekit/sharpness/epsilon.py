@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.results import Estimate, Status
+from noisekit.core.results import Estimate
 from noisekit.core.risk import (
     Batch,
     BatchNormPolicy,
@@ -20,10 +20,9 @@ from noisekit.core.risk import (
 )
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.boxes import Box, FullSpace, RandomSubspace
+from noisekit.sharpness.data_error import batch_parts, data_stderr_at
+from noisekit.sharpness.first_order import first_order_share, reading
 from noisekit.sharpness.search import SearchMethod, SearchPlan, Summit, summit
-
-_MINIMISER_SHARE = 0.01
-"""First-order share above which the point is called an iterate, not a minimiser."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +32,8 @@ class EpsilonSharpness:
     Attributes:
         estimate: Sharpness [%]: the largest rise that the search visited, so a lower
             bound of the maximum.
+        data_stderr: Error over the batches to first order [%], the displacement taken
+            as found; ``None`` where there is one batch.
         loss: Loss at the point itself.
         epsilon: Size of the box.
         plan: How the box was searched.
@@ -49,6 +50,7 @@ class EpsilonSharpness:
     """
 
     estimate: Estimate
+    data_stderr: float | None
     loss: float
     epsilon: float
     plan: SearchPlan
@@ -184,8 +186,9 @@ def epsilon_sharpness_of(
     )
     _refuse_bad_arguments(epsilon, method, check)
     generator = entropy_generator(generator)
+    # Half precision cannot hold a change of one part in a thousand.
+    risk = risk.in_precision(torch.float32)
     origin = risk.vector()
-    _refuse_half_precision(origin)
     box = _box(origin, epsilon, subspace_dim, generator)
     with risk.evaluating():
         start = risk.value_and_grad()
@@ -196,11 +199,13 @@ def epsilon_sharpness_of(
         found = search(plan=plan)
         other = replace(plan, method="lbfgsb", extra_iterations=0)
         checked = search(plan=other) if check else None
+        error = _data_stderr(risk, start[0], found, origin, box)
     return _result(
         box,
         start,
         found,
         checked,
+        error=error,
         epsilon=epsilon,
         plan=plan,
         subspace_dim=subspace_dim,
@@ -214,6 +219,7 @@ def _result(
     found: Summit,
     checked: Summit | None,
     *,
+    error: float | None,
     epsilon: float,
     plan: SearchPlan,
     subspace_dim: int | None,
@@ -222,8 +228,9 @@ def _result(
     """Put together what the search found with what the gradient alone gives."""
     loss, grad = start
     percent = 100 / (1 + loss)
-    share = _first_order_share(box, grad, found.rise)
-    status, detail = _reading(loss, found.rise, share)
+    linear = (box.gradient(grad).double().abs() * box.radius.double()).sum()
+    share = first_order_share(float(linear), found.rise)
+    status, detail = reading(loss, found.rise, "box", share=share)
     return EpsilonSharpness(
         estimate=Estimate(
             percent * found.rise,
@@ -231,6 +238,7 @@ def _result(
             status=status,
             num_grads=1 + found.num_grads + (checked.num_grads if checked else 0),
         ),
+        data_stderr=error,
         loss=loss,
         epsilon=epsilon,
         plan=plan,
@@ -246,6 +254,22 @@ def _result(
     )
 
 
+def _data_stderr(
+    risk: EmpiricalRisk, loss: float, found: Summit, origin: Tensor, box: Box
+) -> float | None:
+    """Error of the sharpness over batches, as a ratio of two of their means."""
+    if not math.isfinite(loss) or not math.isfinite(found.rise):
+        return None
+    percent = 100 / (1 + loss)
+
+    def parts(data: EmpiricalRisk) -> Tensor:
+        before = batch_parts(data)
+        after = batch_parts(data, origin + box.displacement(found.coordinates))
+        return percent * (after - before - found.rise / (1 + loss) * before)
+
+    return data_stderr_at(risk, parts)
+
+
 def _box(
     origin: Tensor,
     epsilon: float,
@@ -258,28 +282,6 @@ def _box(
     return RandomSubspace(origin, epsilon, num_dims=subspace_dim, seed=int(seed))
 
 
-def _first_order_share(box: Box, grad: Tensor, rise: float) -> float:
-    """Part of ``rise`` that a linear loss would give, at most 1."""
-    if not rise > 0:
-        return math.nan
-    linear = (box.gradient(grad).double().abs() * box.radius.double()).sum()
-    return min(1.0, float(linear) / rise)
-
-
-def _reading(loss: float, rise: float, share: float) -> tuple[Status, str]:
-    """Whether the value can be relied on, and what a reader must know."""
-    if not math.isfinite(loss):
-        return Status.DIVERGED, f"the loss at the point itself is {loss}"
-    if not math.isfinite(rise):
-        return Status.NOT_RESOLVED, "the loss is not finite at a point of the box"
-    if share > _MINIMISER_SHARE:
-        return Status.OK, (
-            "iterate, not a minimiser: the gradient alone gives "
-            f"{100 * share:.0f} % of the rise"
-        )
-    return Status.OK, ""
-
-
 def _refuse_bad_arguments(epsilon: float, method: SearchMethod, check: bool) -> None:
     if not 0 < epsilon < math.inf:
         raise UsageError(
@@ -290,15 +292,6 @@ def _refuse_bad_arguments(epsilon: float, method: SearchMethod, check: bool) -> 
         raise UsageError(
             "check compares the vertex search with L-BFGS-B and needs "
             "method='vertex', got method='lbfgsb'; leave check out."
-        )
-
-
-def _refuse_half_precision(origin: Tensor) -> None:
-    if origin.dtype not in {torch.float32, torch.float64}:
-        raise UsageError(
-            "epsilon-sharpness needs float32 or float64 parameters, got "
-            f"{origin.dtype}, which cannot hold a change of one part in a thousand; "
-            "measure a copy of the model after .float()."
         )
 
 

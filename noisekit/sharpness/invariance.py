@@ -1,14 +1,20 @@
-"""Twins of a network: the same function, other weights, and another sharpness."""
+"""What a measure is worth: whether it changes where the function does not."""
 
+import copy
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from noisekit.core.errors import UsageError
-from noisekit.core.results import Estimate
+from noisekit.core.frozen import FrozenBatches
+from noisekit.core.global_random import global_random_state_kept
+from noisekit.core.mode import unwrap_compiled
+from noisekit.core.results import Estimate, Interval, Status
 from noisekit.core.risk import (
     Batch,
     BatchNormPolicy,
@@ -16,228 +22,309 @@ from noisekit.core.risk import (
     LossFn,
     Normaliser,
 )
-from noisekit.curvature.hessian import HessianOperator
-from noisekit.curvature.lanczos import top_eigenpairs
 from noisekit.curvature.random_vectors import entropy_generator
-from noisekit.sharpness.chains import free_scales
-from noisekit.sharpness.rescaling import Rescaling, ScaledOperator, rescaled_copy
+from noisekit.sharpness.free_rescalings import (
+    RescaleFn,
+    free_rescalings,
+    rescaled_by,
+)
+from noisekit.sharpness.invariance_report import (
+    Invariance,
+    InvarianceReport,
+    RescalingEffect,
+)
+from noisekit.sharpness.measures import measures_called
+from noisekit.sharpness.measuring import measure as measure_card
+from noisekit.sharpness.rescaling import verified_change
+
+_LEVEL = 0.95
+
+# A measure returns an Estimate, a number, or a result that has ``.estimate``.
+MeasureFn = Callable[[nn.Module, LossFn, Iterable[Batch]], Any]
 
 
-def rescale_layers(model: nn.Module, factor: float, *, batch: Batch) -> nn.Module:
-    """Return a copy of the same function with layers multiplied by ``factor``.
-
-    Each layer with a free scale is multiplied, and what follows it divided: of three
-    layers the first grows, the last shrinks, and the middle one keeps its weights and
-    has its bias multiplied. A layer before a BatchNorm grows, with nothing to follow.
-
-    Args:
-        model: A chain, see :func:`free_scales`; not changed.
-        factor: Positive; powers of two change no bit of the outputs of a network
-            without BatchNorm.
-        batch: ``(inputs, targets)`` on which both must agree.
-
-    Raises:
-        UsageError: If the network is no such chain, the factor is not positive, or
-            the outputs differ.
-
-    Source:
-        Dinh et al. 2017, arXiv:1703.04933, section 3.
-    """
-    _refuse_factor(factor)
-    return rescaled_copy(model, _by_layer(model, factor), batch=batch)[0]
-
-
-def rescale_neurons(
-    model: nn.Module,
-    spread: float,
-    *,
-    batch: Batch,
-    generator: torch.Generator | None = None,
-) -> nn.Module:
-    """Return a copy of the same function with each neuron multiplied by its own factor.
-
-    Args:
-        model: A chain, see :func:`free_scales`; not changed.
-        spread: Factors are log-uniform from ``1/spread`` to ``spread``.
-        batch: ``(inputs, targets)`` on which both must agree.
-        generator: Source of the factors; by default a fresh one.
-
-    Raises:
-        UsageError: If the network is no such chain, the spread is not positive, or
-            the outputs differ.
-
-    Source:
-        Neyshabur et al. 2015, arXiv:1506.02617, section 2.
-    """
-    _refuse_factor(spread)
-    generator = entropy_generator(generator)
-    like = next(model.parameters())
-    rescaling = Rescaling({})
-    for scale in free_scales(model):
-        drawn = torch.rand(
-            scale.num_channels, generator=generator, device=generator.device
-        )
-        factors = torch.exp((2 * drawn - 1) * math.log(spread))
-        rescaling = rescaling.then(scale.rescaling(factors.to(like)))
-    return rescaled_copy(model, rescaling, batch=batch)[0]
-
-
-@dataclass(frozen=True, slots=True)
-class RescaledTwin:
-    """A network of the same function as another, with a larger sharpness.
-
-    Attributes:
-        model: The twin.
-        factor: By what one layer was divided and another multiplied.
-        divided: The layer whose weights became smaller.
-        multiplied: The layer that makes up for it; ``None`` for a BatchNorm.
-        lambda_max: Largest Hessian eigenvalue of the original [loss/param²].
-        twin_lambda_max: That of the twin [loss/param²].
-        output_change: Largest difference of outputs, relative to the largest output.
-    """
-
-    model: nn.Module
-    factor: float
-    divided: str
-    multiplied: str | None
-    lambda_max: Estimate
-    twin_lambda_max: Estimate
-    output_change: float
-
-    @property
-    def ratio(self) -> float:
-        """How many times sharper the twin is."""
-        return self.twin_lambda_max.value / self.lambda_max.value
-
-
-def rescaled_twin(
+def check_invariance(
+    measure: MeasureFn | str,
     model: nn.Module,
     loss_fn: LossFn,
     batches: Iterable[Batch],
     *,
-    factor: float = 4.0,
-    tol: float = 1e-3,
+    rescalings: Mapping[str, RescaleFn] | None = None,
+    factors: Iterable[float] = (2.0, 4.0, 8.0),
+    tolerance: float = 0.01,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy = "running",
     normaliser: Normaliser | None = None,
-) -> RescaledTwin:
-    r"""Return a twin with identical predictions and a larger Hessian eigenvalue.
+) -> InvarianceReport:
+    r"""Return what a measure does under rescalings that keep the network's function.
 
-    It is the control that shows what raw sharpness is worth: the function, and so the
-    test error, is the same. The layer to divide is the one that carries most of the
-    top eigenvector ``v``, since the twin's eigenvalue is at least
-    :math:`\lambda \sum_i d_i^2 v_i^2` with ``d`` the divisors, up to negative
-    curvature.
+    A measure of sharpness that changes here says something about the weights, not
+    about the function they compute, and so cannot by itself explain a test error.
+    Every rescaled copy is verified on all data to have the same outputs.
+
+    The verdict compares each ratio's interval with ``1 ± tolerance``: outside is *not
+    invariant*, inside at all factors is *invariant*, else *not resolved*. The
+    intervals hold together in 95 % of checks (Bonferroni over all ratios). Of a
+    measure that repeats itself bit by bit, a ratio inside counts whatever its error.
 
     Args:
-        model: A chain, see :func:`free_scales`; not changed.
+        measure: ``measure(model, loss_fn, batches)``, an :class:`Estimate`, a number
+            or a result with ``.estimate``. Each call starts from the same global
+            random state; give it a generator with a fixed seed to make it repeatable.
+            Or the name of one of noisekit's measures, which is taken at its usual
+            settings with the same random numbers each time.
+        model: The network; not changed, nor seen by the measure: that gets copies.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
-        factor: Above 1; a power of two changes no bit of the outputs of a network
-            without BatchNorm.
-        tol: Wanted relative accuracy of both eigenvalues.
-        generator: Source of the random start; by default a fresh one.
-        bn: What BatchNorm normalises with.
+        batches: Pairs ``(inputs, targets)``, held in memory where they fit.
+        rescalings: By name, functions of a copy of the model and a factor that change
+            the copy or return a new state dict or model. By default what is known:
+            layers and neurons of chains of linear and convolutional layers with
+            ReLU-like ones between, and layers before a BatchNorm in any model.
+        factors: At least two, above 0 and not 1.
+        tolerance: Relative change that does not count.
+        generator: Of the neurons' random factors; by default a fresh one.
+        bn: What BatchNorm normalises with, for the outputs and the loss that are
+            compared; the measure has its own.
         normaliser: What ``loss_fn`` divides by, where it is not the example count.
 
+    Returns:
+        Ratios, exponents and a verdict for each family.
+
     Raises:
-        UsageError: If the network is no such chain, the factor is not above 1, the
-            outputs differ, or the factor is too small to raise the eigenvalue.
+        UsageError: If no rescaling is known or given, one changes the function or no
+            weight, or an argument is out of range.
 
     Source:
-        Dinh et al. 2017, arXiv:1703.04933, section 4.
+        Dinh et al. 2017, arXiv:1703.04933, sections 3 and 5; Neyshabur et al. 2015,
+        arXiv:1506.02617, for single neurons.
     """
+    chosen = _checked_factors(factors, tolerance)
+    drawn = entropy_generator(generator)
+    name, take = _named(measure, drawn, bn=bn, normaliser=normaliser)
     risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
-    return rescaled_twin_of(risk, factor=factor, tol=tol, generator=generator)
+    families = rescalings
+    if families is None:
+        first = next(iter(risk.batches))
+        families = free_rescalings(risk.model, first, generator=drawn)
+    if not families:
+        raise UsageError("rescalings needs at least one function, got none.")
+    # A loader that shuffles would give the measure other batches on each call.
+    data = risk.batches if isinstance(risk.batches, FrozenBatches) else batches
+
+    def measured(of: nn.Module) -> Estimate:
+        with global_random_state_kept():
+            return as_estimate(take(copy.deepcopy(of), loss_fn, data))
+
+    def loss_of(twin: nn.Module) -> float:
+        other = EmpiricalRisk(twin, loss_fn, data, bn=bn, normaliser=normaliser)
+        return other.value()
+
+    value, again = measured(risk.model), measured(risk.model)
+    subject = _Subject(
+        risk=risk,
+        measured=measured,
+        loss_of=loss_of,
+        value=value,
+        again=again,
+        tolerance=tolerance,
+        num_ratios=len(chosen) * len(families),
+    )
+    effects = tuple(_effect(subject, *family, chosen) for family in families.items())
+    return InvarianceReport(name, value, subject.repeatable, tolerance, effects)
 
 
-def rescaled_twin_of(
-    risk: EmpiricalRisk,
-    *,
-    factor: float = 4.0,
-    tol: float = 1e-3,
-    generator: torch.Generator | None = None,
-) -> RescaledTwin:
-    """Return the sharper twin of a risk's model; see :func:`rescaled_twin`.
+def as_estimate(result: object) -> Estimate:
+    """Return a measure's result as an estimate.
 
     Raises:
-        UsageError: If the network is no such chain, the factor is not above 1, the
-            outputs differ, or the factor is too small to raise the eigenvalue.
+        UsageError: If it is none and has none.
     """
-    if not 1 < factor < math.inf:
-        raise UsageError(f"factor needs to be above 1 and finite, got {factor}.")
-    generator = entropy_generator(generator)
-    with HessianOperator.from_risk(risk) as hessian:
-        pairs = top_eigenpairs(hessian, tol=tol, generator=generator)
-        best = _sharpest(risk, factor, pairs.vectors[:, 0])
-        divisors = 1 / best.rescaling.vector(risk.layout)
-        twin_pairs = top_eigenpairs(
-            ScaledOperator(hessian, divisors), tol=tol, generator=generator
-        )
-    before, after = float(pairs.values[0]), float(twin_pairs.values[0])
-    if not after - before > tol * abs(before):
+    if isinstance(result, Estimate):
+        return result
+    inner = getattr(result, "estimate", None)
+    inner = inner() if callable(inner) else inner
+    if isinstance(inner, Estimate):
+        return inner
+    try:
+        return Estimate(float(result))  # type: ignore[arg-type]  # refused below
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(
-            f"factor={factor:g} needs to be larger to make a sharper twin: dividing "
-            f"{best.divided} changed the largest eigenvalue from {before:.4g} to "
-            f"{after:.4g}."
-        )
-    batch = next(iter(risk.batches))
-    twin, change = rescaled_copy(risk.model, best.rescaling, batch=batch, bn=risk.bn)
-    return RescaledTwin(
-        model=twin,
-        factor=factor,
-        divided=best.divided,
-        multiplied=best.multiplied,
-        lambda_max=pairs.estimate(),
-        twin_lambda_max=twin_pairs.estimate(),
-        output_change=change,
-    )
+            "a measure needs to return an Estimate, a number or a result with "
+            f".estimate, got a {type(result).__name__}."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A rescaling that makes one layer smaller."""
+class _Subject:
+    """A measure at the weights as they are, to compare with."""
 
-    rescaling: Rescaling
-    divided: str
-    multiplied: str | None
+    risk: EmpiricalRisk
+    measured: Callable[[nn.Module], Estimate]
+    loss_of: Callable[[nn.Module], float]
+    value: Estimate
+    again: Estimate
+    tolerance: float
+    num_ratios: int
 
-
-def _candidates(risk: EmpiricalRisk, factor: float) -> list[_Candidate]:
-    like = risk.vector()
-    found = []
-    for scale in free_scales(risk.model):
-        factors = like.new_full((scale.num_channels,), factor)
-        sink = None if scale.sink_weight is None else scale.sink
-        smaller = scale.rescaling(1 / factors)
-        found.append(_Candidate(smaller, scale.source, sink))
-        if sink is not None:
-            found.append(_Candidate(scale.rescaling(factors), sink, scale.source))
-    return found
+    @property
+    def repeatable(self) -> bool:
+        return self.value.value == self.again.value
 
 
-def _sharpest(risk: EmpiricalRisk, factor: float, vector: Tensor) -> _Candidate:
-    """The candidate with the largest lower bound of its eigenvalue."""
+def _effect(
+    subject: _Subject, name: str, rescale: RescaleFn, factors: tuple[float, ...]
+) -> RescalingEffect:
+    loss = subject.risk.value()
+    ratios, intervals, changes, losses = [], [], [], []
+    for factor in factors:
+        twin, change = _verified_twin(subject.risk, name, rescale, factor)
+        after = subject.measured(twin)
+        ratio = _ratio(after.value, subject.value.value)
+        ratios.append(ratio)
+        intervals.append(_interval(ratio, after, subject))
+        changes.append(change)
+        rise = abs(subject.loss_of(twin) - loss)
+        losses.append(rise / abs(loss) if rise else 0.0)
+    exponent, misfit, last = _power_law(factors, ratios)
+    return RescalingEffect(
+        name=name,
+        factors=factors,
+        ratios=tuple(ratios),
+        intervals=tuple(intervals),
+        function_changes=tuple(changes),
+        loss_changes=tuple(losses),
+        exponent=exponent,
+        misfit=misfit,
+        last_exponent=last,
+        verdict=_verdict(ratios, intervals, subject),
+    )
 
-    def bound(candidate: _Candidate) -> float:
-        divisors = 1 / candidate.rescaling.vector(risk.layout)
-        return float(((divisors * vector).double() ** 2).sum())
 
-    return max(_candidates(risk, factor), key=bound)
-
-
-def _by_layer(model: nn.Module, factor: float) -> Rescaling:
-    like = next(model.parameters())
-    rescaling = Rescaling({})
-    for scale in free_scales(model):
-        factors = like.detach().new_full((scale.num_channels,), factor)
-        rescaling = rescaling.then(scale.rescaling(factors))
-    return rescaling
-
-
-def _refuse_factor(factor: float) -> None:
-    if not 0 < factor < math.inf:
+def _verified_twin(
+    risk: EmpiricalRisk, name: str, rescale: RescaleFn, factor: float
+) -> tuple[nn.Module, float]:
+    """A rescaled copy that has the same function and other weights."""
+    twin = unwrap_compiled(rescaled_by(copy.deepcopy(risk.model), rescale, factor))
+    own, other = risk.model.state_dict(), twin.state_dict()
+    if all(torch.equal(other[key], own[key]) for key in own if key in other):
         raise UsageError(
-            f"a rescaling needs a positive and finite factor, got {factor}; ReLU "
-            "networks keep their function for no other."
+            f"rescaling {name!r} needs to change weights, got a copy with the same "
+            f"ones at factor {factor:g}; change the copy, or return its new state."
         )
+    batches = (batch for _, batch in risk.weighted_batches())
+    what = f"what {name!r} rescales"
+    return twin, verified_change(risk.model, twin, batches, bn=risk.bn, what=what)
+
+
+def _ratio(after: float, before: float) -> float:
+    if before == 0 or not math.isfinite(before):
+        return math.nan
+    return after / before
+
+
+def _interval(ratio: float, after: Estimate, subject: _Subject) -> Interval:
+    """Where the ratio lies, from both relative errors."""
+    unreliable = (Status.NOT_CONVERGED, Status.NOT_RESOLVED, Status.DIVERGED)
+    both = (after, subject.value)
+    share = math.hypot(*(_relative_error(e, subject) for e in both))
+    # Bounds are no errors that average out: they add.
+    share += sum(e.bound / abs(e.value) for e in both if e.bound and e.value)
+    if any(e.status in unreliable for e in both) or not share < 1:
+        return Interval(-math.inf, math.inf, _LEVEL)
+    ends = ratio / (1 + share), ratio / (1 - share)
+    return Interval(min(ends), max(ends), _LEVEL)
+
+
+def _relative_error(estimate: Estimate, subject: _Subject) -> float:
+    """Half of an interval over the value; 0 where an exact number was given."""
+    if estimate.bound is not None or estimate.side == "lower":
+        return 0.0
+    if estimate.stderr is None and estimate.ratio is None:
+        if subject.repeatable:
+            return 0.0
+        # Without an error of its own, two calls tell how far it scatters; with one
+        # degree of freedom that is not much.
+        spread = abs(subject.value.value - subject.again.value)
+        estimate = replace(estimate, stderr=spread / math.sqrt(2), dof=1)
+    interval = estimate.interval(1 - (1 - _LEVEL) / subject.num_ratios)
+    half = (interval.high - interval.low) / 2
+    return half / abs(estimate.value) if estimate.value else math.inf
+
+
+def _verdict(
+    ratios: list[float], intervals: list[Interval], subject: _Subject
+) -> Invariance:
+    high = 1 + subject.tolerance
+    low = 1 / high
+    if any(i.low > high or i.high < low for i in intervals):
+        return Invariance.NOT_INVARIANT
+    inside = all(low <= ratio <= high for ratio in ratios)
+    sure = all(low <= i.low and i.high <= high for i in intervals)
+    if inside and (sure or subject.repeatable):
+        return Invariance.INVARIANT
+    return Invariance.NOT_RESOLVED
+
+
+def _power_law(
+    factors: tuple[float, ...], ratios: list[float]
+) -> tuple[float, float, float]:
+    """Exponent, largest misfit, and exponent between the two largest factors."""
+    if not all(math.isfinite(r) and r > 0 for r in ratios):
+        return math.nan, math.nan, math.nan
+    x, y = np.log(factors), np.log(ratios)
+    exponent = float(x @ y / (x @ x))
+    largest, second = np.argsort(x)[[-1, -2]]
+    last = float((y[largest] - y[second]) / (x[largest] - x[second]))
+    return exponent, float(np.abs(y - exponent * x).max()), last
+
+
+def _named(
+    measure: MeasureFn | str,
+    generator: torch.Generator,
+    *,
+    bn: BatchNormPolicy,
+    normaliser: Normaliser | None,
+) -> tuple[str, MeasureFn]:
+    """A measure with its name."""
+    if isinstance(measure, str):
+        bits = torch.randint(2**31, (), generator=generator, device=generator.device)
+        return measure, _registered(measure, int(bits), bn=bn, normaliser=normaliser)
+    inner = getattr(measure, "func", measure)  # of functools.partial
+    return str(getattr(inner, "__name__", type(inner).__name__)), measure
+
+
+def _registered(
+    name: str, seed: int, *, bn: BatchNormPolicy, normaliser: Normaliser | None
+) -> MeasureFn:
+    """The first quantity of a measure of the registry, with a seed of its own."""
+    measures_called(name)
+
+    def take(model: nn.Module, loss_fn: LossFn, batches: Iterable[Batch]) -> Estimate:
+        card = measure_card(
+            model,
+            loss_fn,
+            batches,
+            measures=name,
+            generator=torch.Generator().manual_seed(seed),
+            bn=bn,
+            normaliser=normaliser,
+        )
+        row = next(row for row in card.rows if row.measure == name)
+        if row.estimate.status is Status.UNAVAILABLE:
+            raise UsageError(f"{name} cannot be had of this model: {row.reason}")
+        return row.estimate
+
+    return take
+
+
+def _checked_factors(factors: Iterable[float], tolerance: float) -> tuple[float, ...]:
+    chosen = tuple(float(factor) for factor in factors)
+    good = all(0 < f < math.inf and f != 1 for f in chosen)
+    if not good or len(set(chosen)) < 2:
+        raise UsageError(
+            "factors needs at least two different ones above 0 that are not 1, got "
+            f"{', '.join(f'{f:g}' for f in chosen) or 'none'}."
+        )
+    if not 0 < tolerance < 1:
+        raise UsageError(f"tolerance needs to be between 0 and 1, got {tolerance}.")
+    return chosen

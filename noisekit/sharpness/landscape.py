@@ -1,26 +1,28 @@
-"""The loss along the straight line through two solutions."""
+"""The loss along a line, or a quarter of an ellipse, through two solutions."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.risk import (
+    MEMORY_BUDGET,
     Batch,
     BatchNormPolicy,
     EmpiricalRisk,
     LossFn,
     Normaliser,
 )
+from noisekit.sharpness.points import own_state, values_at
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Path = Literal["linear", "curvilinear"]
 
 _SAME_POINT = 1e-9
 """Grid points closer to 0 or 1 than this become 0 or 1."""
@@ -49,7 +51,7 @@ class Valley:
 
 @dataclass(frozen=True, slots=True)
 class Interpolation:
-    """Loss and error at ``(1 - alpha) start + alpha end``.
+    """Loss and error at points of a path from ``start`` to ``end``.
 
     Attributes:
         alphas: Coordinates along the line, increasing; 0 and 1 are always there.
@@ -59,6 +61,9 @@ class Interpolation:
         bn: What BatchNorm normalised with. Under ``"running"`` the running statistics
             are interpolated like the weights.
         num_examples: Examples behind each loss.
+        path: ``"linear"``, ``"curvilinear"``, or the shape of a trained curve.
+        num_batched: Points that were evaluated many at a time.
+        loop_reason: Why the others, both ends apart, went one by one; else empty.
     """
 
     alphas: tuple[float, ...]
@@ -66,6 +71,9 @@ class Interpolation:
     errors: tuple[float, ...]
     bn: BatchNormPolicy
     num_examples: int
+    path: Path | Literal["bezier", "polychain"] = "linear"
+    num_batched: int = 0
+    loop_reason: str = ""
 
     def frame(self) -> "pd.DataFrame":
         """Return a table with the columns ``alpha``, ``loss`` and ``error``."""
@@ -143,15 +151,22 @@ def interpolate(
     num_points: int = 25,
     low: float = -1.0,
     high: float = 2.0,
+    path: Path = "linear",
     bn: BatchNormPolicy = "running",
     normaliser: Normaliser | None = None,
 ) -> Interpolation:
-    """Return loss and error along the line from one state dict through another.
+    r"""Return loss and error along a path from one state dict through another.
 
-    Everything of floating type is interpolated, also BatchNorm's running statistics;
-    counters are those of ``start``. Interpolated statistics are not those of the
-    interpolated weights, and outside of both ends a variance may become negative and
-    the loss NaN: ``bn="recalibrated"`` computes them anew at each point.
+    .. math:: (1 - \alpha)\, w_0 + \alpha\, w_1 \quad\text{(linear)}, \qquad
+              \cos(\alpha \pi / 2)\, w_0 + \sin(\alpha \pi / 2)\, w_1
+              \quad\text{(curvilinear)}
+
+    Everything of floating type is interpolated, also BatchNorm's running statistics,
+    which go straight on either path since a variance has no angle; counters are those
+    of ``start``. Interpolated statistics are not those of the interpolated weights,
+    and outside of both ends a variance may become negative and the loss NaN:
+    ``bn="recalibrated"`` computes them anew at each point. Points between are
+    evaluated many at a time where PyTorch can.
 
     Args:
         model: A model that both state dicts fit; it is given back bit for bit.
@@ -162,6 +177,8 @@ def interpolate(
         num_points: Points of the even grid; 0 and 1 are added where it misses them.
         low: Where the line begins, at most 0.
         high: Where it ends, at least 1.
+        path: The straight line, or the curve that keeps the length of the weights
+            where both ends are orthogonal and of equal length.
         bn: What BatchNorm normalises with.
         normaliser: What ``loss_fn`` divides by, where it is not the example count.
 
@@ -169,16 +186,22 @@ def interpolate(
         The losses and errors, and the width of the valley around each end.
 
     Raises:
-        UsageError: If a state dict does not fit the model, or the line does not
-            contain both ends.
+        UsageError: If a state dict does not fit the model, the line does not contain
+            both ends, or ``path`` is neither.
 
     Source:
-        Keskar et al. 2017, arXiv:1609.04836, figure 3; after Goodfellow et al. 2015,
-        arXiv:1412.6544.
+        Keskar et al. 2017, arXiv:1609.04836, figures 3 and 7; after Goodfellow et al.
+        2015, arXiv:1412.6544.
     """
     risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
     return interpolate_of(
-        risk, start=start, end=end, num_points=num_points, low=low, high=high
+        risk,
+        start=start,
+        end=end,
+        num_points=num_points,
+        low=low,
+        high=high,
+        path=path,
     )
 
 
@@ -190,28 +213,44 @@ def interpolate_of(
     num_points: int = 25,
     low: float = -1.0,
     high: float = 2.0,
+    path: Path = "linear",
+    memory_budget: int = MEMORY_BUDGET,
 ) -> Interpolation:
-    """Return a risk's loss and error along a line; see :func:`interpolate`.
+    """Return a risk's loss and error along a path; see :func:`interpolate`.
 
-    All weights move, whatever parameters the risk selects.
+    All weights move, whatever parameters the risk selects. Stacked points and their
+    activations take at most ``memory_budget`` bytes.
 
     Raises:
-        UsageError: If a state dict does not fit the model, or the line does not
-            contain both ends.
+        UsageError: If a state dict does not fit the model, the line does not contain
+            both ends, or ``path`` is neither.
     """
     alphas = _grid(num_points, low, high)
-    state = risk.model.state_dict()
-    own = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    start, end = _copied(own, start, "start"), _copied(own, end, "end")
-    losses, errors = [], []
-    with _state_given_back(own):
-        for alpha in alphas:
-            _load_between(own, start, end, alpha)
-            point = risk.evaluate()
-            losses.append(point.loss)
-            errors.append(math.nan if point.error is None else point.error)
+    if path not in get_args(Path):
+        raise UsageError(f"path needs to be 'linear' or 'curvilinear', got {path!r}.")
+    own = own_state(risk.model)
+    start, end = fitting_state(own, start, "start"), fitting_state(own, end, "end")
+    statistics = {name for name, _ in risk.model.named_buffers()}
+
+    def state_at(index: int) -> dict[str, Tensor]:
+        return _between(start, end, alphas[index], path=path, statistics=statistics)
+
+    values = values_at(
+        risk,
+        state_at,
+        len(alphas),
+        exact=[alphas.index(0.0), alphas.index(1.0)],
+        memory_budget=memory_budget,
+    )
     return Interpolation(
-        tuple(alphas), tuple(losses), tuple(errors), risk.bn, risk.num_examples
+        tuple(alphas),
+        values.losses,
+        values.errors,
+        risk.bn,
+        risk.num_examples,
+        path=path,
+        num_batched=values.num_batched,
+        loop_reason=values.loop_reason,
     )
 
 
@@ -229,10 +268,14 @@ def _grid(num_points: int, low: float, high: float) -> list[float]:
     return sorted([*apart, 0.0, 1.0])
 
 
-def _copied(
+def fitting_state(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str
 ) -> dict[str, Tensor]:
-    """A copy of a state dict that fits: it may be the model's own, and move along."""
+    """Return a copy of a state dict that fits: it may be the model's own, and move.
+
+    Raises:
+        UsageError: If a tensor is missing, unknown or of another shape.
+    """
     given = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     faults = [f"no {key}" for key in own if key not in given]
     faults += [f"{key}, which the model has not" for key in given if key not in own]
@@ -251,32 +294,33 @@ def _copied(
     return {key: given[key].detach().clone() for key in own}
 
 
-@contextmanager
-def _state_given_back(own: Mapping[str, Tensor]) -> Iterator[None]:
-    """Write parameters and buffers back on exit, bit for bit."""
-    copies = {key: value.clone() for key, value in own.items()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for key, value in own.items():
-                value.copy_(copies[key])
-
-
-@torch.no_grad()
-def _load_between(
-    own: Mapping[str, Tensor],
+def _between(
     start: Mapping[str, Tensor],
     end: Mapping[str, Tensor],
     alpha: float,
-) -> None:
-    """Load ``(1 - alpha) start + alpha end``; exactly one of them at 0 and 1."""
-    for key, value in own.items():
-        if alpha == 0 or not value.is_floating_point():
-            value.copy_(start[key])
-        elif alpha == 1:
-            value.copy_(end[key])
+    *,
+    path: Path,
+    statistics: Container[str],
+) -> dict[str, Tensor]:
+    """Return the state at ``alpha``; exactly one of the ends at 0 and 1."""
+    if alpha == 0:
+        return dict(start)
+    if alpha == 1:
+        return {k: v if v.is_floating_point() else start[k] for k, v in end.items()}
+    state = {}
+    for key, value in start.items():
+        straight = path == "linear" or key in statistics
+        first, second = _coefficients("linear" if straight else path, alpha)
+        if value.is_floating_point():
+            moved = first * value.double() + second * end[key].double()
+            state[key] = moved.to(value.dtype)
         else:
-            first = start[key].to(value.device, torch.float64)
-            second = end[key].to(value.device, torch.float64)
-            value.copy_((1 - alpha) * first + alpha * second)
+            state[key] = value
+    return state
+
+
+def _coefficients(path: Path, alpha: float) -> tuple[float, float]:
+    """What both ends are multiplied by."""
+    if path == "linear":
+        return 1 - alpha, alpha
+    return math.cos(alpha * math.pi / 2), math.sin(alpha * math.pi / 2)

@@ -1,7 +1,7 @@
 """Factors on weights that leave a network's function as it is."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,6 @@ from noisekit.core.mode import (
     unwrap_compiled,
 )
 from noisekit.core.params import ParameterLayout
-from noisekit.curvature.operator import SymmetricOperator
 
 _BATCH_TOLERANCE = 1e-2
 """How much BatchNorm's constant may change outputs where statistics are the batch's."""
@@ -52,36 +51,6 @@ class Rescaling:
         return ones
 
 
-class ScaledOperator(SymmetricOperator):
-    """``D H D`` with a diagonal matrix ``D``.
-
-    Where weights ``w`` are replaced by ``w / d`` and the function is kept, this is
-    the Hessian of the loss with respect to the new weights.
-    """
-
-    def __init__(self, operator: SymmetricOperator, diagonal: Tensor) -> None:
-        self._operator = operator
-        self._diagonal = diagonal
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self._operator.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the vectors."""
-        return self._operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the vectors are."""
-        return self._operator.device
-
-    def _matvec(self, vector: Tensor) -> Tensor:
-        return self._diagonal * (self._operator @ (self._diagonal * vector))
-
-
 def rescaled_copy(
     model: nn.Module,
     rescaling: Rescaling,
@@ -105,21 +74,51 @@ def rescaled_copy(
     """
     module = unwrap_compiled(model)
     twin = copy.deepcopy(module)
-    _apply(twin, rescaling)
+    apply_rescaling(twin, rescaling)
+    names = ", ".join(rescaling.parameters)
+    return twin, verified_change(module, twin, [batch], bn=bn, what=names)
+
+
+def verified_change(
+    model: nn.Module,
+    twin: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    bn: BatchNormPolicy,
+    what: str,
+) -> float:
+    """Return the largest difference of outputs, relative to the largest output.
+
+    Args:
+        model: The original.
+        twin: What should have the same function.
+        batches: Data on which both must agree.
+        bn: What BatchNorm normalises with while they are compared.
+        what: What was rescaled, for the message.
+
+    Raises:
+        UsageError: If the outputs differ by more than rounding.
+    """
     policy: BatchNormPolicy = "batch" if bn == "batch" else "running"
-    change = _relative_change(module, twin, batch, policy)
-    dtype = next(module.parameters()).dtype
+    differences, largest = [], 0.0
+    for batch in batches:
+        before = _outputs(model, batch, policy)
+        after = _outputs(twin, batch, policy)
+        differences.append((before - after).abs().max())
+        largest = max(largest, float(before.abs().max()))
+    difference = float(torch.stack(differences).max())
+    change = difference / largest if difference else 0.0
+    dtype = next(model.parameters()).dtype
     allowed = _BATCH_TOLERANCE if policy == "batch" else torch.finfo(dtype).eps ** 0.5
     if not change <= allowed:
         raise UsageError(
             "a rescaling needs to keep the function, got outputs that differ by "
             f"{change:.2g} of the largest (allowed: {allowed:.2g}) in "
-            f"{type(module).__name__}; one of {', '.join(rescaling.parameters)} "
-            "reaches the output by another way as well, such as a skip connection, or "
-            "a BatchNorm's eps is not small beside its variance: use a measure that "
-            "needs no rescaling."
+            f"{type(model).__name__}; one of {what} reaches the output by another way "
+            "as well, such as a skip connection, or a BatchNorm's eps is not small "
+            "beside its variance: use a measure that needs no rescaling."
         )
-    return twin, change
+    return change
 
 
 def _products(
@@ -132,7 +131,8 @@ def _products(
 
 
 @torch.no_grad()
-def _apply(model: nn.Module, rescaling: Rescaling) -> None:
+def apply_rescaling(model: nn.Module, rescaling: Rescaling) -> None:
+    """Multiply a model's parameters and running statistics, in place."""
     for name, factor in rescaling.parameters.items():
         model.get_parameter(name).mul_(factor)
     for name, factor in rescaling.norms.items():
@@ -146,14 +146,7 @@ def _apply(model: nn.Module, rescaling: Rescaling) -> None:
             norm.running_var.copy_(variance)
 
 
-def _relative_change(
-    model: nn.Module, twin: nn.Module, batch: Batch, bn: BatchNormPolicy
-) -> float:
-    """Largest difference of two models' outputs, relative to the largest output."""
-    found = []
-    for module in (model, twin):
-        with evaluation_mode(module, bn), torch.no_grad():
-            outputs = tensors_in(call_model(module, batch[0]))
-            found.append(torch.cat([o.double().reshape(-1) for o in outputs]))
-    before, after = found
-    return float((before - after).abs().max() / before.abs().max())
+def _outputs(model: nn.Module, batch: Batch, bn: BatchNormPolicy) -> Tensor:
+    with evaluation_mode(model, bn), torch.no_grad():
+        outputs = tensors_in(call_model(model, batch[0]))
+        return torch.cat([o.double().reshape(-1) for o in outputs])

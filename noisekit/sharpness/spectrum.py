@@ -1,14 +1,15 @@
-"""Eigenvalues and traces of a model's Hessian, as measures of sharpness."""
+"""Eigenvalues of a model's Hessian, as measures of sharpness."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.results import Estimate
+from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import (
     Batch,
     BatchNormPolicy,
@@ -17,11 +18,18 @@ from noisekit.core.risk import (
     Normaliser,
 )
 from noisekit.curvature.hessian import HessianOperator
-from noisekit.curvature.lanczos import top_eigenpairs
+from noisekit.curvature.lanczos import EigenPairs, top_eigenpairs
+from noisekit.curvature.preconditioned import ScaledOperator
+from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.curvature.reference import pyhessian_top_eigenvalue
-from noisekit.curvature.traces import trace, weighted_trace
 from noisekit.sharpness.chains import layers_before_norms
-from noisekit.sharpness.rescaling import Rescaling, ScaledOperator, rescaled_copy
+from noisekit.sharpness.data_error import (
+    WithDataError,
+    curvature_parts,
+    data_stderr_at,
+    over_data,
+)
+from noisekit.sharpness.rescaling import Rescaling, rescaled_copy
 
 EigenMethod = Literal["lanczos", "pyhessian"]
 
@@ -38,6 +46,7 @@ def lambda_max(
     bn: BatchNormPolicy = "running",
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
+    data_error: bool = False,
 ) -> Estimate:
     """Return the largest (algebraic) eigenvalue of the Hessian of the loss.
 
@@ -57,10 +66,14 @@ def lambda_max(
         bn: What BatchNorm normalises with.
         normaliser: What ``loss_fn`` divides by, where it is not the example count.
         params: Names or patterns of the parameters; all by default.
+        data_error: Whether to measure how far other data of the same kind would move
+            it, from ``v' H_b v`` of each batch, at about one more product.
 
     Returns:
         The eigenvalue [loss/param²], with the residual ``|H v - value v|`` as
-        ``bound``; ``Status.NOT_CONVERGED`` where the budget ended first.
+        ``bound``; ``Status.NOT_CONVERGED`` where the budget ended first. With
+        ``data_error`` a first-order standard error over batches comes beside it: that
+        of the curvature along ``v``, which was chosen on the same data.
 
     Raises:
         UsageError: If ``method`` is unknown or another argument is out of range.
@@ -69,7 +82,12 @@ def lambda_max(
         model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
     )
     return lambda_max_of(
-        risk, method=method, tol=tol, max_matvecs=max_matvecs, generator=generator
+        risk,
+        method=method,
+        tol=tol,
+        max_matvecs=max_matvecs,
+        generator=generator,
+        data_error=data_error,
     )
 
 
@@ -80,12 +98,18 @@ def lambda_max_of(
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     generator: torch.Generator | None = None,
+    data_error: bool = False,
 ) -> Estimate:
     """Return the largest Hessian eigenvalue of a risk; see :func:`lambda_max`.
 
     Raises:
-        UsageError: If ``method`` is unknown.
+        UsageError: If ``method`` is unknown, or gives no vector for ``data_error``.
     """
+    if method == "pyhessian" and data_error:
+        raise UsageError(
+            "data_error needs method='lanczos', got 'pyhessian', of which no "
+            "eigenvector is kept."
+        )
     if method == "pyhessian":
         return pyhessian_top_eigenvalue(
             risk, tol=tol, max_iterations=max_matvecs or 1000, generator=generator
@@ -94,7 +118,59 @@ def lambda_max_of(
         raise UsageError(
             f"method needs to be 'lanczos' or 'pyhessian', got {method!r}."
         )
-    return _extreme(risk, "LA", tol, max_matvecs, generator)
+    with HessianOperator.from_risk(risk) as hessian:
+        pairs = top_eigenpairs(
+            hessian, tol=tol, max_matvecs=max_matvecs, generator=generator
+        )
+    direction = pairs.vectors[:, 0] if data_error else None
+    found, stderr = _with_data_error(pairs, risk, direction)
+    return over_data(found, stderr, risk)
+
+
+def lambda_min(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    tol: float = 1e-3,
+    max_matvecs: int | None = None,
+    generator: torch.Generator | None = None,
+    bn: BatchNormPolicy = "running",
+    normaliser: Normaliser | None = None,
+    params: ParameterPatterns = None,
+    data_error: bool = False,
+) -> Estimate:
+    """Return the smallest (algebraic) eigenvalue of the Hessian of the loss.
+
+    Clearly below zero it says that the point is no minimum. ``tol`` is relative to
+    the norm of the Hessian, so a value of that order is not told from zero.
+
+    Args:
+        model: The model; given back bit for bit.
+        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
+        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
+        tol: Wanted accuracy, relative to the norm of the Hessian.
+        max_matvecs: Most Hessian-vector products to spend.
+        generator: Source of the random start; by default a fresh one.
+        bn: What BatchNorm normalises with.
+        normaliser: What ``loss_fn`` divides by, where it is not the example count.
+        params: Names or patterns of the parameters; all by default.
+        data_error: Whether to measure how far other data of the same kind would move
+            it, at about one more product; see :func:`lambda_max`.
+
+    Returns:
+        The eigenvalue [loss/param²], with its residual as ``bound``.
+    """
+    risk = EmpiricalRisk(
+        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
+    )
+    return lambda_min_of(
+        risk,
+        tol=tol,
+        max_matvecs=max_matvecs,
+        generator=generator,
+        data_error=data_error,
+    )
 
 
 def lambda_min_of(
@@ -103,41 +179,16 @@ def lambda_min_of(
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     generator: torch.Generator | None = None,
+    data_error: bool = False,
 ) -> Estimate:
-    """Return the smallest (algebraic) Hessian eigenvalue [loss/param²].
-
-    Clearly below zero it says that the point is no minimum. ``tol`` is relative to
-    the norm of the Hessian, so a value of that order is not told from zero.
-    """
-    return _extreme(risk, "SA", tol, max_matvecs, generator)
-
-
-def hessian_trace_of(
-    risk: EmpiricalRisk,
-    *,
-    num_matvecs: int = 32,
-    generator: torch.Generator | None = None,
-) -> Estimate:
-    """Return the trace of the Hessian [loss/param²], estimated by random signs."""
+    """Return the smallest Hessian eigenvalue of a risk; see :func:`lambda_min`."""
     with HessianOperator.from_risk(risk) as hessian:
-        return trace(hessian, num_matvecs=num_matvecs, generator=generator)
-
-
-def weighted_hessian_trace_of(
-    risk: EmpiricalRisk,
-    *,
-    num_matvecs: int = 32,
-    generator: torch.Generator | None = None,
-) -> Estimate:
-    r"""Return :math:`\sum_i w_i^2 H_{ii}` [loss], estimated by random signs.
-
-    Rescalings of layers or neurons that keep a ReLU network's function do not change
-    it, since they scale a weight and its curvature inversely.
-    """
-    with HessianOperator.from_risk(risk) as hessian:
-        return weighted_trace(
-            hessian, risk.vector(), num_matvecs=num_matvecs, generator=generator
+        pairs = top_eigenpairs(
+            hessian, which="SA", tol=tol, max_matvecs=max_matvecs, generator=generator
         )
+    direction = pairs.vectors[:, 0] if data_error else None
+    found, stderr = _with_data_error(pairs, risk, direction)
+    return over_data(found, stderr, risk)
 
 
 def gauge_fixed_lambda_max(
@@ -151,6 +202,7 @@ def gauge_fixed_lambda_max(
     bn: BatchNormPolicy = "running",
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
+    data_error: bool = False,
 ) -> Estimate:
     r"""Return the largest Hessian eigenvalue with rows before BatchNorm at unit norm.
 
@@ -176,6 +228,8 @@ def gauge_fixed_lambda_max(
         bn: What BatchNorm normalises with.
         normaliser: What ``loss_fn`` divides by, where it is not the example count.
         params: Names or patterns of the parameters; all by default.
+        data_error: Whether to measure how far other data of the same kind would move
+            it, at about one more product; see :func:`lambda_max`.
 
     Returns:
         The eigenvalue [loss], with its residual as ``bound``.
@@ -191,7 +245,11 @@ def gauge_fixed_lambda_max(
         model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
     )
     return gauge_fixed_lambda_max_of(
-        risk, tol=tol, max_matvecs=max_matvecs, generator=generator
+        risk,
+        tol=tol,
+        max_matvecs=max_matvecs,
+        generator=generator,
+        data_error=data_error,
     )
 
 
@@ -201,8 +259,33 @@ def gauge_fixed_lambda_max_of(
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     generator: torch.Generator | None = None,
+    data_error: bool = False,
 ) -> Estimate:
     """Return a risk's eigenvalue at unit rows; see :func:`gauge_fixed_lambda_max`.
+
+    Raises:
+        UsageError: If no weights feed a BatchNorm, a row is zero, or the rescaled
+            network has not the same function.
+    """
+    found, stderr = gauge_fixed_with_data_error(
+        risk,
+        tol=tol,
+        max_matvecs=max_matvecs,
+        generator=entropy_generator(generator),
+        data_error=data_error,
+    )
+    return over_data(found, stderr, risk)
+
+
+def gauge_fixed_with_data_error(
+    risk: EmpiricalRisk,
+    *,
+    tol: float,
+    max_matvecs: int | None,
+    generator: torch.Generator,
+    data_error: bool = True,
+) -> WithDataError:
+    """Return the eigenvalue at unit rows, and its error over batches.
 
     Raises:
         UsageError: If no weights feed a BatchNorm, a row is zero, or the rescaled
@@ -211,26 +294,28 @@ def gauge_fixed_lambda_max_of(
     batch = next(iter(risk.batches))
     unit_rows = _unit_rows(risk, batch)
     rescaled_copy(risk.model, unit_rows, batch=batch, bn=risk.bn)
+    lengths = 1 / unit_rows.vector(risk.layout)
     with HessianOperator.from_risk(risk) as hessian:
-        operator = ScaledOperator(hessian, 1 / unit_rows.vector(risk.layout))
+        operator = ScaledOperator(hessian, lengths)
         pairs = top_eigenpairs(
             operator, tol=tol, max_matvecs=max_matvecs, generator=generator
         )
-    return pairs.estimate()
+    # An eigenvector of D H D is, times D, the direction of that curvature in H.
+    moved = pairs.vectors[:, 0] * lengths.to(pairs.vectors)
+    return _with_data_error(pairs, risk, moved if data_error else None)
 
 
-def _extreme(
-    risk: EmpiricalRisk,
-    which: Literal["LA", "SA"],
-    tol: float,
-    max_matvecs: int | None,
-    generator: torch.Generator | None,
-) -> Estimate:
-    with HessianOperator.from_risk(risk) as hessian:
-        pairs = top_eigenpairs(
-            hessian, which=which, tol=tol, max_matvecs=max_matvecs, generator=generator
-        )
-    return pairs.estimate()
+def _with_data_error(
+    pairs: EigenPairs, risk: EmpiricalRisk, direction: Tensor | None
+) -> WithDataError:
+    """The eigenvalue, and its error over batches where a direction is given."""
+    found = pairs.estimate()
+    if direction is None or found.status is Status.DIVERGED:
+        return found, None
+    stderr = data_stderr_at(risk, lambda data: curvature_parts(data, direction))
+    if stderr is None:
+        return found, None
+    return replace(found, num_matvecs=found.num_matvecs + 1), stderr
 
 
 def _unit_rows(risk: EmpiricalRisk, batch: Batch) -> Rescaling:

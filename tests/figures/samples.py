@@ -181,6 +181,22 @@ def paths(num_seeds: int = 5) -> DataFrame:
     return DataFrame(rows)
 
 
+def loss_plane(num_points: int = 15) -> DataFrame:
+    axis = np.linspace(-1, 1, num_points)
+    first, second = (grid.ravel() for grid in np.meshgrid(axis, axis, indexing="ij"))
+    loss = 0.02 + 3 * first**2 + 0.4 * (second - 0.3 * first) ** 2 + first**4
+    return DataFrame({"first": first, "second": second, "loss": loss})
+
+
+def loss_around(num_points: int = 21) -> DataFrame:
+    axis = np.linspace(-1, 1, num_points)
+    lines = {"small": 0.02 + 0.5 * axis**2, "large": 0.01 + 4 * axis**2}
+    return pd.concat(
+        [DataFrame({"label": k, "first": axis, "loss": v}) for k, v in lines.items()],
+        ignore_index=True,
+    )
+
+
 def batch_draws(num_draws: int = 12) -> tuple[DataFrame, DataFrame]:
     random, rows = rng(7), []
     truth = {"start": (0.6, 9.0), "loss_0.05": (0.002, 1.1)}
@@ -315,3 +331,30 @@ def unmeasured() -> ContrastResult:
         num_missing=10,
         num_tests=1,
     )
+
+
+def spectrum(*, atoms: tuple[float, ...] = (15.0, 20.0)) -> DataFrame:
+    """A bulk on both sides of zero, on both axes, and outliers."""
+    grid = np.linspace(-1.0, 2.0, 50)
+    bulk = np.exp(-(grid**2) * 4)
+    logs = np.concatenate([-np.logspace(1, -5, 40), np.logspace(-5, 1, 40)])
+    share = np.exp(-((np.log10(np.abs(logs)) + 2) ** 2)) * np.where(logs < 0, 0.1, 0.4)
+    tables = [
+        DataFrame(
+            {"axis": "linear", "kind": "density", "eigenvalue": grid, "value": bulk}
+        ),
+        DataFrame(
+            {"axis": "log", "kind": "density", "eigenvalue": logs, "value": share}
+        ),
+        DataFrame(
+            {
+                "axis": "linear",
+                "kind": "atom",
+                "eigenvalue": list(atoms),
+                "value": [1e-3] * len(atoms),
+            }
+        ),
+        DataFrame({"axis": "log", "kind": "zero", "eigenvalue": 0.0, "value": [0.6]}),
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(low=0.8 * table["value"], high=1.2 * table["value"])

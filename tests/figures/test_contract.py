@@ -46,6 +46,7 @@ FIGURES: dict[str, Callable[[], Plot]] = {
     "paired, one snapshot": lambda: paired("loss_0.05"),
     "paired, four snapshots": lambda: paired("loss_1", "loss_0.5", "loss_0.2", "final"),
     "ratios": ratios,
+    "spectrum": lambda: figures.spectral_density(samples.spectrum()),
     "sharpness": lambda: figures.sharpness_against_loss(
         samples.measurements(num_seeds=3), samples.snapshots(num_seeds=3)
     ),
@@ -54,6 +55,11 @@ FIGURES: dict[str, Callable[[], Plot]] = {
         samples.tuning_grid(), chosen={16: 0.1, 128: 0.5}
     ),
     "line": lambda: figures.linear_path(samples.paths(num_seeds=3)),
+    "plane": lambda: figures.loss_surface(samples.loss_plane()),
+    "plane, linear": lambda: figures.loss_surface(
+        samples.loss_plane(), loss_scale="linear", what="Filter-normalised directions."
+    ),
+    "lines around": lambda: figures.loss_lines(samples.loss_around()),
     "noise": lambda: figures.noise_over_training(samples.steps(num_seeds=3)),
     "batch sizes": batch_sizes,
     "histograms": lambda: figures.example_norm_histograms(

@@ -111,3 +111,72 @@ def unit_row_twin(model: nn.Sequential) -> nn.Sequential:
                 spread = (norm.running_var[row] + norm.eps) / length**2
                 norm.running_var[row] = spread - norm.eps
     return twin
+
+
+def highest_in_ball(gradient: np.ndarray, hessian: np.ndarray, radius: float) -> float:
+    """Largest of ``g z + z H z / 2`` over ``|z| <= radius``, by the secular equation.
+
+    On the sphere the maximiser solves ``(nu - H) z = g`` with ``nu`` above the top
+    eigenvalue; inside there is none unless ``H`` is negative definite.
+    """
+    values, vectors = np.linalg.eigh(hessian)
+    along = vectors.T @ gradient
+    if np.allclose(along, 0):
+        return max(0.0, values[-1]) * radius**2 / 2
+    low, high = values[-1], values[-1] + np.linalg.norm(gradient) / radius
+    for _ in range(200):
+        nu = (low + high) / 2
+        length = np.linalg.norm(along / (nu - values))
+        low, high = (nu, high) if length > radius else (low, nu)
+    z = along / (high - values)
+    return float(along @ z + (values * z**2).sum() / 2)
+
+
+def fisher_rao_by_class(model: nn.Module, inputs: Tensor) -> list[float]:
+    """``sum_k p_k (w . grad log p_k)^2`` of each example, one backward per class."""
+    weights = flat_weights(model)
+    found = []
+    for row in inputs:
+        logs = model(row[None]).log_softmax(1)[0]
+        total = 0.0
+        for entry in logs:
+            grads = torch.autograd.grad(
+                entry, list(model.parameters()), retain_graph=True
+            )
+            slope = float(torch.cat([g.reshape(-1) for g in grads]) @ weights)
+            total += float(entry.detach().exp()) * slope**2
+        found.append(total)
+    return found
+
+
+def relative_flatness_of_matrix(matrix: Tensor, hessian: Tensor) -> float:
+    """``sum_{s,s'} <w_s, w_s'> tr H_ss'`` by loops, of one layer's own Hessian."""
+    rows, columns = matrix.shape
+    blocks = hessian.view(rows, columns, rows, columns)
+    total = 0.0
+    for s in range(rows):
+        for t in range(rows):
+            trace = sum(float(blocks[s, i, t, i]) for i in range(columns))
+            total += float(matrix[s] @ matrix[t]) * trace
+    return total
+
+
+def spectral_radius_of_sgd(curvature: float, **options: float | bool) -> float:
+    """Largest growth of ``torch.optim.SGD`` itself on ``curvature w^2 / 2``.
+
+    Its linear map of weight and velocity is read off two steps, one from each unit
+    vector, so that no formula for the update is needed.
+    """
+    columns = []
+    for weight, velocity in ((1.0, 0.0), (0.0, 1.0)):
+        parameter = nn.Parameter(torch.tensor([weight], dtype=torch.float64))
+        optimizer = torch.optim.SGD([parameter], **options)
+        buffer = torch.tensor([velocity], dtype=torch.float64)
+        optimizer.state[parameter]["momentum_buffer"] = buffer
+        parameter.grad = curvature * parameter.detach()
+        optimizer.step()
+        after = optimizer.state[parameter]["momentum_buffer"]
+        columns.append([float(parameter.detach()), float(after)])
+    if not options.get("momentum"):
+        return abs(columns[0][0])  # there is no velocity
+    return float(np.abs(np.linalg.eigvals(np.array(columns).T)).max())

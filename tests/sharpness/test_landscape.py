@@ -12,6 +12,7 @@ from noisekit.core.errors import UsageError
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.landscape import Interpolation, interpolate
 from tests.reference import sharpness as reference
+from tests.sharpness.networks import FailsAfter
 
 State = dict[str, Tensor]
 
@@ -168,22 +169,8 @@ def test_variance_below_zero_is_a_loss_that_does_not_exist() -> None:
     assert all(math.isfinite(loss) for loss in got.losses[8:])
 
 
-class FailsAfter(nn.CrossEntropyLoss):
-    """A cross-entropy that raises after a number of calls."""
-
-    def __init__(self, calls: int) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        self.calls -= 1
-        if self.calls < 0:
-            raise RuntimeError("the loss failed")
-        return super().forward(outputs, targets)
-
-
 @pytest.mark.parametrize("bn", ["running", "recalibrated", "batch"])
-@pytest.mark.parametrize("calls", [math.inf, 12])
+@pytest.mark.parametrize("calls", [math.inf, 6])
 def test_model_is_given_back_bit_for_bit(bn: str, calls: float) -> None:
     """Weights, statistics, counters, mode and random state are as before.
 
@@ -361,3 +348,45 @@ def test_shared_weights_move_once() -> None:
     with torch.no_grad():
         want = float(twin(inputs).square().mean())
     assert got.losses[-1] == pytest.approx(want, rel=1e-5)
+
+
+def test_curvilinear_path_is_cosine_and_sine_of_a_quarter_turn() -> None:
+    """Weights go round, statistics straight, and the ends are exact.
+
+    Catches: an angle in degrees or of a half turn; sine and cosine exchanged;
+    variances multiplied by numbers that do not add up to one.
+    """
+    got = line(path="curvilinear", num_points=7)
+    assert got.path == "curvilinear"
+    start, end = bits(network(2)), bits(network(3))
+    inputs, targets = data()
+    for alpha, loss in zip(got.alphas, got.losses, strict=True):
+        twin = network(1)
+        for key, value in twin.state_dict().items():
+            turn = alpha * math.pi / 2
+            first, second = math.cos(turn), math.sin(turn)
+            if "running" in key:
+                first, second = 1 - alpha, alpha
+            if value.is_floating_point():
+                value.copy_(first * start[key] + second * end[key])
+        with torch.no_grad():
+            want = float(nn.CrossEntropyLoss()(twin.eval()(inputs), targets))
+        assert loss == pytest.approx(want, rel=1e-9)
+    straight = line(num_points=7)
+    for alpha, loss, other in zip(got.alphas, got.losses, straight.losses, strict=True):
+        assert (loss == other) == (alpha in {0.0, 1.0})
+    with pytest.raises(UsageError, match="'linear' or 'curvilinear', got 'bent'"):
+        line(path="bent")
+
+
+def test_points_between_are_evaluated_together() -> None:
+    """All but the ends go in stacks; where they do not, the reason is given.
+
+    Catches: a path that falls back to the loop without a word.
+    """
+    together = line()
+    assert together.num_batched == len(together.alphas) - 2
+    assert together.loop_reason == ""
+    alone = line(bn="batch")
+    assert alone.num_batched == 0
+    assert alone.loop_reason.startswith("bn='batch' computes statistics anew")

@@ -7,22 +7,28 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
+from noisekit.curvature.ggn import GGNOperator
 from noisekit.sharpness.spectrum import (
     gauge_fixed_lambda_max,
     gauge_fixed_lambda_max_of,
-    hessian_trace_of,
     lambda_max,
     lambda_max_of,
+    lambda_min,
     lambda_min_of,
+)
+from noisekit.sharpness.traces import (
+    effective_dimension,
+    effective_dimension_of,
+    hessian_frobenius_norm,
+    hessian_frobenius_norm_of,
+    hessian_trace,
+    hessian_trace_of,
+    weighted_hessian_trace,
     weighted_hessian_trace_of,
 )
 from tests.reference import sharpness as reference
-
-LOSS = nn.CrossEntropyLoss()
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.sharpness.networks import LOSS
+from tests.sharpness.quadratics import seeded
 
 
 def plain() -> nn.Sequential:
@@ -106,6 +112,24 @@ def test_public_function_measures_the_parameters_it_is_told() -> None:
     assert got.value == pytest.approx(want, rel=1e-5)
 
 
+def test_public_functions_are_those_of_their_risks() -> None:
+    """Each measures the parameters that it is told, with the draws that it is given.
+
+    Catches: ``params`` or ``generator`` that is not passed on.
+    """
+    risk = EmpiricalRisk(plain(), LOSS, ragged(), params="2.*")
+    for public, of_risk in (
+        (lambda_min, lambda_min_of),
+        (hessian_trace, hessian_trace_of),
+        (hessian_frobenius_norm, hessian_frobenius_norm_of),
+        (effective_dimension, effective_dimension_of),
+        (weighted_hessian_trace, weighted_hessian_trace_of),
+    ):
+        want = of_risk(risk, generator=seeded())
+        got = public(plain(), LOSS, ragged(), params="2.*", generator=seeded())
+        assert got.value == pytest.approx(want.value, rel=1e-9)
+
+
 def test_pyhessian_gives_the_same_answer() -> None:
     """The other method agrees with the dense Hessian, by another way.
 
@@ -127,7 +151,7 @@ def test_traces_lie_within_their_error() -> None:
     hessian = dense_hessian(plain())
     weights = reference.flat_weights(plain())
     risk = EmpiricalRisk(plain(), LOSS, ragged())
-    got = hessian_trace_of(risk, num_matvecs=200, generator=seeded())
+    got = hessian_trace_of(risk, num_matvecs=40, generator=seeded())
     weighted = weighted_hessian_trace_of(risk, num_matvecs=200, generator=seeded())
     for estimate, want in (
         (got, float(hessian.trace())),
@@ -136,7 +160,28 @@ def test_traces_lie_within_their_error() -> None:
         assert estimate.stderr is not None
         assert abs(estimate.value - want) < 4 * estimate.stderr
         assert 4 * estimate.stderr < abs(want)
-        assert estimate.num_samples == estimate.num_matvecs == 200
+        assert 1 < estimate.num_samples <= estimate.num_matvecs
+    assert (got.num_matvecs, weighted.num_matvecs) == (40, 200)
+
+
+def test_norm_and_dimension_lie_within_their_errors() -> None:
+    """Against dense eigenvalues: of the Hessian, and of Gauss-Newton.
+
+    Catches: the square in place of the norm; a dimension of the Hessian, whose
+    negative eigenvalues do not count directions.
+    """
+    risk = EmpiricalRisk(plain(), LOSS, ragged())
+    norm = hessian_frobenius_norm_of(risk, num_matvecs=300, generator=seeded())
+    assert abs(norm.value - float(dense_hessian(plain()).norm())) < 4 * norm.stderr
+    assert 10 * norm.stderr < norm.value
+    with GGNOperator.from_risk(risk) as gauss_newton:
+        values = torch.linalg.eigvalsh(gauss_newton.to_dense())
+    dimension = effective_dimension_of(
+        risk, shift=0.05, num_probes=60, num_steps=57, generator=seeded()
+    )
+    want = float((values / (values + 0.05)).sum())
+    assert abs(dimension.value - want) < 4 * dimension.stderr
+    assert 5 * dimension.stderr < want
 
 
 def test_budget_that_is_too_small_is_told() -> None:
@@ -163,7 +208,8 @@ def test_gauge_fixed_value_is_that_of_a_twin_rescaled_by_hand(eps: float) -> Non
     """It equals the dense top eigenvalue of the network with rows of norm 1.
 
     Catches: one norm for the whole layer; biases or statistics that do not follow; D
-    and its inverse exchanged; a BatchNorm constant that is scaled with the variance.
+    and its inverse exchanged; a BatchNorm constant that is scaled with the variance;
+    an error over data along the eigenvector as it is, not times D.
     """
     twin = reference.unit_row_twin(normalised(eps=eps))
     inputs, _ = data()
@@ -173,8 +219,17 @@ def test_gauge_fixed_value_is_that_of_a_twin_rescaled_by_hand(eps: float) -> Non
         )
     want = float(torch.linalg.eigvalsh(dense_hessian(twin))[-1])
     got = gauge_fixed_lambda_max(
-        normalised(eps=eps), LOSS, ragged(), tol=1e-6, generator=seeded()
+        normalised(eps=eps),
+        LOSS,
+        ragged(),
+        tol=1e-6,
+        generator=seeded(),
+        data_error=True,
     )
+    by_hand = lambda_max(
+        twin, LOSS, ragged(), tol=1e-6, generator=seeded(), data_error=True
+    )
+    assert got.stderr == pytest.approx(by_hand.stderr, rel=1e-3)
     raw = float(torch.linalg.eigvalsh(dense_hessian(normalised(eps=eps)))[-1])
     assert got.value == pytest.approx(want, rel=1e-6)
     assert raw != pytest.approx(want, rel=0.05)
@@ -300,3 +355,51 @@ def test_unknown_method_is_refused() -> None:
     """
     with pytest.raises(UsageError, match="'lanczos' or 'pyhessian', got 'power'"):
         lambda_max(plain(), LOSS, ragged(), method="power")
+
+
+def test_data_error_of_the_top_eigenvalue_covers() -> None:
+    """Over 100 samples of regression data the intervals hold the population's value.
+
+    The spread over samples is that of the standard error.
+
+    Catches: weights of ragged batches left out; the spread over batches for the error
+    of their mean; a residual in place of a standard error.
+    """
+    scales = torch.tensor([1.0, 0.3, 0.2, 0.1]).sqrt().double()
+    found = []
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(600, 4, generator=generator).double() * scales
+        targets = torch.zeros(600, 1).double()
+        model = nn.Linear(4, 1, bias=False).double()
+        sizes = [40] * 12 + [20] * 6
+        batches = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
+        found.append(
+            lambda_max(
+                model, nn.MSELoss(), batches, generator=generator, data_error=True
+            )
+        )
+    covered = sum(e.interval().contains(2.0) for e in found)
+    values = torch.tensor([e.value for e in found])
+    mean_error = sum(e.stderr for e in found) / len(found)
+    assert covered >= 88
+    assert mean_error == pytest.approx(float(values.std()), rel=0.25)
+    assert found[0].error_source is ErrorSource.DATA
+    assert found[0].bound is not None
+    assert found[0].dof == 17
+
+
+def test_data_error_needs_a_vector_and_several_batches() -> None:
+    """Catches: an error of zero from one batch; PyHessian's vector given for ours."""
+    inputs = torch.randn(30, 3)
+    data = [(inputs, torch.zeros(30, 1))]
+    single = lambda_max(nn.Linear(3, 1), nn.MSELoss(), data, data_error=True)
+    assert single.stderr is None
+    with pytest.raises(UsageError, match="data_error needs method='lanczos'"):
+        lambda_max(
+            nn.Linear(3, 1),
+            nn.MSELoss(),
+            data,
+            method="pyhessian",
+            data_error=True,
+        )

@@ -1,0 +1,64 @@
+"""A loss that does not see how large the logits are."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from noisekit.core.errors import UsageError
+from noisekit.core.risk import EmpiricalRisk, LossFn
+
+Logits = Literal["raw", "unit_norm", "unit_std"]
+
+
+def with_logits(risk: EmpiricalRisk, logits: Logits) -> EmpiricalRisk:
+    """Return the risk whose loss sees normalised logits.
+
+    Logits are centred over the classes and divided by their Euclidean norm
+    (``"unit_norm"``), or by their standard deviation (``"unit_std"``), which leaves
+    them larger by the root of the number of classes.
+
+    Raises:
+        UsageError: If ``logits`` is none of the three.
+
+    Source:
+        Andriushchenko et al. 2023, arXiv:2302.07011.
+    """
+    if logits == "raw":
+        return risk
+    if logits not in get_args(Logits):
+        known = ", ".join(repr(name) for name in get_args(Logits))
+        raise UsageError(f"logits needs to be one of {known}, got {logits!r}.")
+    return risk.with_loss(_on_normalised(risk.loss_fn, logits == "unit_std"))
+
+
+def normalised_logits(logits: Tensor, *, unit_std: bool) -> Tensor:
+    """Return logits ``(n, classes, ...)``, centred and of unit norm or deviation.
+
+    Where all logits of an example are equal they become zero.
+
+    Raises:
+        UsageError: If there is no axis of at least two classes.
+    """
+    if logits.ndim < 2 or logits.shape[1] < 2:
+        raise UsageError(
+            "normalised logits need outputs (n, classes, ...) of at least 2 classes, "
+            f"got shape {tuple(logits.shape)}; use logits='raw'."
+        )
+    centred = logits - logits.mean(1, keepdim=True)
+    squares = centred.square()
+    total = squares.mean(1, keepdim=True) if unit_std else squares.sum(1, keepdim=True)
+    return centred * torch.where(total > 0, total, 1.0).rsqrt()
+
+
+def _on_normalised(loss_fn: LossFn, unit_std: bool) -> LossFn:
+    # Outputs and targets are whatever the model returns and the loader gives.
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        if not isinstance(outputs, Tensor):
+            raise UsageError(
+                "normalised logits need a model that returns one tensor, got "
+                f"{type(outputs).__name__}; use logits='raw'."
+            )
+        return loss_fn(normalised_logits(outputs, unit_std=unit_std), targets)
+
+    return loss

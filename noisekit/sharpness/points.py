@@ -1,0 +1,253 @@
+"""The loss at many sets of weights, many at a time where PyTorch can."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from noisekit.core.batches import count_examples
+from noisekit.core.mode import batch_norms
+from noisekit.core.risk import MEMORY_BUDGET, Batch, EmpiricalRisk
+
+_MOST_TOGETHER = 32
+"""Points in one stack; more do not make it faster."""
+
+StateAt = Callable[[int], Mapping[str, Tensor]]
+"""Weights and statistics of one point, by names of the model's state dict."""
+
+
+@dataclass(frozen=True, slots=True)
+class PointValues:
+    """Loss and error at many points.
+
+    Attributes:
+        losses: Loss at each point; may be infinite or NaN.
+        errors: Share of misclassified examples, NaN where the data have no classes.
+        num_batched: Points that were evaluated many at a time.
+        loop_reason: Why the others were evaluated one by one; empty if they were not.
+    """
+
+    losses: tuple[float, ...]
+    errors: tuple[float, ...]
+    num_batched: int
+    loop_reason: str
+
+
+def values_at(
+    risk: EmpiricalRisk,
+    state_at: StateAt,
+    count: int,
+    *,
+    exact: Iterable[int],
+    memory_budget: int = MEMORY_BUDGET,
+) -> PointValues:
+    """Return a risk's loss and error at ``count`` points; the model is given back.
+
+    The points of ``exact`` go through the model as it is, so that their losses are
+    bit for bit those of a model with these weights. The rest are stacked and
+    evaluated together; that this gives the same losses is checked on ``exact``, and
+    where it does not, or PyTorch cannot, all go one by one.
+
+    Args:
+        risk: The model, the loss and the data.
+        state_at: The weights of each point.
+        count: Number of points.
+        exact: At least one point.
+        memory_budget: Most memory for stacked weights and activations [bytes].
+    """
+    alone = sorted(set(exact))
+    found = dict(zip(alone, _one_by_one(risk, state_at, alone), strict=True))
+    rest = [i for i in range(count) if i not in found]
+    reason = _cannot_batch(risk)
+    if rest and not reason:
+        try:
+            found |= _together(risk, state_at, rest, found, memory_budget)
+        # Whatever a user's model raises under vmap, the loop raises if it is real.
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] or type(error).__name__
+    remaining = [i for i in rest if i not in found]
+    found |= dict(zip(remaining, _one_by_one(risk, state_at, remaining), strict=True))
+    values = [found[i] for i in range(count)]
+    return PointValues(
+        losses=tuple(loss for loss, _ in values),
+        errors=tuple(error for _, error in values),
+        num_batched=len(rest) - len(remaining),
+        loop_reason=reason if remaining else "",
+    )
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a model's state dict: not copies."""
+    state = model.state_dict()
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def chosen_names(risk: EmpiricalRisk) -> dict[str, str]:
+    """Return all names of each chosen parameter, with its first."""
+    first = {id(p): n for n, p in zip(risk.layout.names, risk.parameters, strict=True)}
+    named = risk.model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in named if id(p) in first}
+
+
+@torch.no_grad()
+def load_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Write a state into a model's tensors; what it has not stays."""
+    for key, value in state.items():
+        own[key].copy_(value)
+
+
+@contextmanager
+def state_given_back(own: Mapping[str, Tensor]) -> Iterator[None]:
+    """Write parameters and buffers back on exit, bit for bit."""
+    copies = {key: value.clone() for key, value in own.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(copies[key])
+
+
+def _one_by_one(
+    risk: EmpiricalRisk, state_at: StateAt, indices: list[int]
+) -> list[tuple[float, float]]:
+    own = own_state(risk.model)
+    values = []
+    with state_given_back(own):
+        for i in indices:
+            load_state(own, state_at(i))
+            point = risk.evaluate()
+            values.append(
+                (point.loss, math.nan if point.error is None else point.error)
+            )
+    return values
+
+
+def _cannot_batch(risk: EmpiricalRisk) -> str:
+    """Why points cannot be evaluated together, empty where they may be."""
+    if risk.bn != "running" and batch_norms(risk.model):
+        return f"bn={risk.bn!r} computes statistics anew at each point"
+    return ""
+
+
+def _together(
+    risk: EmpiricalRisk,
+    state_at: StateAt,
+    indices: list[int],
+    known: Mapping[int, tuple[float, float]],
+    memory_budget: int,
+) -> dict[int, tuple[float, float]]:
+    """Values at ``indices``, checked at the known points.
+
+    Raises:
+        ArithmeticError: If the values at the known points differ.
+        MemoryError: If the budget holds one point only.
+    """
+    classified = not any(math.isnan(error) for _, error in known.values())
+    size = _points_within(risk, memory_budget)
+    if size < 2:
+        raise MemoryError(f"memory_budget={memory_budget} holds one point at a time")
+    queue = [*known, *indices]
+    found: dict[int, tuple[float, float]] = {}
+    for first in range(0, len(queue), size):
+        chunk = queue[first : first + size]
+        stack = _stacked(risk.model, [state_at(i) for i in chunk])
+        values = _values_of_stack(risk, stack, len(chunk), classified)
+        found |= dict(zip(chunk, values, strict=True))
+        _check_known(found, known, risk.layout.dtype)
+    return {i: found[i] for i in indices}
+
+
+def _stacked(model: nn.Module, states: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One tensor per weight and statistic, with the points as its first axis.
+
+    A shared weight goes in once, by its first name.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    names += [name for name, b in model.named_buffers() if b.is_floating_point()]
+    like = own_state(model)
+    return {
+        name: torch.stack([state[name].to(like[name]) for state in states])
+        for name in names
+        if name in states[0]
+    }
+
+
+def _values_of_stack(
+    risk: EmpiricalRisk, stack: dict[str, Tensor], count: int, classified: bool
+) -> list[tuple[float, float]]:
+    dtype = torch.float32 if risk.layout.device.type == "mps" else torch.float64
+    losses = torch.zeros(count, dtype=dtype, device=risk.layout.device)
+    wrong, counted = torch.zeros_like(losses), 0.0
+    with risk.evaluating(), torch.no_grad():
+        for weight, batch in risk.weighted_batches():
+            part, missed = vmap(_of_one_point(risk, batch, classified))(stack)
+            losses += weight * part.to(dtype)
+            wrong += missed
+            counted += float((batch[1] >= 0).sum()) if classified else 0.0
+    errors = wrong / counted if counted else torch.full_like(losses, math.nan)
+    return list(zip(losses.tolist(), errors.tolist(), strict=True))
+
+
+def _of_one_point(
+    risk: EmpiricalRisk, batch: Batch, classified: bool
+) -> Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]:
+    """Loss and number of misclassified examples of a batch, as a function."""
+    args, kwargs = _arguments(batch[0])
+    targets = batch[1]
+
+    def values(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        outputs = functional_call(risk.model, state, args, kwargs)
+        loss = risk.loss_fn(outputs, targets)
+        if not classified:
+            return loss, torch.zeros_like(loss)
+        wrong = (targets >= 0) & (outputs.argmax(1) != targets)
+        return loss, wrong.sum()
+
+    return values
+
+
+def _points_within(risk: EmpiricalRisk, memory_budget: int) -> int:
+    """How many points fit into the budget, by the activations of the largest batch."""
+    largest = max((batch for _, batch in risk.weighted_batches()), key=count_examples)
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()
+
+    with (
+        risk.evaluating(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        risk.loss_of(largest)
+    weights = sum(t.numel() * t.element_size() for t in own_state(risk.model).values())
+    return min(_MOST_TOGETHER, memory_budget // (sum(found.values()) + weights))
+
+
+def _check_known(
+    found: Mapping[int, tuple[float, float]],
+    known: Mapping[int, tuple[float, float]],
+    dtype: torch.dtype,
+) -> None:
+    allowed = torch.finfo(dtype).eps ** 0.5
+    for i in known.keys() & found.keys():
+        got, want = found[i][0], known[i][0]
+        same = got == want or (math.isnan(got) and math.isnan(want))
+        if not same and not abs(got - want) <= allowed * (1 + abs(want)):
+            raise ArithmeticError(
+                f"evaluated together the loss at a known point is {got:.6g} instead "
+                f"of {want:.6g}"
+            )
+
+
+# Inputs are whatever the model takes.
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
