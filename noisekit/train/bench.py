@@ -19,7 +19,12 @@ from noisekit.records import RunDirectory
 from noisekit.records.files import plain
 from noisekit.train.datasets import TensorPair
 from noisekit.train.evaluate import correct_examples
-from noisekit.train.measures import MEASURES, Measured, Subject
+from noisekit.train.measures import (
+    MEASURES,
+    Measured,
+    Subject,
+    snapshot_subject,
+)
 from noisekit.train.section import Split
 from noisekit.train.snapshots import load_weights
 from noisekit.train.specs import MeasureName, RunSpec
@@ -119,16 +124,17 @@ class Bench:
 
     def _measured(self, task: Task) -> Found:
         self._load(task.snapshot)
+        measured: list[Measured] = []
         examples: list[Row] = []
         try:
             if task.measure in OUTCOMES:
                 measured, examples = self._outcomes(task)
             elif task.measure == _EXAMPLE_NORMS:
                 measured, examples = self._example_norms(task)
-            else:
-                measured = list(MEASURES[task.measure](self._subject(task)))
+            else:  # what comes before a refusal is kept
+                measured.extend(MEASURES[task.measure](self._subject(task)))
         except NoisekitError as error:
-            measured = [_refusal(task, error)]
+            measured.append(_refusal(task, error))
         return Found([_row(task, item) for item in measured], examples)
 
     def _load(self, snapshot: str) -> None:
@@ -140,11 +146,10 @@ class Bench:
         if self._hessian is None:
             self._hessian = HessianOperator.from_risk(self._risk())
         top = self._done.get((task.snapshot, "lambda_max"), [])
-        return Subject(
-            risk=self._hessian.risk,
-            hessian=self._hessian,
-            settings=self._spec.measure,
-            stream_name=(self._spec.seed, task.step),
+        return snapshot_subject(
+            self._spec,
+            self._hessian,
+            step=task.step,
             learning_rate=task.learning_rate,
             lambda_max=_estimate(top[0]) if top else None,
         )
@@ -224,6 +229,9 @@ class Bench:
 def _row(task: Task, measured: Measured) -> Row:
     estimate = measured.estimate
     interval = estimate.interval() if _has_error(estimate) else None
+    detail = dict(measured.detail)
+    if measured.data_stderr is not None:
+        detail["data_stderr"] = measured.data_stderr
     return {
         "snapshot": task.snapshot,
         "measure": task.measure,
@@ -239,7 +247,7 @@ def _row(task: Task, measured: Measured) -> Row:
         "status": estimate.status.value,
         "num_matvecs": estimate.num_matvecs,
         "num_grads": estimate.num_grads,
-        "detail": json.dumps(plain(measured.detail)),
+        "detail": json.dumps(plain(detail)),
     }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from noisekit.core.vocabulary import QUANTITIES
 from noisekit.train.faults import Fault, not_one_of
+from noisekit.train.probe_spec import OF_EXAMPLES
 from noisekit.train.specs import (
     ALWAYS_RECORDED,
     MeasureSpec,
@@ -39,6 +40,43 @@ def _batch_faults(run: RunSections) -> Iterator[Fault]:
             f"examples; with {batch}, batch {whole + 1} of each epoch would have "
             f"{rest}. Choose another number, or set training.drop_last or "
             "training.allow_ragged",
+        )
+
+
+def estimator_faults(run: RunSections) -> Iterator[Fault]:
+    """Yield which estimators of gradient noise could never be read, and why."""
+    if run.probe.every == 0:
+        return
+    names, training = run.probe.estimator, run.training
+    key = "probe.estimator"
+    if "accumulation" in names and training.accumulation < 2:
+        yield Fault(
+            key,
+            "'accumulation' compares the micro-batches of an update, so that it needs "
+            f"training.accumulation of 2 or more, got {training.accumulation}; raise "
+            "it, or use 'auto'",
+        )
+    coupled = run.model.name == "f1" or run.model.norm == "batch"
+    for name in names if coupled else ():
+        if name in OF_EXAMPLES or name == "preconditioned":
+            yield Fault(
+                key,
+                f"{name!r} needs examples with gradients of their own, which the "
+                "network's BatchNorm couples; use 'ghost' with probe.ghost_batch, or "
+                "'accumulation' with training.accumulation",
+            )
+    if "preconditioned" in names and run.optimizer.name == "sgd":
+        yield Fault(
+            key,
+            "'preconditioned' is the noise that Adam sees, and needs optimizer.name = "
+            "'adam' or 'adamw', got 'sgd'; leave it out",
+        )
+    ghost, part = run.probe.ghost_batch, training.batch_size // training.accumulation
+    if ghost is not None and 2 * ghost > part:
+        yield Fault(
+            "probe.ghost_batch",
+            f"needs to fit twice into the {part} examples of a micro-batch, got "
+            f"{ghost}; use at most {part // 2}, or larger batches",
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from noisekit.train.datasets import load_data
 from noisekit.train.environment import computing
 from noisekit.train.models import build_model
+from noisekit.train.probe_spec import ProbeSpec
 from noisekit.train.recipe import Recipe
 from noisekit.train.specs import MeasureSpec, RunSpec
 
@@ -18,11 +19,16 @@ _TIMED_EXAMPLES = 2048
 """Most examples that are timed at once; larger sets are scaled up from there."""
 
 # Typical of the demo's networks: an eigenvalue at tolerance 1e-3 takes some 15
-# products, and one iteration of the box search evaluates the gradient about twice.
+# products, one iteration of the box search evaluates the gradient about twice, and
+# flatness is bracketed and bisected in both its forms in some 32 trials.
 _EIGENVALUE_PRODUCTS = 15
+_BISECTIONS = 32
+_QUADRATURE_PRODUCTS = 160
 _EVALUATIONS_PER_ITERATION = 2
 _WORKER_START_SECONDS = 4.0
 _ROW_BYTES = 250
+_ESTIMATOR_BYTES = 56
+"""Of a row, for each estimator that is read beside the reading's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +120,23 @@ def _kind(spec: RunSpec) -> tuple[object, ...]:
     )
 
 
+def _reading_updates(probe: ProbeSpec) -> float:
+    """Return what a reading costs, in updates like the one that it reads, about.
+
+    A replay of ghost batches is a forward and a backward pass, a draw of signs the
+    latter alone, which is two thirds of an update; micro-batches are there anyway.
+    """
+    costs = {
+        "rows": probe.row_share,
+        "accumulation": 0.1,
+        "random_signs": 2 / 3 * probe.num_signs,
+    }
+    return sum(costs.get(name, 1.0) for name in probe.estimator)
+
+
 def _run_seconds(spec: RunSpec, timing: _Timing) -> float:
-    # A reading of gradient noise takes about as long as the update that it reads.
-    read = 1 / spec.probe.every if spec.probe.every else 0.0
+    every = spec.probe.every
+    read = _reading_updates(spec.probe) / every if every else 0.0
     return (
         spec.max_updates * timing.update * (1 + read)
         + _num_evaluations(spec) * timing.evaluation
@@ -141,22 +161,37 @@ def _products(spec: RunSpec) -> int:
 
 
 def _products_of(name: str, measure: MeasureSpec) -> int:
-    if name in {"hessian_trace", "weighted_hessian_trace"}:
-        return measure.trace_matvecs
-    if name == "epsilon_sharpness":
-        evaluations = _EVALUATIONS_PER_ITERATION * measure.max_iter
-        return len(measure.epsilon) * evaluations // 2
-    if "lambda" in name:
+    if "lambda" in name or name == "edge_of_stability_ratio":
         return min(_EIGENVALUE_PRODUCTS, measure.max_matvecs)
-    return 1
+    climb = measure.ascent_steps // 2 + 1
+    noise = measure.num_draws // 3 + 1  # a loss costs a third of a gradient
+    box = len(measure.epsilon) * _EVALUATIONS_PER_ITERATION * measure.max_iter // 2
+    known = {
+        "hessian_trace": measure.trace_matvecs,
+        "weighted_hessian_trace": measure.trace_matvecs,
+        "hessian_frobenius_norm": measure.trace_matvecs,
+        "effective_dimension": _QUADRATURE_PRODUCTS,
+        "relative_flatness": measure.trace_matvecs,
+        "epsilon_sharpness": box,
+        "worst_case_sharpness": climb,
+        "adaptive_worst_case_sharpness": climb,
+        "logit_normalised_worst_case_sharpness": climb,
+        "average_sharpness": noise,
+        "adaptive_average_sharpness": noise,
+        "logit_normalised_average_sharpness": noise,
+        "pac_bayes_flatness": _BISECTIONS * noise,
+        "pac_bayes_sharpness": _BISECTIONS * climb,
+    }
+    return known.get(name, 1)
 
 
 def _disk(spec: RunSpec, num_params: int) -> int:
     tensors = len(spec.snapshots.names) * num_params * 4
     readings = spec.max_updates // spec.probe.every if spec.probe.every else 0
     rows = readings + _num_evaluations(spec)
+    beside = readings * (len(spec.probe.estimator) - 1) * _ESTIMATOR_BYTES
     outcomes = len(spec.snapshots.names) * spec.data.test * 8
-    return tensors + rows * _ROW_BYTES + outcomes
+    return tensors + rows * _ROW_BYTES + beside + outcomes
 
 
 def _time_run(spec: RunSpec, budget: float) -> _Timing:

@@ -10,12 +10,24 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from noisekit.core.errors import RecipeError
 from noisekit.train.catalogue import analyses, find_recipe
-from noisekit.train.checks import arm_faults, contrast_faults, run_faults
+from noisekit.train.checks import (
+    arm_faults,
+    contrast_faults,
+    estimator_faults,
+    run_faults,
+)
 from noisekit.train.faults import Fault, not_one_of, schema_faults, sentence, shown
+from noisekit.train.probe_spec import ProbeSpec
 from noisekit.train.recipe import RUN_SECTIONS, ArmSpec, ContrastSpec, Recipe
 from noisekit.train.section import Section
-from noisekit.train.specs import MeasureSpec, RunSections, SnapshotSpec, TrainingSpec
-from noisekit.train.subjects import DataSpec
+from noisekit.train.specs import (
+    MeasureSpec,
+    OptimizerSpec,
+    RunSections,
+    SnapshotSpec,
+    TrainingSpec,
+)
+from noisekit.train.subjects import DataSpec, ModelSpec
 from noisekit.train.tables import (
     Table,
     contains,
@@ -164,10 +176,18 @@ def _faults_between_sections(table: Table) -> list[Fault]:
         "snapshots": SnapshotSpec,
         "measure": MeasureSpec,
     }
-    parsed = {key: _parse_rest(kind, table.get(key, {})) for key, kind in kinds.items()}
-    if None in parsed.values():
-        return []
-    return list(run_faults(RunSections.model_construct(None, **parsed)))
+    read: dict[str, type[Section]] = {
+        "training": TrainingSpec,
+        "model": ModelSpec,
+        "optimizer": OptimizerSpec,
+        "probe": ProbeSpec,
+    }
+    found: list[Fault] = []
+    for needed, faults in ((kinds, run_faults), (read, estimator_faults)):
+        parsed = {key: _parse_rest(k, table.get(key, {})) for key, k in needed.items()}
+        if None not in parsed.values():
+            found += faults(RunSections.model_construct(None, **parsed))
+    return found
 
 
 def _faults_of_contrasts(table: Table, arms: list[str]) -> Iterator[Fault]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, JsonValue, model_validator
 
+from noisekit.train.probe_spec import ProbeSpec
 from noisekit.train.section import (
     Fraction,
     Name,
@@ -20,17 +21,31 @@ from noisekit.train.section import (
 from noisekit.train.subjects import DataSpec, ModelSpec
 
 MeasureName = Literal[
+    "adaptive_average_sharpness",
+    "adaptive_worst_case_sharpness",
+    "average_sharpness",
+    "batch_sharpness",
     "edge_of_stability_ratio",
+    "effective_dimension",
     "epsilon_sharpness",
     "example_grad_sq_norm",
+    "fisher_rao_norm",
     "gauge_fixed_lambda_max",
     "grad_norm",
+    "hessian_frobenius_norm",
     "hessian_trace",
     "lambda_max",
     "lambda_max_pyhessian",
     "lambda_min",
+    "logit_normalised_average_sharpness",
+    "logit_normalised_worst_case_sharpness",
+    "m_sharpness",
+    "pac_bayes_flatness",
+    "pac_bayes_sharpness",
+    "relative_flatness",
     "simple_noise_scale",
     "weighted_hessian_trace",
+    "worst_case_sharpness",
 ]
 """What may be measured at a snapshot, by its name in the vocabulary."""
 
@@ -208,14 +223,6 @@ def loss_snapshot(loss: float) -> str:
     return f"loss_{loss:g}"
 
 
-class ProbeSpec(Section):
-    """How often gradient noise is read during training; 0 means never."""
-
-    every: NonNegativeInt = 10
-    estimator: Literal["auto", "per_example"] = "auto"
-    layers: bool = False
-
-
 class MeasureSpec(Section):
     """What is measured at the snapshots, and how hard.
 
@@ -230,6 +237,16 @@ class MeasureSpec(Section):
         tol: Relative residual at which an eigenvalue counts as converged.
         max_matvecs: Most Hessian products for one eigenvalue.
         trace_matvecs: Hessian products for one trace.
+        shift: Curvature that counts as a half in the effective dimension.
+        rho: Radius of worst-case sharpness.
+        adaptive_rho: The same in units of the weights.
+        sigma: Standard deviation of the noise of average sharpness.
+        adaptive_sigma: The same in units of the weights.
+        ascent_steps: Steps of an ascent, beside the one of SAM.
+        num_draws: Draws of the noise.
+        group_size: Examples in a group of m-sharpness.
+        batch_size: Examples in a batch of batch sharpness; those of an evaluation
+            batch if left out.
         bn: What BatchNorm normalises by while measuring.
         examples: Splits of which each example's outcome is recorded.
     """
@@ -243,6 +260,15 @@ class MeasureSpec(Section):
     tol: PositiveFloat = 1e-3
     max_matvecs: PositiveInt = 200
     trace_matvecs: PositiveInt = 32
+    shift: PositiveFloat = 1e-2
+    rho: PositiveFloat = 0.05
+    adaptive_rho: PositiveFloat = 0.5
+    sigma: PositiveFloat = 0.01
+    adaptive_sigma: PositiveFloat = 0.1
+    ascent_steps: PositiveInt = 10
+    num_draws: Annotated[int, Field(ge=2)] = 16
+    group_size: PositiveInt = 128
+    batch_size: PositiveInt | None = None
     bn: Literal["running", "recalibrated", "batch"] = "running"
     examples: tuple[Split, ...] = ("test",)
 

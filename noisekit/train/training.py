@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from noisekit.core.randomness import stream
+from noisekit.core.risk import LossFn
 from noisekit.probes import Probe, attach
 from noisekit.records import RunDirectory
 from noisekit.train.batch_order import BatchOrder
@@ -70,6 +72,7 @@ class Training:
         self._planned = planned_snapshots(spec)
         self._evaluated: tuple[int, Evaluation] | None = None
         self._unchecked: list[Tensor] = []
+        self._loss_fn: LossFn = cross_entropy
 
     def __enter__(self) -> Self:
         """Take the newest checkpoint over, open the tables, attach the probe."""
@@ -112,14 +115,23 @@ class Training:
         wanted = self._spec.probe
         if wanted.every == 0:
             return None
+        replays = "ghost" in wanted.estimator
         probe = attach(
             self._state.model,
             self._state.optimizer,
+            loss_fn=cross_entropy if replays else None,
             every=wanted.every,
             estimator=wanted.estimator,
+            row_share=wanted.row_share,
+            num_chunks=wanted.num_chunks,
+            num_signs=wanted.num_signs,
+            generator=stream(self._spec.seed, "probe"),
+            ghost_batch=wanted.ghost_batch,
             microbatch_weights="by_size",
             sinks=(self._recorder.record,),
         )
+        if replays:  # where the loss is called, a batch's targets are at hand
+            self._loss_fn = probe.loss_fn
         return stack.enter_context(probe)
 
     def run_to_the_end(self) -> None:
@@ -147,7 +159,7 @@ class Training:
         losses = []
         for part in parts:
             outputs = state.model(train.inputs.index_select(0, part))
-            loss = cross_entropy(outputs, train.targets.index_select(0, part))
+            loss = self._loss_fn(outputs, train.targets.index_select(0, part))
             if len(parts) > 1:
                 loss = loss * (len(part) / len(chosen))
             torch.autograd.backward(loss)

@@ -20,7 +20,7 @@ SECTIONS: dict[str, dict[str, JsonValue]] = {
         "training": {"batch_size": 32, "stop": {"updates": 45, "train_loss": 1e-4}},
         "evaluation": {"every_updates": 5},
         "snapshots": {"losses": [1.5, 0.3], "sustain": 3, "epochs": {"early": 2.0}},
-        "probe": {"every": 3},
+        "probe": {"every": 3, "estimator": ["auto", "rows", "random_signs"]},
         "measure": {
             "everywhere": ["lambda_max"],
             "at": {"final": ["hessian_trace", "epsilon_sharpness"]},
@@ -48,6 +48,7 @@ SECTIONS: dict[str, dict[str, JsonValue]] = {
             "sustain": 2,
             "stalled": {"patience_epochs": 1.0, "min_relative_decrease": 0.5},
         },
+        "probe": {"every": 3, "estimator": ["accumulation", "ghost"], "ghost_batch": 8},
         "measure": {"everywhere": ["grad_norm"], "examples": []},
         "compute": {"checkpoint_updates": 7},
     },
@@ -111,9 +112,10 @@ def test_a_run_killed_anywhere_ends_in_the_same_bits(name: str, tmp_path: Path) 
     """Killed at each kind of moment, and at random times until it gets through.
 
     Catches: rows written twice or lost, since they were not durable before their
-    checkpoint; random streams that go on from where the process stood; a momentum or
-    Adam's count that starts anew; crossings forgotten; measures repeated; a table
-    sealed twice; a run that starts anew after its checkpoints were removed.
+    checkpoint; random streams, the probe's among them, that go on from where the
+    process stood or start anew; a momentum or Adam's count that starts anew; crossings
+    forgotten; measures repeated; a table sealed twice; a run that starts anew after its
+    checkpoints were removed.
     """
     moments = kill_everywhere(run_spec(**SECTIONS[name]), tmp_path)
     told = " ".join(moments)

@@ -7,6 +7,7 @@ import pytest
 from noisekit.train import cost
 from noisekit.train.cost import duration, estimate_cost
 from noisekit.train.loading import load_recipe
+from noisekit.train.probe_spec import ProbeSpec
 
 TINY = Path(__file__).with_name("tiny.toml")
 
@@ -38,6 +39,28 @@ def test_counts_add_up_over_arms_and_seeds() -> None:
     assert found.hessian_products == 4 * (2 * 1 + 5 + 7)
     assert 0 < found.seconds < 60
     assert found.disk_bytes > 4 * 2 * 4 * (20 * 4 + 4 + 4 * 4 + 4)
+
+
+def test_readings_cost_what_their_estimators_do() -> None:
+    """Ghost batches cost a whole update, rows their share, each extra sign a backward.
+
+    Catches: every estimator priced as one; the second of two forgotten; rows of a
+    table that do not grow with the estimators.
+    """
+    probes = [
+        {"estimator": "rows", "row_share": 0.125},
+        {"estimator": ["per_example", "random_signs"], "num_signs": 3},
+        {"estimator": ["ghost", "accumulation"], "ghost_batch": 2},
+    ]
+    found = [cost._reading_updates(ProbeSpec.model_validate(probe)) for probe in probes]
+    assert found == pytest.approx([0.125, 3.0, 1.1])
+    plain, beside = (
+        estimate_cost(
+            load_recipe(TINY, overrides={"probe.every": "3", "probe.estimator": names})
+        )
+        for names in ('"auto"', '["auto", "rows", "chunks"]')
+    )
+    assert beside.disk_bytes - plain.disk_bytes == 4 * (12 // 3) * 2 * 56
 
 
 def test_workers_share_the_time() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from noisekit.records import Runs, open_runs
+from noisekit.sharpness import SHARPNESS_MEASURES
 from noisekit.train.datasets import TensorPair, load_data
 from noisekit.train.loop import train_run
 from noisekit.train.models import build_model
@@ -244,6 +245,45 @@ def test_a_refused_measure_says_why_and_the_others_go_on(tmp_path: Path) -> None
     assert refused[["value"]].isna().all()
     assert "BatchNorm" in json.loads(refused["detail"])["error"]
     assert rows.loc["grad_norm", "status"] == "ok"
+
+
+def test_every_measure_of_sharpness_can_stand_in_a_recipe(tmp_path: Path) -> None:
+    """Each gives rows of its quantity, with settings from the recipe.
+
+    Catches: a name that recipes accept and that fails when its turn comes; the rate of
+    plain SGD where the recipe has momentum.
+    """
+    rule = {"name": "sgd", "learning_rate": 0.05, "momentum": 0.5}
+    spec = run_spec(
+        data={"train": 40, "validation": 16, "test": 16},
+        model={"name": "mlp", "hidden": [4], "norm": "batch"},
+        optimizer=rule,
+        training={"stop": {"updates": 20}},
+        evaluation={"batch_size": 20},
+        measure={
+            "at": {"final": sorted(SHARPNESS_MEASURES)},
+            "rho": 0.03,
+            "ascent_steps": 2,
+            "num_draws": 2,
+            "group_size": 8,
+            "batch_size": 5,
+            "trace_matvecs": 8,
+        },
+        compute={"dtype": "float64"},
+    )
+    run = new_run(spec, tmp_path)
+    train_run(spec, run)
+    rows = open_runs(run.path).measurements
+    refused = rows[rows["status"] == "unavailable"]
+    assert list(refused["quantity"]) == [], list(refused["detail"])
+    assert set(SHARPNESS_MEASURES) <= set(rows["measure"])
+    variants = set(rows.loc[rows["quantity"] == "worst_case_sharpness", "variant"])
+    assert variants == {"rho=0.03,steps=1", "rho=0.03,steps=2"}
+    found = rows.set_index("quantity")
+    assert found.loc["batch_sharpness", "variant"] == "batch_size=5"
+    assert json.loads(found.loc["lambda_max", "detail"])["data_stderr"] > 0
+    edge = json.loads(found.loc["edge_of_stability_ratio", "detail"])
+    assert edge["threshold"] == pytest.approx(2 * 1.5 / edge["learning_rate"])
 
 
 def test_a_subset_is_the_same_for_all_runs(tmp_path: Path) -> None:

@@ -373,6 +373,52 @@ def test_measures_and_records_are_in_the_vocabulary() -> None:
             "'rate_choice', 'sharpness_vs_batch_size', got "
             "'sharpness_vs_batchsize'; did you mean 'sharpness_vs_batch_size'?",
         ),
+        (
+            {"probe": {"estimator": "rowz"}},
+            "probe.estimator[1]: needs 'auto', 'per_example', 'rows', 'chunks', "
+            "'accumulation', 'random_signs', 'ghost' or 'preconditioned', got "
+            "\"rowz\"; did you mean 'rows'?",
+        ),
+        (
+            {"probe": {"estimator": ["rows", "rows"]}},
+            "probe: estimator needs different names, got ['rows', 'rows']",
+        ),
+        (
+            {"probe": {"estimator": "preconditioned"}},
+            "write estimator = ['auto', 'preconditioned']",
+        ),
+        (
+            {"probe": {"estimator": "ghost"}},
+            "probe: estimator = 'ghost' needs ghost_batch, the examples of a ghost "
+            "batch; set it to at most half a micro-batch",
+        ),
+        (
+            {"probe": {"ghost_batch": 4}},
+            "probe: ghost_batch = 4 belongs to estimator = 'ghost'; name it, or leave",
+        ),
+        (
+            {"probe": {"estimator": "ghost", "ghost_batch": 5}},
+            "probe.ghost_batch: needs to fit twice into the 8 examples of a "
+            "micro-batch, got 5; use at most 4, or larger batches",
+        ),
+        (
+            {"probe": {"estimator": ["auto", "accumulation"]}},
+            "probe.estimator: 'accumulation' compares the micro-batches of an update, "
+            "so that it needs training.accumulation of 2 or more, got 1; raise it, or "
+            "use 'auto'",
+        ),
+        (
+            {"probe": {"estimator": "chunks"}, "model__norm": "batch"},
+            "probe.estimator: 'chunks' needs examples with gradients of their own, "
+            "which the network's BatchNorm couples; use 'ghost' with probe.ghost_batch",
+        ),
+        (
+            {"probe": {"estimator": ["auto", "preconditioned"]}},
+            "probe.estimator: 'preconditioned' is the noise that Adam sees, and needs "
+            "optimizer.name = 'adam' or 'adamw', got 'sgd'; leave it out",
+        ),
+        ({"probe": {"row_share": 0.0}}, "probe.row_share: needs a number above 0"),
+        ({"probe": {"num_chunks": 1}}, "probe.num_chunks: needs a number at least 2"),
     ],
 )
 def test_fault_names_key_and_remedy(write, settings, said) -> None:
