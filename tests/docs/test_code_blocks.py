@@ -1,4 +1,4 @@
-"""Every Python block of the README and of the first steps runs as printed."""
+"""Every Python block of the README and of the guides runs as printed."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,15 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting_started.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/getting_started.md",
+        "docs/probes.md",
+        "docs/sharpness.md",
+    ],
+)
 def test_python_blocks_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
