@@ -1,37 +1,37 @@
 """Curvature of a loss: products, eigenvalues, traces, spectra; nothing trains here."""
 
-from noisekit.curvature.covariance import GradientCovarianceOperator
-from noisekit.curvature.density import (
-    LogDensity,
-    SpectralDensity,
-    spectral_density,
-)
-from noisekit.curvature.fisher import FisherOperator
-from noisekit.curvature.form_trial import Trial
-from noisekit.curvature.ggn import GGNOperator
-from noisekit.curvature.hessian import HessianOperator
-from noisekit.curvature.lanczos import EigenPairs, top_eigenpairs
-from noisekit.curvature.operator import (
+from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
+from noisekit.curvature.eigenvalues.reference import pyhessian_top_eigenvalue
+from noisekit.curvature.operators.covariance import GradientCovarianceOperator
+from noisekit.curvature.operators.fisher import FisherOperator
+from noisekit.curvature.operators.form_trial import Trial
+from noisekit.curvature.operators.ggn import GGNOperator
+from noisekit.curvature.operators.hessian import HessianOperator
+from noisekit.curvature.operators.operator import (
     LinearCombination,
     MatrixLike,
     SymmetricOperator,
     as_operator,
 )
-from noisekit.curvature.outliers import Atom
-from noisekit.curvature.preconditioned import (
+from noisekit.curvature.operators.preconditioned import (
     ScaledOperator,
     adam_preconditioned,
     weight_scaled,
 )
-from noisekit.curvature.quadrature import Quadrature, spectral_quadrature
-from noisekit.curvature.reference import pyhessian_top_eigenvalue
-from noisekit.curvature.risk_operator import RiskOperator
-from noisekit.curvature.sizes import (
+from noisekit.curvature.operators.risk_operator import RiskOperator
+from noisekit.curvature.spectra.density import (
+    LogDensity,
+    SpectralDensity,
+    spectral_density,
+)
+from noisekit.curvature.spectra.outliers import Atom
+from noisekit.curvature.spectra.quadrature import Quadrature, spectral_quadrature
+from noisekit.curvature.sums.sizes import (
     effective_dimension,
     frobenius_norm,
     participation_ratio,
 )
-from noisekit.curvature.traces import (
+from noisekit.curvature.sums.traces import (
     DiagonalEstimate,
     Target,
     diagonal,

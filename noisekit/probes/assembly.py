@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from noisekit.noise.moments import GradientMoments
-from noisekit.probes.calibration import Calibration
-from noisekit.probes.estimates import noise_of
-from noisekit.probes.estimators import EstimatorOptions, Unit
-from noisekit.probes.evidence import Evidence, StepNoise
-from noisekit.probes.passes import StepRecord
-from noisekit.probes.reading import Coverage, Reading
-from noisekit.probes.tokens import TokenCount
-from noisekit.probes.weights import (
+from noisekit.probes.capture.passes import StepRecord
+from noisekit.probes.estimators.calibration import Calibration
+from noisekit.probes.estimators.choice import EstimatorOptions, Unit
+from noisekit.probes.estimators.estimates import noise_of
+from noisekit.probes.estimators.evidence import Evidence, StepNoise
+from noisekit.probes.estimators.tokens import TokenCount
+from noisekit.probes.estimators.weights import (
     LossReduction,
     MicrobatchWeights,
     StepWeights,
     scale_of_sum,
 )
+from noisekit.probes.reading import Coverage, Reading
 
 __all__ = [
     "FALLBACKS",

@@ -10,12 +10,15 @@ from noisekit.core.params import ParameterPatterns, layout_of, select_parameters
 from noisekit.core.risk import LossFn
 from noisekit.core.step_quantities import QuantityName
 from noisekit.probes.assembly import LossReduction, MicrobatchWeights
-from noisekit.probes.estimators import Estimator, Unit
-from noisekit.probes.example_weights import ExampleWeights
+from noisekit.probes.capture.recorder import Recorder
+from noisekit.probes.capture.targets import target_of
+from noisekit.probes.estimators.choice import Estimator, Unit
+from noisekit.probes.estimators.example_weights import ExampleWeights
+from noisekit.probes.estimators.tokens import TokenCounts
 from noisekit.probes.options import ProbeOptions, Sink
 from noisekit.probes.probe import Probe
-from noisekit.probes.quantity_options import refuse_quantities
-from noisekit.probes.recorder import Recorder
+from noisekit.probes.quantities.options import refuse_quantities
+from noisekit.probes.ranks.replicas import Replicas
 from noisekit.probes.refusals import (
     refuse_budget,
     refuse_model,
@@ -23,9 +26,6 @@ from noisekit.probes.refusals import (
     refuse_options,
     refuse_ranks,
 )
-from noisekit.probes.replicas import Replicas
-from noisekit.probes.targets import target_of
-from noisekit.probes.tokens import TokenCounts
 
 
 def attach(

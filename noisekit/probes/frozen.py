@@ -15,12 +15,12 @@ from noisekit.core.params import ParameterPatterns, select_parameters
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.noise.scale import per_example_noise_scale
-from noisekit.probes.estimators import Unit, refuse_unit
+from noisekit.probes.capture.passes import ForwardPass
+from noisekit.probes.capture.recorder import Recorder
+from noisekit.probes.capture.silence import silence
+from noisekit.probes.estimators.choice import Unit, refuse_unit
+from noisekit.probes.estimators.tokens import TokenCounts
 from noisekit.probes.frozen_tokens import sequence_shares
-from noisekit.probes.passes import ForwardPass
-from noisekit.probes.recorder import Recorder
-from noisekit.probes.silence import silence
-from noisekit.probes.tokens import TokenCounts
 
 
 @dataclass(frozen=True, slots=True)

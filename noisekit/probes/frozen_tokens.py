@@ -10,8 +10,8 @@ from noisekit.core.batches import Batch, count_examples
 from noisekit.core.errors import UsageError
 from noisekit.core.normalisers import normaliser_value
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.probes.example_weights import per_example, target_weights
-from noisekit.probes.tokens import TokenCounts
+from noisekit.probes.estimators.example_weights import per_example, target_weights
+from noisekit.probes.estimators.tokens import TokenCounts
 
 
 @dataclass(frozen=True, slots=True)

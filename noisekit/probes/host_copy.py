@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from noisekit.noise.moments import GradientMoments
+from noisekit.probes.estimators.tokens import TokenCount
 from noisekit.probes.reading import Reading
-from noisekit.probes.tokens import TokenCount
 
 
 class HostCopy:

@@ -8,10 +8,10 @@ from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import LossFn
 from noisekit.core.step_quantities import QuantityName
 from noisekit.probes.assembly import LossReduction, MicrobatchWeights
-from noisekit.probes.estimators import Estimator, Unit
-from noisekit.probes.example_weights import ExampleWeights
+from noisekit.probes.estimators.choice import Estimator, Unit
+from noisekit.probes.estimators.example_weights import ExampleWeights
+from noisekit.probes.estimators.tokens import TokenCounts
 from noisekit.probes.reading import Reading
-from noisekit.probes.tokens import TokenCounts
 
 if TYPE_CHECKING:
     import torch

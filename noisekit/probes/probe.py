@@ -16,22 +16,22 @@ from noisekit.core.mode import call_model, model_given_back
 from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import LossFn
 from noisekit.probes.assembly import StepPosition
-from noisekit.probes.estimators import OF_CALLS
-from noisekit.probes.examples_seen import ExamplesSeen, SummedReading
-from noisekit.probes.gradient_norms import GradientNorms
-from noisekit.probes.noise_readers import NoiseReaders
+from noisekit.probes.capture.passes import StepRecord
+from noisekit.probes.capture.recorder import Recorder
+from noisekit.probes.capture.silence import silence
+from noisekit.probes.capture.stepping import OptimizerSteps
+from noisekit.probes.estimators.choice import OF_CALLS
+from noisekit.probes.estimators.readers import NoiseReaders
 from noisekit.probes.options import ProbeOptions, Sink
-from noisekit.probes.passes import StepRecord
-from noisekit.probes.quantities import StepQuantities
-from noisekit.probes.ranksums import RankSums
+from noisekit.probes.quantities.gathering import StepQuantities
+from noisekit.probes.quantities.gradient_norms import GradientNorms
+from noisekit.probes.quantities.step_parts import StepParts
+from noisekit.probes.ranks.examples_seen import ExamplesSeen, SummedReading
+from noisekit.probes.ranks.replicas import ProbeJoin
+from noisekit.probes.ranks.sums import RankSums
 from noisekit.probes.reading import Reading
 from noisekit.probes.readings import Readings
-from noisekit.probes.recorder import Recorder
-from noisekit.probes.replicas import ProbeJoin
 from noisekit.probes.schedule import Overhead, Schedule, clock_of
-from noisekit.probes.silence import silence
-from noisekit.probes.step_parts import StepParts
-from noisekit.probes.stepping import OptimizerSteps
 
 
 class Probe:

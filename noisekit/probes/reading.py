@@ -10,9 +10,9 @@ from noisekit.core.results import Estimate, Status
 from noisekit.core.step_quantities import COLUMNS_OF
 from noisekit.noise.moments import MOMENT_COLUMNS, GradientMoments
 from noisekit.noise.scale import NoiseScale
-from noisekit.probes.estimators import ESTIMATORS
-from noisekit.probes.step_quantity import HessianForms, StepQuantity
-from noisekit.probes.tokens import TokenCount
+from noisekit.probes.estimators.choice import ESTIMATORS
+from noisekit.probes.estimators.tokens import TokenCount
+from noisekit.probes.quantities.step_quantity import HessianForms, StepQuantity
 
 _NOTHING = Estimate(math.nan, status=Status.UNAVAILABLE)
 

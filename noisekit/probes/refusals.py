@@ -8,10 +8,10 @@ from torch import nn
 from noisekit.core.distributed import Ranks
 from noisekit.core.errors import UsageError
 from noisekit.probes.assembly import LossReduction, MicrobatchWeights
-from noisekit.probes.estimators import EstimatorOptions, refuse_unit
+from noisekit.probes.capture.targets import Target, is_compiled_in_place, target_of
+from noisekit.probes.estimators.choice import EstimatorOptions, refuse_unit
+from noisekit.probes.estimators.tokens import refusal_of_tokens
 from noisekit.probes.options import ProbeOptions
-from noisekit.probes.targets import Target, is_compiled_in_place, target_of
-from noisekit.probes.tokens import refusal_of_tokens
 
 
 def refuse_model(model: object) -> None:

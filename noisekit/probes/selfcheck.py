@@ -11,7 +11,7 @@ from noisekit.core.mode import BatchNormPolicy
 from noisekit.core.normalisers import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import EmpiricalRisk, LossFn
-from noisekit.probes.brute_force import read_by_probe, read_one_by_one
+from noisekit.probes.estimators.brute_force import read_by_probe, read_one_by_one
 
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 _HALF_TOLERANCE = 1e-1

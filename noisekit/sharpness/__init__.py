@@ -1,12 +1,7 @@
 """How sharp a minimum is: eigenvalues, boxes, balls, noise, lines, rescaled twins."""
 
-from noisekit.sharpness.audit_report import AuditReport, AuditRow, AuditVerdict
-from noisekit.sharpness.auditing import audit
-from noisekit.sharpness.average import (
-    AverageSharpness,
-    average_sharpness,
-    average_sharpness_of,
-)
+from noisekit.sharpness.audit.auditing import audit
+from noisekit.sharpness.audit.report import AuditReport, AuditRow, AuditVerdict
 from noisekit.sharpness.batch import (
     BatchSharpness,
     batch_sharpness,
@@ -14,45 +9,65 @@ from noisekit.sharpness.batch import (
     step_sharpness,
     step_sharpness_of,
 )
-from noisekit.sharpness.card import CardRow, Conditions, SharpnessCard
-from noisekit.sharpness.chains import FreeScale, free_scales
-from noisekit.sharpness.curves import ConnectingCurve, connecting_curve
-from noisekit.sharpness.directions import Directions
-from noisekit.sharpness.epsilon import (
-    EpsilonSharpness,
-    epsilon_sharpness,
-    epsilon_sharpness_of,
-)
+from noisekit.sharpness.card.card import CardRow, Conditions, SharpnessCard
+from noisekit.sharpness.card.measuring import measure, measure_of
+from noisekit.sharpness.card.registry import MEASURES as SHARPNESS_MEASURES
+from noisekit.sharpness.card.registry import Measure
+from noisekit.sharpness.card.subject import MeasureSettings
 from noisekit.sharpness.fisher_rao import fisher_rao_norm, fisher_rao_norm_of
-from noisekit.sharpness.free_rescalings import free_rescalings
-from noisekit.sharpness.invariance import check_invariance
-from noisekit.sharpness.invariance_report import (
+from noisekit.sharpness.invariance.chains import FreeScale, free_scales
+from noisekit.sharpness.invariance.checking import check_invariance
+from noisekit.sharpness.invariance.free_rescalings import free_rescalings
+from noisekit.sharpness.invariance.report import (
     Invariance,
     InvarianceReport,
     RescalingEffect,
 )
-from noisekit.sharpness.landscape import (
+from noisekit.sharpness.invariance.twins import (
+    RescaledTwin,
+    rescale_layers,
+    rescale_neurons,
+    rescaled_twin,
+    rescaled_twin_of,
+    sharpened_twin,
+    sharpened_twin_of,
+)
+from noisekit.sharpness.landscape.curves import ConnectingCurve, connecting_curve
+from noisekit.sharpness.landscape.directions import Directions
+from noisekit.sharpness.landscape.interpolation import (
     Interpolation,
     Valley,
     interpolate,
     interpolate_of,
 )
-from noisekit.sharpness.measures import MEASURES as SHARPNESS_MEASURES
-from noisekit.sharpness.measures import Measure
-from noisekit.sharpness.measuring import measure, measure_of
-from noisekit.sharpness.pac_bayes import (
+from noisekit.sharpness.landscape.slices import LossSlice, loss_slice, loss_slice_of
+from noisekit.sharpness.relative_flatness import (
+    relative_flatness,
+    relative_flatness_of,
+)
+from noisekit.sharpness.rise.average import (
+    AverageSharpness,
+    average_sharpness,
+    average_sharpness_of,
+)
+from noisekit.sharpness.rise.epsilon import (
+    EpsilonSharpness,
+    epsilon_sharpness,
+    epsilon_sharpness_of,
+)
+from noisekit.sharpness.rise.pac_bayes import (
     PacBayesFlatness,
     pac_bayes_flatness,
     pac_bayes_flatness_of,
     pac_bayes_sharpness,
     pac_bayes_sharpness_of,
 )
-from noisekit.sharpness.relative_flatness import (
-    relative_flatness,
-    relative_flatness_of,
+from noisekit.sharpness.rise.search import SearchPlan
+from noisekit.sharpness.rise.worst_case import (
+    WorstCaseSharpness,
+    worst_case_sharpness,
+    worst_case_sharpness_of,
 )
-from noisekit.sharpness.search import SearchPlan
-from noisekit.sharpness.slices import LossSlice, loss_slice, loss_slice_of
 from noisekit.sharpness.spectrum import (
     gauge_fixed_lambda_max,
     gauge_fixed_lambda_max_of,
@@ -66,7 +81,6 @@ from noisekit.sharpness.stability import (
     edge_of_stability_ratio,
     stability_threshold,
 )
-from noisekit.sharpness.subject import MeasureSettings
 from noisekit.sharpness.traces import (
     effective_dimension,
     effective_dimension_of,
@@ -81,20 +95,6 @@ from noisekit.sharpness.tracking import (
     SharpnessReading,
     SharpnessTracker,
     track_sharpness,
-)
-from noisekit.sharpness.twins import (
-    RescaledTwin,
-    rescale_layers,
-    rescale_neurons,
-    rescaled_twin,
-    rescaled_twin_of,
-    sharpened_twin,
-    sharpened_twin_of,
-)
-from noisekit.sharpness.worst_case import (
-    WorstCaseSharpness,
-    worst_case_sharpness,
-    worst_case_sharpness_of,
 )
 
 __all__ = [

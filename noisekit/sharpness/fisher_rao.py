@@ -18,7 +18,7 @@ from noisekit.core.risk import (
     LossFn,
     Normaliser,
 )
-from noisekit.curvature.likelihoods import (
+from noisekit.curvature.operators.likelihoods import (
     Likelihood,
     check_outputs,
     likelihood_of,

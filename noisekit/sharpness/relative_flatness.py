@@ -16,9 +16,9 @@ from noisekit.core.risk import (
     LossFn,
     Normaliser,
 )
-from noisekit.curvature.hessian import HessianOperator
-from noisekit.curvature.quadratic_forms import mean_estimate
+from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator, sign_vector
+from noisekit.curvature.sums.quadratic_forms import mean_estimate
 from noisekit.sharpness.data_error import (
     WithDataError,
     batch_shares,

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from noisekit.core.results import Estimate
-from noisekit.curvature.ggn import GGNOperator
-from noisekit.curvature.hessian import HessianOperator
+from noisekit.curvature.operators.ggn import GGNOperator
+from noisekit.curvature.operators.hessian import HessianOperator
+from noisekit.curvature.operators.risk_operator import RiskOperator
 from noisekit.curvature.random_vectors import sign_vector
-from noisekit.curvature.risk_operator import RiskOperator
-from noisekit.curvature.sizes import effective_dimension, frobenius_norm
-from noisekit.curvature.traces import trace, weighted_trace
+from noisekit.curvature.sums.sizes import effective_dimension, frobenius_norm
+from noisekit.curvature.sums.traces import trace, weighted_trace
 from noisekit.sharpness.data_error import (
     WithDataError,
     batch_shares,

@@ -17,19 +17,19 @@ from noisekit.core.risk import (
     LossFn,
     Normaliser,
 )
-from noisekit.curvature.hessian import HessianOperator
-from noisekit.curvature.lanczos import EigenPairs, top_eigenpairs
-from noisekit.curvature.preconditioned import ScaledOperator
+from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
+from noisekit.curvature.eigenvalues.reference import pyhessian_top_eigenvalue
+from noisekit.curvature.operators.hessian import HessianOperator
+from noisekit.curvature.operators.preconditioned import ScaledOperator
 from noisekit.curvature.random_vectors import entropy_generator
-from noisekit.curvature.reference import pyhessian_top_eigenvalue
-from noisekit.sharpness.chains import layers_before_norms
 from noisekit.sharpness.data_error import (
     WithDataError,
     curvature_parts,
     data_stderr_at,
     over_data,
 )
-from noisekit.sharpness.rescaling import Rescaling, rescaled_copy
+from noisekit.sharpness.invariance.chains import layers_before_norms
+from noisekit.sharpness.invariance.rescaling import Rescaling, rescaled_copy
 
 EigenMethod = Literal["lanczos", "pyhessian"]
 

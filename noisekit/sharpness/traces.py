@@ -14,8 +14,8 @@ from noisekit.core.risk import (
     LossFn,
     Normaliser,
 )
-from noisekit.curvature.ggn import GGNOperator
-from noisekit.curvature.hessian import HessianOperator
+from noisekit.curvature.operators.ggn import GGNOperator
+from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import over_data
 from noisekit.sharpness.spectral_sums import (

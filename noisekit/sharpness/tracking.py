@@ -19,10 +19,10 @@ from noisekit.core.risk import (
     LossFn,
     Normaliser,
 )
-from noisekit.curvature.hessian import HessianOperator
-from noisekit.curvature.lanczos import EigenPairs, top_eigenpairs
+from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
+from noisekit.curvature.eigenvalues.screening import can_be_screened
+from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator
-from noisekit.curvature.screening import can_be_screened
 from noisekit.sharpness.stability import edge_of_stability_ratio
 
 

@@ -9,8 +9,8 @@ from noisekit.core.results import Estimate
 from noisekit.curvature import HessianOperator
 from noisekit.probes import gradient_noise
 from noisekit.sharpness import SHARPNESS_MEASURES
+from noisekit.sharpness.card.subject import Measured, MeasureSettings, Subject
 from noisekit.sharpness.stability import SGDRule
-from noisekit.sharpness.subject import Measured, MeasureSettings, Subject
 from noisekit.train.specs import MeasureSpec, OptimizerSpec, RunSpec
 
 __all__ = ["MEASURES", "Measure", "Measured", "Subject", "snapshot_subject"]

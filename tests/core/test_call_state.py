@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.call_state import CallState, attributes_given_back
+from noisekit.core.layers.call_state import CallState, attributes_given_back
 
 
 class _Counter(nn.Module):

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from noisekit.core import layer_rules
-from noisekit.core.batch_axis import WHOLE
-from noisekit.core.conv_rule import ConvRule, Form, form_for
-from noisekit.core.correlation import CONVOLUTIONS, Correlation
-from noisekit.core.layer_rules import LayerCall
+from noisekit.core.layers import rule as layer_rules
+from noisekit.core.layers.batch_axis import WHOLE
+from noisekit.core.layers.convolution import ConvRule, Form, form_for
+from noisekit.core.layers.correlation import CONVOLUTIONS, Correlation
+from noisekit.core.layers.rule import LayerCall
 from tests.reference import noise as reference
 
 # PyTorch's own remark on even kernels; that case is wanted.

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from noisekit.core import layer_rules
-from noisekit.core.layer_rules import LayerCall, LayerRule
-from noisekit.core.norm_rules import ChannelNormRule, FeatureNormRule
+from noisekit.core.layers import rule as layer_rules
+from noisekit.core.layers.normalisation import ChannelNormRule, FeatureNormRule
+from noisekit.core.layers.rule import LayerCall, LayerRule
 from tests.reference import noise as reference
 
 CASES: dict[str, tuple[LayerRule, Callable[[], nn.Module], tuple[int, ...], int]] = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.batch_axis import axis_of_examples
-from noisekit.core.layer_rules import LayerCall
-from noisekit.core.per_example import Site, assign_sites
-from noisekit.core.subsets import call_of_rows, chunk_slices, chunk_sq_norms
+from noisekit.core.layers.batch_axis import axis_of_examples
+from noisekit.core.layers.rule import LayerCall
+from noisekit.core.layers.sites import Site, assign_sites
+from noisekit.core.layers.subsets import call_of_rows, chunk_slices, chunk_sq_norms
 from tests.reference import noise as reference
 
 Build = Callable[[], nn.Module]

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import HessianOperator
-from noisekit.curvature import form_trial as trials
-from noisekit.curvature.forms import finite_difference, linearised
+from noisekit.curvature.operators import form_trial as trials
+from noisekit.curvature.operators.forms import finite_difference, linearised
 from tests.cases import (
     CASES,
     RAGGED,

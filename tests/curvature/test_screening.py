@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import HessianOperator, top_eigenpairs
-from noisekit.curvature.screening import (
+from noisekit.curvature.eigenvalues.screening import (
     can_be_screened,
     part_of_the_data,
     together,

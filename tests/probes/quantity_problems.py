@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from noisekit.core.step_quantities import COLUMNS_OF, QuantityName
 from noisekit.probes import Probe, Reading, attach
-from noisekit.probes.step_quantity import StepQuantity
+from noisekit.probes.quantities.step_quantity import StepQuantity
 
 N, CLASSES, RATE = 12, 3, 0.1
 ALL: tuple[QuantityName, ...] = tuple(COLUMNS_OF)  # type: ignore[assignment]

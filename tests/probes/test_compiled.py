@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from noisekit.core.errors import UsageError
 from noisekit.probes import Probe, attach
-from noisekit.probes.hooks import ModelHook, ParameterHook
+from noisekit.probes.capture.hooks import ModelHook, ParameterHook
 from tests.reference import noise as reference
 
 # The compiler itself asks it of tensors that are no leaves.

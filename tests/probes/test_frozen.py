@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError, LayerReadError
-from noisekit.core.subsets import chunk_sq_norms
+from noisekit.core.layers.subsets import chunk_sq_norms
 from noisekit.probes import attach, example_sq_norms, gradient_noise, self_check
 from tests.probes.models import CASES as ALL_CASES
 from tests.probes.models import MLP, Case, dropout_model
@@ -195,7 +195,7 @@ def test_a_wrong_estimator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         found = chunk_sq_norms(site, call, names, chunks)
         return {name: 2 * norms for name, norms in found.items()}
 
-    monkeypatch.setattr("noisekit.probes.unit_norms.chunk_sq_norms", doubled)
+    monkeypatch.setattr("noisekit.probes.estimators.unit_norms.chunk_sq_norms", doubled)
     check = self_check(MLP.model(), nn.CrossEntropyLoss(), MLP.data())
     assert not check.passed
     assert "largest relative error 1.0e+00 (estimator chunks; tolerance" in str(check)

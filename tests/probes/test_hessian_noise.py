@@ -11,7 +11,7 @@ from noisekit.core.errors import BatchSizeError, CoupledExamplesError
 from noisekit.noise import HessianNoiseScale
 from noisekit.probes import Reading, attach
 from noisekit.probes.frozen_curvature import hessian_weighted_noise
-from noisekit.probes.step_quantity import HessianForms
+from noisekit.probes.quantities.step_quantity import HessianForms
 from tests.probes.quantity_problems import N, problem, rows_of
 from tests.reference import noise as reference
 

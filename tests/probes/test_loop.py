@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from noisekit.core import layer_rules
 from noisekit.core.errors import ClosureError
+from noisekit.core.layers import rule as layer_rules
 from noisekit.core.results import Status
 from noisekit.probes import Probe, attach
-from noisekit.probes.accumulation import GradientWatch
+from noisekit.probes.capture.accumulation import GradientWatch
 from tests.probes.models import CASES, IDS, MLP, Case, dropout_model, random_attention
 from tests.reference import noise as reference
 

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from noisekit.core.step_quantities import QuantityName
 from noisekit.probes import attach
-from noisekit.probes.step_quantity import StepQuantity
+from noisekit.probes.quantities.step_quantity import StepQuantity
 from tests.probes.quantity_problems import RATE, problem, value
 
 

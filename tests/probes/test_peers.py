@@ -14,8 +14,8 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.core.layer_rules import LayerCall
-from noisekit.core.linear_rule import LinearRule
+from noisekit.core.layers.linear import LinearRule
+from noisekit.core.layers.rule import LayerCall
 from noisekit.probes import Reading, attach
 from tests.probes.networks import Headed
 from tests.probes.routes import attention

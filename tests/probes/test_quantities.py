@@ -12,7 +12,7 @@ from torch.nn import functional
 from noisekit.core.step_quantities import COLUMNS_OF, QuantityName
 from noisekit.noise import SampleTest
 from noisekit.probes import attach
-from noisekit.probes.step_quantity import HessianForms, StepQuantity
+from noisekit.probes.quantities.step_quantity import HessianForms, StepQuantity
 from tests.probes.quantity_problems import (
     ALL,
     MODELS,

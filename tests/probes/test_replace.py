@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from noisekit.core import layer_rules
 from noisekit.core.errors import UsageError
+from noisekit.core.layers import rule as layer_rules
 from noisekit.probes import attach
 from tests.probes.models import CASES, IDS, Case
 from tests.probes.replaced import (

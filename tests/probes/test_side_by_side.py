@@ -13,7 +13,7 @@ from noisekit.core.errors import UsageError
 from noisekit.integrations import attach as recorded
 from noisekit.noise import GradientMoments, ratio_of_averages
 from noisekit.probes import Probe, attach
-from noisekit.probes.estimators import EstimatorName
+from noisekit.probes.estimators.choice import EstimatorName
 from noisekit.records import open_runs, table
 from noisekit.records.schema import ESTIMATORS as SCHEMA_ESTIMATORS
 from tests.probes.models import CASES, MLP, Case

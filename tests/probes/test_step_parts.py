@@ -10,9 +10,9 @@ from noisekit.core.distributed import Ranks
 from noisekit.core.errors import UsageError
 from noisekit.probes import attach
 from noisekit.probes.options import ProbeOptions
-from noisekit.probes.quantity_options import refuse_quantities
-from noisekit.probes.step_parts import StepParts
-from noisekit.probes.step_quantity import HessianForms
+from noisekit.probes.quantities.options import refuse_quantities
+from noisekit.probes.quantities.step_parts import StepParts
+from noisekit.probes.quantities.step_quantity import HessianForms
 from tests.probes.quantity_problems import problem
 
 Q, K = 4, 3

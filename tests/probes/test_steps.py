@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from noisekit.core.errors import NoParametersError
 from noisekit.probes import Probe, attach
-from noisekit.probes.ranksums import RankPart, RankSums
+from noisekit.probes.ranks.sums import RankPart, RankSums
 from tests.probes.models import MLP
 from tests.reference import noise as reference
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
-from noisekit.sharpness import auditing
-from noisekit.sharpness.audit_report import AuditReport, AuditRow, AuditVerdict
-from noisekit.sharpness.auditing import audit
-from noisekit.sharpness.peers import PyHessian
+from noisekit.sharpness.audit import auditing
+from noisekit.sharpness.audit.auditing import audit
+from noisekit.sharpness.audit.peers import PyHessian
+from noisekit.sharpness.audit.report import AuditReport, AuditRow, AuditVerdict
 from tests.cases import CASES, RAGGED, Case, classes, mlp, seeded
 from tests.reference import curvature as reference
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from noisekit.sharpness import boxes
-from noisekit.sharpness.boxes import FullSpace, RandomSubspace
+from noisekit.sharpness.rise import boxes
+from noisekit.sharpness.rise.boxes import FullSpace, RandomSubspace
 from tests.reference import sharpness as reference
 
 

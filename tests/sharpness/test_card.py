@@ -24,9 +24,9 @@ from noisekit.sharpness import (
     measure_of,
     worst_case_sharpness,
 )
-from noisekit.sharpness.citations import CITATIONS
+from noisekit.sharpness.card.citations import CITATIONS
+from noisekit.sharpness.card.registry import GAUGES, MEASURES
 from noisekit.sharpness.data_error import curvature_parts, data_stderr
-from noisekit.sharpness.measures import GAUGES, MEASURES
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, ragged, rectified, state_of
 from tests.sharpness.quadratics import seeded

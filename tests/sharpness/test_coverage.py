@@ -16,8 +16,9 @@ from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import GGNOperator, HessianOperator
 from noisekit.sharpness.data_error import data_stderr, gradient_errors, over_data
-from noisekit.sharpness.pac_bayes import pac_bayes_flatness_of
 from noisekit.sharpness.relative_flatness import relative_flatness_of
+from noisekit.sharpness.rise.pac_bayes import pac_bayes_flatness_of
+from noisekit.sharpness.rise.worst_case import worst_case_sharpness_of
 from noisekit.sharpness.spectral_sums import (
     dimension_with_data_error,
     frobenius_with_data_error,
@@ -29,7 +30,6 @@ from noisekit.sharpness.traces import (
     hessian_trace_of,
     weighted_hessian_trace_of,
 )
-from noisekit.sharpness.worst_case import worst_case_sharpness_of
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified
 from tests.sharpness.quadratics import seeded

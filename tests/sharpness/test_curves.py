@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
-from noisekit.sharpness.curves import ConnectingCurve, connecting_curve
+from noisekit.sharpness.landscape.curves import ConnectingCurve, connecting_curve
 from tests.sharpness.quadratics import Point, seeded
 
 ANGLE = 2.0

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.free_rescalings import free_rescalings
-from noisekit.sharpness.invariance import as_estimate, check_invariance
-from noisekit.sharpness.invariance_report import Invariance, InvarianceReport
+from noisekit.sharpness.invariance.checking import as_estimate, check_invariance
+from noisekit.sharpness.invariance.free_rescalings import free_rescalings
+from noisekit.sharpness.invariance.report import Invariance, InvarianceReport
 from noisekit.sharpness.spectrum import lambda_max_of
 from noisekit.sharpness.traces import weighted_hessian_trace_of
 from tests.reference import sharpness as reference

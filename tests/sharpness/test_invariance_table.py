@@ -27,7 +27,7 @@ from noisekit.sharpness import (
     lambda_max,
     worst_case_sharpness,
 )
-from noisekit.sharpness.directions import directions_for
+from noisekit.sharpness.landscape.directions import directions_for
 from tests.reference import sharpness as reference
 
 LOSS = nn.CrossEntropyLoss()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.landscape import Interpolation, interpolate
+from noisekit.sharpness.landscape.interpolation import Interpolation, interpolate
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import FailsAfter
 

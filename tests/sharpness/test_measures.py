@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from noisekit.core.vocabulary import QUANTITIES
 from noisekit.sharpness import MeasureSettings, SGDRule, SharpnessCard, measure
-from noisekit.sharpness.measures import GAUGES, MEASURES, measures_called
+from noisekit.sharpness.card.registry import GAUGES, MEASURES, measures_called
 from tests.sharpness.networks import LOSS, classes, rectified
 from tests.sharpness.quadratics import seeded
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.directions import directions_for, filter_numbers
-from noisekit.sharpness.points import values_at
-from noisekit.sharpness.slices import LossSlice, loss_slice, loss_slice_of
+from noisekit.sharpness.landscape.directions import directions_for, filter_numbers
+from noisekit.sharpness.landscape.points import values_at
+from noisekit.sharpness.landscape.slices import LossSlice, loss_slice, loss_slice_of
 from tests.cases import CASES, Case
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, FailsAfter, built

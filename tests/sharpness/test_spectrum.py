@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.curvature.ggn import GGNOperator
+from noisekit.curvature.operators.ggn import GGNOperator
 from noisekit.sharpness.spectrum import (
     gauge_fixed_lambda_max,
     gauge_fixed_lambda_max_of,

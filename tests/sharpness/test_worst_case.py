@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.balls import BallNorm
-from noisekit.sharpness.worst_case import (
+from noisekit.sharpness.rise.balls import BallNorm
+from noisekit.sharpness.rise.worst_case import (
     worst_case_sharpness,
     worst_case_sharpness_of,
 )

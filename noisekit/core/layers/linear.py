@@ -1,0 +1,113 @@
+"""The rule for linear layers: outer products, or products of Gram matrices."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.layers.gram import BLOCK, gram_cost, gram_sq_norms
+from noisekit.core.layers.rule import (
+    LayerCall,
+    LayerRule,
+    is_plain,
+    over_rows,
+    row_sq_norms,
+    widen,
+)
+
+
+class LinearRule(LayerRule):
+    """``nn.Linear`` with any leading dimensions."""
+
+    name = "linear"
+
+    def applies(self, module: nn.Module) -> bool:
+        """Whether ``module`` computes ``nn.Linear``'s own function."""
+        return is_plain(module, nn.Linear)
+
+    def example_axes(
+        self, module: nn.Module, shape: torch.Size, position: int = 0
+    ) -> range:
+        """All but the features."""
+        return range(len(shape) - 1)
+
+    def sq_norms(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
+        """Two row norms, a product of Gram matrices, or the gradients themselves."""
+        inputs, grads = _positions(call)
+        if inputs.shape[1] == 1:
+            bias = row_sq_norms(grads)
+            both = {"weight": row_sq_norms(inputs) * bias, "bias": bias}
+            return {name: both[name] for name in names}
+        found = {}
+        if "weight" in names:
+            found["weight"] = self._weight_sq_norms(inputs, grads)
+        if "bias" in names:
+            found["bias"] = row_sq_norms(grads.sum(1))
+        return found
+
+    def _weight_sq_norms(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        num_examples, positions, fan_in = inputs.shape
+        fan_out = grads.shape[2]
+        if gram_cost(positions, fan_in + fan_out) < positions * fan_in * fan_out:
+            return over_rows(
+                lambda rows: gram_sq_norms(inputs[rows], grads[rows]),
+                num_examples,
+                2 * BLOCK * positions,
+            )
+        return over_rows(
+            lambda rows: row_sq_norms(grads[rows].mT @ inputs[rows]),
+            num_examples,
+            fan_in * fan_out,
+        )
+
+    def splits(self, call: LayerCall) -> bool:
+        """Unless Gram matrices cost next to nothing, as they do for one position."""
+        inputs, grads = _positions(call)
+        positions, fan_in, fan_out = *inputs.shape[1:], grads.shape[2]
+        products = gram_cost(positions, fan_in + fan_out)
+        return positions > 1 and 4 * products > positions * fan_in * fan_out
+
+    def example_grads(
+        self, call: LayerCall, names: Collection[str], rows: slice
+    ) -> dict[str, Tensor]:
+        """Outer products summed over positions."""
+        inputs, grads = (tensor[rows] for tensor in _positions(call))
+        found = {}
+        if "weight" in names:
+            found["weight"] = grads.mT @ inputs
+        if "bias" in names:
+            found["bias"] = grads.sum(1)
+        return found
+
+    def summed_grads(
+        self, call: LayerCall, names: Collection[str], rows: slice
+    ) -> dict[str, Tensor]:
+        """One product over all rows and positions."""
+        inputs, grads = (tensor[rows].flatten(0, 1) for tensor in _positions(call))
+        found = {}
+        if "weight" in names:
+            found["weight"] = grads.mT @ inputs
+        if "bias" in names:
+            found["bias"] = grads.sum(0)
+        return found
+
+    def square_sums(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
+        """With one position, a product of squares; else from the gradients."""
+        inputs, grads = _positions(call)
+        if inputs.shape[1] > 1:
+            return super().square_sums(call, names)
+        squares = grads[:, 0].square()  # (N, out)
+        found = {}
+        if "weight" in names:
+            found["weight"] = squares.mT @ inputs[:, 0].square()
+        if "bias" in names:
+            found["bias"] = squares.sum(0)
+        return found
+
+
+def _positions(call: LayerCall) -> tuple[Tensor, Tensor]:
+    """Input and output gradient with all positions on one axis: ``(N, T, d)``."""
+    inputs, grads = widen(call.input), widen(call.output_grad)
+    if inputs.dim() == 2:
+        return inputs.unsqueeze(1), grads.unsqueeze(1)
+    return inputs.flatten(1, -2), grads.flatten(1, -2)

@@ -1,0 +1,1 @@
+"""The largest and smallest eigenvalues of an operator."""

@@ -1,0 +1,1 @@
+"""Products with Hessian, Gauss-Newton, Fisher and covariance matrices."""

@@ -1,0 +1,158 @@
+"""The covariance of gradients, over examples or over batches."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.batches import Batch, count_examples
+from noisekit.core.distributed import sum_over_ranks
+from noisekit.core.errors import BatchSizeError, CoupledExamplesError, UsageError
+from noisekit.core.mode import batch_norms
+from noisekit.core.params import ParameterPatterns
+from noisekit.core.risk import (
+    MEMORY_BUDGET,
+    BatchNormPolicy,
+    EmpiricalRisk,
+    LossFn,
+    Normaliser,
+)
+from noisekit.curvature.operators.output_space import (
+    OutputProduct,
+    OutputSpaceOperator,
+    example_sums,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Per = Literal["example", "batch"]
+
+
+class GradientCovarianceOperator(OutputSpaceOperator):
+    r"""Products with the covariance of per-example or of per-batch gradients.
+
+    .. math:: \Sigma = \frac{n}{n-1} \sum_i \omega_i (g_i - G)(g_i - G)^\top
+
+    ``G`` is the gradient of the risk. Per example, ``n`` examples have equal weights
+    and ``g_i`` is ``n`` times what example ``i`` adds to ``G``. Per batch, ``g_i`` is
+    the gradient of a batch's loss and the weight is its part of what the losses
+    divide by, so that under ragged batches this is without bias the covariance of
+    gradients of batches of the mean size: the per-example one over that size.
+
+    Weight decay adds the same to every gradient and so does not appear.
+
+    Attributes:
+        per: ``"example"`` or ``"batch"``.
+        centred: Whether ``G`` is subtracted; else this is the mean of ``g_i g_i'``.
+    """
+
+    per: Per
+    centred: bool
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Batch],
+        *,
+        per: Per = "example",
+        centred: bool = True,
+        bn: BatchNormPolicy = "running",
+        normaliser: Normaliser | None = None,
+        params: ParameterPatterns = None,
+        memory_budget: int = MEMORY_BUDGET,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
+        """Check everything as ``RiskOperator`` does, whose arguments the others are.
+
+        Args:
+            model: Evaluated without dropout, whatever its mode.
+            loss_fn: Called with outputs and targets; returns a scalar.
+            batches: Yields ``(inputs, targets)``.
+            per: What a gradient is of: ``"example"`` or ``"batch"``.
+            centred: Whether to subtract the mean gradient.
+            bn: What BatchNorm normalises by; its statistics are held constant.
+            normaliser: What the loss of a batch is divided by, given its targets.
+            params: Names or patterns of parameters; gives a diagonal block.
+            memory_budget: Most memory for the data, and again for kept graphs [bytes].
+            process_group: Processes that hold a share of the data each.
+
+        Raises:
+            UsageError: If ``per`` is neither.
+            CoupledExamplesError: If BatchNorm couples the examples of a batch.
+        """
+        risk = EmpiricalRisk(
+            model,
+            loss_fn,
+            batches,
+            bn=bn,
+            normaliser=normaliser,
+            params=params,
+            memory_budget=memory_budget,
+            process_group=process_group,
+        )
+        self._choose(risk, per, centred)
+        self._set_up(risk, memory_budget)
+
+    @classmethod
+    def from_risk(  # type: ignore[override]  # no weight_decay=: it changes nothing
+        cls,
+        risk: EmpiricalRisk,
+        *,
+        per: Per = "example",
+        centred: bool = True,
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> Self:
+        """Return the covariance over the data of a risk that is there already."""
+        operator = cls.__new__(cls)
+        operator._choose(risk, per, centred)
+        operator._set_up(risk, memory_budget)
+        return operator
+
+    def _choose(self, risk: EmpiricalRisk, per: Per, centred: bool) -> None:
+        if per not in get_args(Per):
+            raise UsageError(f"per needs to be 'example' or 'batch', got {per!r}.")
+        if per == "example" and risk.bn == "batch" and batch_norms(risk.model):
+            raise CoupledExamplesError(
+                "per-example gradients need examples that do not act on each other, "
+                "got bn='batch', where BatchNorm couples those of a batch; use "
+                "bn='running', or per='batch'."
+            )
+        self.per, self.centred = per, centred
+
+    def _output_product(
+        self, outputs: Tensor, batch: Batch, *, weight: float, index: int
+    ) -> OutputProduct:
+        point = outputs.clone().requires_grad_()
+        loss = weight * self.risk.loss_at(point, batch[1])
+        (slope,) = torch.autograd.grad(loss, point, materialize_grads=True)
+        if self.per == "example":
+            count, scale = count_examples(batch), float(self.risk.num_examples)
+        else:
+            count, scale = 1, 1.0 / self.risk.share_of(weight, batch)
+        return lambda u: scale * slope * example_sums(slope * u, count)
+
+    def _prepare(self) -> None:
+        count = self.risk.num_examples
+        if self.per == "batch":
+            own = torch.tensor(float(self._num_used_batches), device=self.device)
+            count = round(float(sum_over_ranks(own, self.risk.ranks)))
+        self._mean: Tensor | None = None
+        if not self.centred:
+            return
+        if count < 2:
+            raise BatchSizeError(
+                f"a covariance needs at least 2 gradients, got {count} {self.per}; "
+                "give more data, or centred=False."
+            )
+        self._factor = count / (count - 1)
+        with self._evaluating():
+            self._mean = self.risk.value_and_grad()[1]
+
+    def _completed(self, product: Tensor, rows: Tensor) -> Tensor:
+        if self._mean is None:
+            return product
+        along = rows @ self._mean
+        return self._factor * (product - along.unsqueeze(1) * self._mean)

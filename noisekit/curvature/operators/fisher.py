@@ -1,0 +1,223 @@
+"""The Fisher information matrix of a model's likelihood: exact, sampled, empirical."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.batches import Batch, count_examples
+from noisekit.core.errors import UsageError
+from noisekit.core.frozen import StreamedBatches
+from noisekit.core.params import ParameterPatterns
+from noisekit.core.randomness import stream
+from noisekit.core.risk import (
+    MEMORY_BUDGET,
+    BatchNormPolicy,
+    EmpiricalRisk,
+    LossFn,
+    Normaliser,
+)
+from noisekit.curvature.operators.likelihoods import (
+    Likelihood,
+    check_outputs,
+    likelihood_of,
+    observed_classes,
+    one_hot,
+    same_shape,
+    sampled_classes,
+    target_weights,
+)
+from noisekit.curvature.operators.output_space import (
+    OutputProduct,
+    OutputSpaceOperator,
+    example_sums,
+)
+from noisekit.curvature.operators.weight_decay import WeightDecay
+from noisekit.curvature.random_vectors import entropy_generator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+FisherKind = Literal["true", "monte_carlo", "empirical"]
+
+
+class FisherOperator(OutputSpaceOperator):
+    r"""Products with the Fisher matrix of the model's likelihood over the data.
+
+    .. math:: F = \frac{1}{\sum c} \sum_i c_i\, E_{y \sim p}[g_{iy} g_{iy}^\top]
+
+    ``g_iy`` is the gradient of ``-log p(y | x_i)``. Under a categorical likelihood the
+    outputs are logits, classes on the second axis, and each target is a term of its
+    own, weighted as the loss weights it: ignored ones by 0, others by their class
+    weight. Under a Gaussian one the outputs are means of unit variance and each
+    example is a term; the sum is divided by what the loss divides by, so that the
+    Gauss-Newton matrix of ``MSELoss`` is twice this.
+
+    The empirical Fisher matrix takes the observed targets in place of the model's own
+    distribution. It is no estimate of the Fisher matrix away from a perfect fit.
+
+    Attributes:
+        kind: ``"true"``, ``"monte_carlo"`` or ``"empirical"``.
+        likelihood: ``"categorical"`` or ``"gaussian"``.
+        num_samples: Draws per target, for ``"monte_carlo"``.
+        seed: Of the draws, taken from the generator.
+
+    Source:
+        Kunstner, Balles and Hennig 2019, arXiv:1905.12558, section 2.
+    """
+
+    kind: FisherKind
+    likelihood: Likelihood
+    num_samples: int
+    seed: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Batch],
+        *,
+        kind: FisherKind = "true",
+        likelihood: Likelihood | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        bn: BatchNormPolicy = "running",
+        normaliser: Normaliser | None = None,
+        params: ParameterPatterns = None,
+        memory_budget: int = MEMORY_BUDGET,
+        process_group: "ProcessGroup | None" = None,
+        weight_decay: WeightDecay = 0.0,
+    ) -> None:
+        """Check everything as ``RiskOperator`` does, whose arguments the others are.
+
+        Args:
+            model: Evaluated without dropout, whatever its mode.
+            loss_fn: Called with outputs and targets; says how targets count.
+            batches: Yields ``(inputs, targets)``.
+            kind: ``"true"`` takes the expectation over the model's distribution
+                exactly, ``"monte_carlo"`` by drawing targets once, so that the
+                operator stays the same matrix, and ``"empirical"`` not at all.
+            likelihood: What the outputs are parameters of; that of the loss by
+                default, where PyTorch's cross-entropy or mean squared error.
+            num_samples: Draws per target.
+            generator: Of the draws; fresh entropy by default.
+            bn: What BatchNorm normalises by; its statistics are held constant.
+            normaliser: What the loss of a batch is divided by, given its targets.
+            params: Names or patterns of parameters; gives a diagonal block.
+            memory_budget: Most memory for the data, and again for kept graphs [bytes].
+            process_group: Processes that hold a share of the data each.
+            weight_decay: Adds the curvature of the penalty that weight decay stands
+                for.
+
+        Raises:
+            UsageError: If ``kind`` or ``likelihood`` is none of these, or fewer than
+                one draw is asked for.
+        """
+        risk = EmpiricalRisk(
+            model,
+            loss_fn,
+            batches,
+            bn=bn,
+            normaliser=normaliser,
+            params=params,
+            memory_budget=memory_budget,
+            process_group=process_group,
+        )
+        self._choose(risk, kind, likelihood)
+        self._set_draws(risk, num_samples, generator)
+        self._set_up(risk, memory_budget, weight_decay)
+
+    @classmethod
+    def from_risk(
+        cls,
+        risk: EmpiricalRisk,
+        *,
+        kind: FisherKind = "true",
+        likelihood: Likelihood | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+        weight_decay: WeightDecay = 0.0,
+    ) -> Self:
+        """Return the Fisher matrix over the data of a risk that is there already."""
+        operator = cls.__new__(cls)
+        operator._choose(risk, kind, likelihood)
+        operator._set_draws(risk, num_samples, generator)
+        operator._set_up(risk, memory_budget, weight_decay)
+        return operator
+
+    def _choose(
+        self, risk: EmpiricalRisk, kind: FisherKind, likelihood: Likelihood | None
+    ) -> None:
+        if kind not in get_args(FisherKind):
+            raise UsageError(
+                "kind needs to be 'true', 'monte_carlo' or 'empirical', got "
+                f"{kind!r}; 'true' is exact and costs no more than the others."
+            )
+        found = likelihood or likelihood_of(risk.loss_fn)
+        if found is None or found not in get_args(Likelihood):
+            raise UsageError(
+                "a Fisher matrix needs likelihood='categorical' or 'gaussian', got "
+                f"{likelihood!r} and a loss that does not tell; say which distribution "
+                "the outputs are parameters of."
+            )
+        self.kind, self.likelihood = kind, found
+
+    def _set_draws(
+        self, risk: EmpiricalRisk, num_samples: int, generator: torch.Generator | None
+    ) -> None:
+        if num_samples < 1:
+            raise UsageError(f"num_samples needs to be at least 1, got {num_samples}.")
+        self.num_samples = num_samples
+        drawn = torch.randint(2**62, (), generator=entropy_generator(generator))
+        self.seed = int(drawn)
+        if self.kind == "monte_carlo" and isinstance(risk.batches, StreamedBatches):
+            risk.batches.keep_order()  # draws go by the place of a batch
+
+    def _output_product(
+        self, outputs: Tensor, batch: Batch, *, weight: float, index: int
+    ) -> OutputProduct:
+        check_outputs(outputs, self.likelihood)
+        if self.likelihood == "gaussian":
+            return self._gaussian(outputs, batch, index)
+        weights = target_weights(outputs, batch, self.risk.normaliser).unsqueeze(1)
+        factor = weights / self.risk.total
+        p = outputs.softmax(1)
+        if self.kind == "true":
+            return lambda u: factor * (p * u - p * (p * u).sum(1, keepdim=True))
+        if self.kind == "empirical":
+            residuals = (p - observed_classes(outputs, batch[1])).unsqueeze(0)
+        else:
+            drawn = sampled_classes(p, self.num_samples, self._generator(index))
+            residuals = torch.stack([p - one_hot(c, outputs) for c in drawn])
+
+        def product(u: Tensor) -> Tensor:
+            along = (residuals * u).sum(2, keepdim=True)
+            return factor * (residuals * along).mean(0)
+
+        return product
+
+    def _gaussian(self, outputs: Tensor, batch: Batch, index: int) -> OutputProduct:
+        factor = 1.0 / self.risk.total
+        if self.kind == "true":
+            return lambda u: factor * u
+        count = count_examples(batch)
+        if self.kind == "empirical":
+            targets = self.risk.converted(batch[1])
+            residuals = (outputs - same_shape(outputs, targets)).unsqueeze(0)
+        else:
+            shape = (self.num_samples, *outputs.shape)
+            drawn = torch.randn(shape, generator=self._generator(index))
+            residuals = drawn.to(outputs.device, outputs.dtype)
+        scale = factor / len(residuals)
+
+        def product(u: Tensor) -> Tensor:
+            terms = [scale * r * example_sums(r * u, count) for r in residuals]
+            return torch.stack(terms).sum(0)
+
+        return product
+
+    def _generator(self, index: int) -> torch.Generator:
+        """The stream of one batch, the same at each product."""
+        return stream(self.seed, "fisher", self.risk.ranks.rank, index)

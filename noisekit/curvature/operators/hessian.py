@@ -1,0 +1,211 @@
+"""The Hessian of the empirical risk, by its products with vectors."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, Self, get_args
+
+import torch
+from torch import nn
+
+from noisekit.core.batches import Batch, count_examples
+from noisekit.core.errors import UsageError
+from noisekit.core.frozen import FrozenBatches
+from noisekit.core.params import ParameterPatterns
+from noisekit.core.risk import (
+    MEMORY_BUDGET,
+    BatchNormPolicy,
+    EmpiricalRisk,
+    LossFn,
+    Normaliser,
+)
+from noisekit.curvature.operators.form_trial import (
+    Trial,
+    difference_error,
+    difference_step,
+    try_form,
+)
+from noisekit.curvature.operators.forms import (
+    Form,
+    finite_difference,
+    reverse_over_reverse,
+)
+from noisekit.curvature.operators.risk_operator import Product, RiskOperator
+from noisekit.curvature.operators.weight_decay import WeightDecay
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+ProductForm = Literal[
+    "auto",
+    "kept",
+    "rebuilt",
+    "linearised",
+    "forward_over_reverse",
+    "fastest",
+    "finite_difference",
+]
+FormInUse = Literal[
+    "kept",
+    "rebuilt",
+    "mixed",
+    "linearised",
+    "forward_over_reverse",
+    "finite_difference",
+]
+# Memory of a trace in that of the graph: it holds the constants before and after they
+# are folded.
+_TRACED_SIZE = 4.0
+_WITHOUT_MEMORY = {"rebuilt", "forward_over_reverse", "finite_difference"}
+
+
+class HessianOperator(RiskOperator):
+    r"""Products with the Hessian of ``F(w) = \sum_b c_b L_b(w) / \sum_b c_b``.
+
+    A product differentiates ``<grad F, v>`` once more. The graph of the gradient is
+    kept for as many batches as the memory budget allows, which makes a product cost
+    about two gradients, and built anew for the rest, about three to four.
+
+    Forms other than these are used where asked for, and only if a product of theirs
+    agrees with the reverse over the reverse; ``trial`` says what was found.
+
+    Attributes:
+        trial: How the form asked for compared, once a product was made; ``None``
+            where there was nothing to compare.
+    """
+
+    trial: Trial | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Batch],
+        *,
+        bn: BatchNormPolicy = "running",
+        normaliser: Normaliser | None = None,
+        params: ParameterPatterns = None,
+        memory_budget: int = MEMORY_BUDGET,
+        process_group: "ProcessGroup | None" = None,
+        weight_decay: WeightDecay = 0.0,
+        form: ProductForm = "auto",
+    ) -> None:
+        """Check everything as ``RiskOperator`` does, whose arguments the others are.
+
+        Args:
+            model: Evaluated without dropout, whatever its mode.
+            loss_fn: Called with outputs and targets; returns a scalar.
+            batches: Yields ``(inputs, targets)``.
+            bn: What BatchNorm normalises by; its statistics are held constant.
+            normaliser: What the loss of a batch is divided by, given its targets.
+            params: Names or patterns of parameters; gives a diagonal block.
+            memory_budget: Most memory for the data, and again for kept graphs [bytes].
+            process_group: Processes that hold a share of the data each.
+            weight_decay: Adds the curvature of the penalty that weight decay stands
+                for.
+            form: ``"auto"`` keeps graphs within the budget, by a rule that reads no
+                clock, so that bits repeat. ``"kept"`` keeps the graph of all batches
+                whatever the budget, ``"rebuilt"`` that of none. ``"linearised"``
+                traces the gradient's derivative once, ``"forward_over_reverse"`` takes
+                the least memory, ``"fastest"`` takes what a stopwatch says on one
+                batch. ``"finite_difference"`` is for models without second
+                derivatives: central differences of gradients in double precision,
+                whose error ``trial`` states.
+
+        Raises:
+            UsageError: If ``form`` is none of these, or all data cannot be kept.
+        """
+        risk = EmpiricalRisk(
+            model,
+            loss_fn,
+            batches,
+            bn=bn,
+            normaliser=normaliser,
+            params=params,
+            memory_budget=memory_budget,
+            process_group=process_group,
+        )
+        self._asked = _checked_form(form, risk)
+        self._set_up(risk, memory_budget, weight_decay)
+
+    @classmethod
+    def from_risk(
+        cls,
+        risk: EmpiricalRisk,
+        *,
+        memory_budget: int = MEMORY_BUDGET,
+        weight_decay: WeightDecay = 0.0,
+        form: ProductForm = "auto",
+    ) -> Self:
+        """Return the Hessian of a risk that is there already."""
+        operator = cls.__new__(cls)
+        operator._asked = _checked_form(form, risk)
+        operator._set_up(risk, memory_budget, weight_decay)
+        return operator
+
+    @property
+    def form(self) -> FormInUse:
+        """How products are made since the last one."""
+        if self._asked == "finite_difference":
+            return "finite_difference"
+        if self.trial is not None and self.trial.form == "forward_over_reverse":
+            return "forward_over_reverse"
+        if self.num_kept_batches == 0:
+            return "rebuilt"
+        if self.num_kept_batches < self._num_used_batches:
+            return "mixed"
+        return "linearised" if self._traced else "kept"
+
+    @property
+    def _traced(self) -> bool:
+        return self.trial is not None and self.trial.form == "linearised"
+
+    def _precision(self, dtype: torch.dtype) -> torch.dtype:
+        # Differences of float32 gradients carry no correct digit.
+        differences = self._asked == "finite_difference"
+        return torch.float64 if differences else dtype
+
+    def _share(self, index: int, weight: float, batch: Batch) -> Product:
+        return self._form(self.risk, weight, batch)
+
+    def _passing_share(self, index: int, weight: float, batch: Batch) -> Product:
+        # A trace costs too much for one pass, and saves nothing that can be measured.
+        form = reverse_over_reverse if self._traced else self._form
+        return form(self.risk, weight, batch)
+
+    def _prepare(self) -> None:
+        self.trial = None
+        self._form: Form = reverse_over_reverse
+        asked = self._asked
+        if asked == "auto" or asked == "kept" or asked == "rebuilt":
+            return
+        with self._evaluating():
+            weight, batch = next(self.risk.weighted_batches())
+            if asked == "finite_difference":
+                self._form = finite_difference(difference_step(self.risk))
+                self.trial = difference_error(self.risk, weight, batch)
+            else:
+                keeps = self._room() >= count_examples(batch)
+                self.trial, self._form = try_form(
+                    asked, self.risk, weight, batch, keeps=keeps
+                )
+
+    def _room(self) -> float:
+        if self._asked == "kept":
+            return float("inf")
+        taken = self._asked if self.trial is None else self.trial.form
+        if taken in _WITHOUT_MEMORY:
+            return 0.0
+        return super()._room() / (_TRACED_SIZE if self._traced else 1.0)
+
+
+def _checked_form(form: ProductForm, risk: EmpiricalRisk) -> ProductForm:
+    if form not in get_args(ProductForm):
+        known = ", ".join(repr(name) for name in get_args(ProductForm)[:-1])
+        raise UsageError(
+            f"form needs to be {known} or 'finite_difference', got {form!r}."
+        )
+    if form == "kept" and not isinstance(risk.batches, FrozenBatches):
+        raise UsageError(
+            "form='kept' needs the data in memory, got more than the memory "
+            "budget; raise memory_budget= or use form='auto'."
+        )
+    return form

@@ -1,0 +1,142 @@
+"""Operators in other coordinates: scaled by the weights, or by Adam's steps."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from noisekit.core.distributed import Ranks
+from noisekit.core.errors import UsageError
+from noisekit.core.params import flatten
+from noisekit.curvature.operators.operator import SymmetricOperator
+from noisekit.curvature.operators.risk_operator import RiskOperator
+
+
+class ScaledOperator(SymmetricOperator):
+    r"""``D A D`` with a diagonal ``D``, which is read again at each product.
+
+    Attributes:
+        operator: ``A``.
+    """
+
+    def __init__(
+        self, operator: SymmetricOperator, scales: Tensor | Callable[[], Tensor]
+    ) -> None:
+        """Take the diagonal, or what returns it.
+
+        Args:
+            operator: ``A``.
+            scales: The diagonal of ``D``, ``(P,)``, or a function that returns it.
+
+        Raises:
+            UsageError: If it has another length.
+        """
+        self.operator = operator
+        given = scales
+        self._scales: Callable[[], Tensor] = (
+            (lambda: given) if isinstance(given, Tensor) else given
+        )
+        found = self._scales().shape
+        if found != operator.shape[:1]:
+            raise UsageError(
+                f"scales needs shape ({operator.shape[0]},), got {tuple(found)}; build "
+                "it from the same parameters as the operator."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.operator.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the vectors."""
+        return self.operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+        return self.operator.device
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that hold a share of the data."""
+        return self.operator.ranks
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        return self._matmat(vector.unsqueeze(1)).squeeze(1)
+
+    def _matmat(self, block: Tensor) -> Tensor:
+        scales = self._scales().to(self.device, self.dtype).unsqueeze(1)
+        return scales * (self.operator @ (scales * block))
+
+
+def weight_scaled(operator: RiskOperator) -> ScaledOperator:
+    r"""Return ``|w| H |w|``, which rescaling a layer's neurons leaves alone.
+
+    Where one layer's weights are multiplied by a factor and the next layer's divided
+    by it, so that the function stays, this matrix and its eigenvalues stay as well.
+    It follows the weights.
+
+    Args:
+        operator: ``H``, of a risk whose parameters are ``w``.
+
+    Returns:
+        The scaled operator, whose products cost the same.
+
+    Source:
+        Kwon et al. 2021, arXiv:2102.11600, section 3.
+    """
+    return ScaledOperator(operator, lambda: operator.risk.vector().abs())
+
+
+def adam_preconditioned(operator: RiskOperator, optimizer: Adam) -> ScaledOperator:
+    r"""Return ``P^{-1/2} H P^{-1/2}`` with Adam's preconditioner at its present state.
+
+    .. math:: P = (1 - \beta_1^t) \left( \operatorname{diag}
+              \sqrt{\frac{v}{1 - \beta_2^t}} + \epsilon I \right)
+
+    so that a step is ``lr`` times the inverse of ``P`` times the running mean of
+    gradients. The largest eigenvalue is that of ``P^{-1} H``, the preconditioned
+    sharpness: training by Adam settles where it is :math:`(2 + 2\beta_1) / ((1 -
+    \beta_1)\, lr)`.
+
+    Args:
+        operator: ``H``, of a risk whose parameters the optimiser moves.
+        optimizer: Adam or AdamW, after at least one step; followed as it moves on.
+
+    Raises:
+        UsageError: If it is another optimiser, misses a parameter, or took no step.
+
+    Source:
+        Cohen et al. 2022, arXiv:2207.14484, section 2.
+    """
+    if not isinstance(optimizer, Adam | torch.optim.AdamW):
+        raise UsageError(
+            f"Adam's preconditioner needs torch.optim.Adam or AdamW, got "
+            f"{type(optimizer).__name__}; give another diagonal to ScaledOperator."
+        )
+    return ScaledOperator(operator, lambda: _inverse_roots(operator, optimizer))
+
+
+def _inverse_roots(operator: RiskOperator, optimizer: Adam) -> Tensor:
+    """The diagonal of ``P^{-1/2}`` for the operator's parameters."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    risk, parts = operator.risk, []
+    for name, parameter in zip(risk.layout.names, risk.parameters, strict=True):
+        group, state = groups.get(id(parameter)), optimizer.state.get(parameter)
+        if group is None or not state:
+            what = "does not hold" if group is None else "has taken no step for"
+            raise UsageError(
+                "Adam's preconditioner needs the state of every chosen parameter, got "
+                f"an optimiser that {what} {name!r}; choose others with params=, or "
+                "train for a step first."
+            )
+        step, (beta1, beta2) = float(state["step"]), group["betas"]
+        largest = group["amsgrad"]
+        second = state["max_exp_avg_sq" if largest else "exp_avg_sq"]
+        root = (second.to(risk.layout.dtype) / (1 - beta2**step)).sqrt()
+        scale = (1 - beta1**step) * (root + group["eps"])
+        parts.append(scale.rsqrt())
+    return flatten(parts)

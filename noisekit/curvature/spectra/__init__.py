@@ -1,0 +1,1 @@
+"""How the eigenvalues of an operator are distributed."""

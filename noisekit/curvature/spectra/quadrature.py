@@ -1,0 +1,175 @@
+"""Gauss quadrature of a spectrum, out of Lanczos from random vectors."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noisekit.core.errors import UsageError
+from noisekit.core.results import ErrorSource, Estimate, Status
+from noisekit.curvature.eigenvalues.krylov import KrylovBasis
+from noisekit.curvature.operators.operator import (
+    MatrixLike,
+    SymmetricOperator,
+    as_operator,
+)
+from noisekit.curvature.random_vectors import shared_generator
+
+# Parts of the largest magnitude below which a node is zero, and of a node's own below
+# which its residual has to be for its sign to be known.
+_ZERO = 1e-6
+_KNOWN_SIGN = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Quadrature:
+    """Nodes and weights that stand for a spectrum, a set for each random vector.
+
+    The weighted sum of ``f`` over the nodes of a probe is an unbiased estimate of the
+    mean of ``f`` over all eigenvalues, exact for polynomials of degree ``2 m - 1`` up
+    to the probe's own chance.
+
+    Attributes:
+        nodes: ``(probes, m)``, ascending. Where the Krylov space ended earlier, the
+            last node is repeated with no weight.
+        weights: ``(probes, m)``, each row of sum one.
+        residuals: ``(probes, m)``, distance of a node from an eigenvalue at most.
+        size: Number of eigenvalues.
+        num_matvecs: Products spent.
+    """
+
+    nodes: np.ndarray = field(repr=False)
+    weights: np.ndarray = field(repr=False)
+    residuals: np.ndarray = field(repr=False)
+    size: int
+    num_matvecs: int
+
+    @property
+    def scale(self) -> float:
+        """Largest magnitude of a node, about the norm of the operator."""
+        return float(np.abs(self.nodes).max())
+
+    @property
+    def about_zero(self) -> np.ndarray:
+        """Which nodes are not told from zero, ``(probes, m)``.
+
+        A quadrature says how much lies below a point up to the weights of the nodes on
+        either side of it. So those beside zero belong to no sign, unless a residual far
+        below the magnitude shows that they are eigenvalues.
+
+        Source:
+            Szegő 1939, "Orthogonal polynomials", theorem 3.41.1.
+        """
+        zero = _ZERO * self.scale
+        below = np.where(self.nodes < -zero, self.nodes, -np.inf)
+        above = np.where(self.nodes > zero, self.nodes, np.inf)
+        beside = self.nodes == below.max(1, keepdims=True)
+        beside |= self.nodes == above.min(1, keepdims=True)
+        rough = self.residuals > _KNOWN_SIGN * np.abs(self.nodes)
+        return np.asarray((np.abs(self.nodes) <= zero) | (beside & rough))
+
+    def means(self, values: np.ndarray) -> Estimate:
+        """Return the mean over eigenvalues of a function, given at the nodes.
+
+        Args:
+            values: ``(probes, m)``, the function at each node.
+        """
+        samples = (self.weights * values).sum(1)
+        count = len(samples)
+        mean = float(samples.mean())
+        return Estimate(
+            value=mean,
+            stderr=float(samples.std(ddof=1)) / count**0.5,
+            error_source=ErrorSource.PROBES,
+            num_samples=count,
+            dof=count - 1,
+            status=Status.OK if np.isfinite(mean) else Status.DIVERGED,
+            num_matvecs=self.num_matvecs,
+        )
+
+    def __str__(self) -> str:
+        """Write how many nodes there are, and from where to where."""
+        probes, nodes = self.nodes.shape
+        return (
+            f"quadrature of {self.size} eigenvalues from {self.nodes.min():.4g} to "
+            f"{self.nodes.max():.4g}: {probes} probes of {nodes} nodes, "
+            f"{self.num_matvecs} products"
+        )
+
+
+def spectral_quadrature(
+    H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
+    *,
+    num_probes: int = 4,
+    num_steps: int = 40,
+    generator: torch.Generator | None = None,
+) -> Quadrature:
+    """Return nodes and weights of the spectrum by stochastic Lanczos quadrature.
+
+    Lanczos is orthogonalised in full and ends where the space does: a ghost would be
+    an eigenvalue counted twice. One probe's basis is held at a time, ``num_steps``
+    vectors.
+
+    Args:
+        H: A symmetric operator or matrix, or another library's operator.
+        num_probes: Random vectors.
+        num_steps: Most products for each.
+        generator: Of the vectors; fresh entropy by default.
+
+    Raises:
+        UsageError: If there are fewer than 2 probes or 1 step.
+
+    Source:
+        Golub and Meurant 2010, "Matrices, moments and quadrature", chapter 4; Ghorbani
+        et al. 2019, arXiv:1901.10159, section 2.
+    """
+    operator = as_operator(H)
+    if num_probes < 2 or num_steps < 1:
+        raise UsageError(
+            "a spectrum needs num_probes of at least 2 for its error, and num_steps of "
+            f"at least 1, got {num_probes} and {num_steps}."
+        )
+    drawn = shared_generator(generator, operator.ranks, operator.device)
+    runs = [_run(operator, num_steps, drawn) for _ in range(num_probes)]
+    width = max(len(nodes) for nodes, _, _ in runs)
+    return Quadrature(
+        nodes=np.stack([_padded(nodes, width, "edge") for nodes, _, _ in runs]),
+        weights=np.stack([_padded(w, width, "constant") for _, w, _ in runs]),
+        residuals=np.stack([_padded(r, width, "edge") for _, _, r in runs]),
+        size=operator.shape[0],
+        num_matvecs=sum(len(nodes) for nodes, _, _ in runs),
+    )
+
+
+def _run(
+    operator: SymmetricOperator, num_steps: int, drawn: torch.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ascending nodes, their weights and residuals from one random vector."""
+    steps = min(num_steps, operator.shape[0])
+    basis = KrylovBasis(
+        operator,
+        which="SA",
+        capacity=steps,
+        num_kept=0,
+        block_size=1,
+        generator=drawn,
+    )
+    basis.begin(torch.empty(operator.shape[0], 0))
+    basis.step()
+    while not basis.ended and basis.num_matvecs < steps:
+        basis.extend()
+        basis.step()
+    ritz = basis.ritz()
+    if not ritz.finite:
+        nothing = np.full(1, np.nan)
+        return nothing, np.ones(1), nothing
+    # The first basis vector is the probe: a pair's weight is its share in it.
+    return ritz.values, ritz.coefficients[0] ** 2, ritz.residuals
+
+
+def _padded(values: np.ndarray, width: int, how: str) -> np.ndarray:
+    missing = (0, width - len(values))
+    if how == "edge":
+        return np.pad(values, missing, mode="edge")
+    return np.pad(values, missing)

@@ -1,0 +1,1 @@
+"""Sums over the spectrum: trace, diagonal, Frobenius norm, effective numbers."""

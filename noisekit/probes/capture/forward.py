@@ -1,0 +1,363 @@
+"""The forward side of a probe: passes opened, calls of sites captured."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from noisekit.core.errors import CoupledExamplesError, LayerReadError
+from noisekit.core.layers.call_state import CallState, attributes_given_back
+from noisekit.core.layers.replay import ModuleReplay
+from noisekit.core.layers.sites import Site, coupling
+from noisekit.core.mode import model_given_back
+from noisekit.probes.capture.calls import (
+    ExampleAxes,
+    batch_size_of,
+    captured_call,
+    one_example_less,
+    tensors_of,
+)
+from noisekit.probes.capture.hooks import ModelHook
+from noisekit.probes.capture.passes import CallKey, CapturedCall, ForwardPass
+from noisekit.probes.capture.replace import Replacement
+from noisekit.probes.capture.silence import silence, silenced
+from noisekit.probes.capture.sites import SitePlan
+from noisekit.probes.capture.smaller import SmallerBatch
+from noisekit.probes.capture.targets import eagerly
+from noisekit.probes.estimators.unit_norms import UnitNorms
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What the next passes are to be read for.
+
+    Attributes:
+        gradient: Whether the gradient's norm is wanted.
+        examples: Whether per-example norms are wanted as well.
+        closure: Whether the closure is checked.
+        inputs: Whether each pass keeps the model's inputs, for a replay.
+        refuses_coupling: The estimator for which coupled examples raise; empty where
+            they are noted.
+        tangents: A direction per parameter; each example's inner product with it is
+            then wanted too.
+    """
+
+    gradient: bool = True
+    examples: bool = True
+    closure: bool = True
+    inputs: bool = False
+    refuses_coupling: str = ""
+    tangents: Mapping[str, Tensor] | None = None
+
+
+class Listener(Protocol):
+    """The backward side, to which captured calls are handed through tensor hooks."""
+
+    def on_forward_start(self) -> None:
+        """A new pass begins; no backward pass is under way."""
+
+    def on_model_grad(self, forward_pass: ForwardPass, grad: Tensor) -> None:
+        """The gradient of one of the model's outputs has arrived."""
+
+    def on_output_grad(
+        self, captured: CapturedCall, position: int, grad: Tensor
+    ) -> None:
+        """The gradient of one of a site's outputs has arrived."""
+
+    def on_unreadable(self, site: Site, forward_pass: ForwardPass, reason: str) -> None:
+        """A site's call does not tell per-example gradients."""
+
+
+class ForwardCapture:
+    """Hooks a model's forward pass and captures the calls of its sites.
+
+    Attributes:
+        active: The last pass with gradients, also while it runs.
+        refusal: Why no pass can be read any more; empty while passes can.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: SitePlan,
+        listener: Listener,
+        *,
+        wanted: Wanted,
+        batch_dim: int,
+        caller: nn.Module | None = None,
+    ) -> None:
+        self.active: ForwardPass | None = None
+        self.refusal = ""
+        self._model = model
+        self._caller = model if caller is None else caller
+        self._plan = plan
+        self._listener = listener
+        self._wanted = wanted
+        self._batch_dim = batch_dim
+        self._couplers = [
+            (name, m)
+            for name, m in model.named_modules()
+            if isinstance(m, _BatchNorm | nn.Embedding | nn.EmbeddingBag)
+        ]
+        self._axes = ExampleAxes()
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._calls: list[CapturedCall] = []
+        self._states: dict[Site, list[CallState]] = {}
+        self._smaller: SmallerBatch | None = None
+        caller = self._caller
+        start, end = ModelHook(self._start, caller), ModelHook(self._end, caller)
+        self._handles: list[RemovableHandle] = [
+            caller.register_forward_pre_hook(start, with_kwargs=True, prepend=True),
+            caller.register_forward_hook(end),
+        ]
+        self._site_handles: list[RemovableHandle] = []
+        self._replacement: Replacement | None = None
+        self._hook_sites()
+
+    def replace_gradients(self, units: UnitNorms) -> None:
+        """Have weight gradients computed from the parts that ``units`` reads."""
+        self._replacement = Replacement(self._plan, units, self._captures)
+        self._hook_sites()
+
+    def _hook_sites(self) -> None:
+        for handle in self._site_handles:
+            handle.remove()
+        self._site_handles = []
+        for site in self._plan.sites:
+            module = site.module if site.path else self._caller
+            end = ModelHook(self._call_end, module, site)
+            self._site_handles.append(
+                # Before hooks that replace the output: the rules know the layer's own.
+                module.register_forward_hook(end, with_kwargs=True, prepend=True)
+            )
+            if isinstance(site.rule, ModuleReplay) and site.path:
+                start = ModelHook(self._call_start, module, site)
+                self._site_handles.append(
+                    # Before hooks that compute a weight, and write to buffers for it.
+                    module.register_forward_pre_hook(start, prepend=True)
+                )
+            if self._replacement is not None:
+                self._site_handles += self._replacement.hook(site)
+
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        for handle in (*self._handles, *self._site_handles):
+            handle.remove()
+        self._handles, self._site_handles = [], []
+        if self._replacement is not None:
+            self._replacement.give_back()
+
+    # ------------------------------------------------------------ the whole model
+
+    def _start(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if silenced(self._listener):
+            return
+        self._forget()
+        self._listener.on_forward_start()
+        if not torch.is_grad_enabled():
+            return
+        if self._plan.refresh():
+            self._hook_sites()
+        self.active = ForwardPass(batch_size_of((args, kwargs), self._batch_dim))
+        if self._wanted.examples:
+            self.active.faults.extend(self._obstacles())
+            self._inputs = (args, kwargs)
+            for site in self._plan.sites:
+                if isinstance(site.rule, ModuleReplay) and not site.path:
+                    self._states[site] = [site.rule.state_before(site.module)]
+        if self._wanted.inputs:
+            self.active.inputs = (args, kwargs)
+
+    def _forget(self) -> None:
+        """Drop what an exception in the last pass may have left."""
+        self._calls, self._states = [], {}
+        self._inputs = self.active = None
+        if self._replacement is not None:
+            self._replacement.give_back()
+
+    def _obstacles(self) -> list[str]:
+        """Why the examples' gradients are not their own, or not to be had."""
+        if self.refusal:
+            return [self.refusal]
+        found = ((name, coupling(module)) for name, module in self._couplers)
+        name, cause = next(((name, cause) for name, cause in found if cause), ("", ""))
+        if not cause:
+            return []
+        reason = f"{cause} couples the examples ({name})"
+        if self._wanted.refuses_coupling:
+            norm = cause.startswith("BatchNorm")
+            remedy = "put BatchNorm in evaluation mode" if norm else "switch that off"
+            raise CoupledExamplesError(
+                f"estimator={self._wanted.refuses_coupling!r} needs examples with "
+                f"gradients of their own, but {reason}; read micro-batches by "
+                "estimator='accumulation', use estimator='ghost' with ghost_batch=, "
+                f"or {remedy}."
+            )
+        return [reason]
+
+    def _end(self, _: object, args: object, outputs: Any) -> None:
+        if silenced(self._listener) or self.active is None:
+            return
+        for tensor in tensors_of(outputs):
+            if tensor.requires_grad:
+                hook = partial(self._listener.on_model_grad, self.active)
+                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        calls, self._calls = self._calls, []
+        try:
+            self._resolve_all(calls, outputs)
+        finally:
+            self._inputs = None
+
+    # ------------------------------------------------------------ calls of sites
+
+    def _captures(self) -> bool:
+        """Whether calls of sites are wanted now."""
+        active = self.active
+        return (
+            self._wanted.examples
+            and active is not None
+            and active.num_examples is not None
+            and not active.faults
+            and not silenced(self._listener)
+            and torch.is_grad_enabled()
+        )
+
+    def _call_start(self, site: object, args: object) -> None:
+        if self._captures():
+            assert isinstance(site, Site)
+            assert isinstance(site.rule, ModuleReplay)
+            states = self._states.setdefault(site, [])
+            states.append(site.rule.state_before(site.module))
+
+    def _call_end(
+        self,
+        site: object,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: Any,  # whatever the module returns
+    ) -> None:
+        assert isinstance(site, Site)
+        if self._smaller is not None:
+            self._smaller.note(site.path, tensors_of((args, kwargs)))
+        if not self._captures():
+            return
+        tensors = tensors_of(outputs)
+        captured = self._captured(site, (args, kwargs), tensors)
+        if captured is None:
+            return
+        if self._replacement is not None:
+            self._replacement.link(captured)
+        if self._inputs is not None:
+            self._calls.append(captured)
+        for position, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                hook = partial(self._listener.on_output_grad, captured, position)
+                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _captured(
+        self,
+        site: Site,
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
+        outputs: list[Tensor],
+    ) -> CapturedCall | None:
+        """The call, with what a replay or a rule needs of the state around it."""
+        assert self.active is not None
+        states = self._states.get(site, [])
+        before = states.pop() if states else None
+        replayed = isinstance(site.rule, ModuleReplay)
+        if not any(t.requires_grad for t in outputs) or (replayed and before is None):
+            return None  # without a gradient, or begun where nothing was captured
+        captured = captured_call(site, self.active, inputs, len(outputs))
+        if isinstance(site.rule, ModuleReplay) and before is not None:
+            fault = site.rule.note_state(captured.call, before)
+            if fault:
+                self.active.faults.append(f"{site.path or 'the model'}: {fault}")
+        else:
+            captured.call.statistics = site.rule.statistics(outputs[0])
+        return captured
+
+    # ------------------------------------------------------------ axes of examples
+
+    def resolve(self, captured: CapturedCall) -> None:
+        """Find the axes of the examples, if they are not known yet.
+
+        Raises:
+            LayerReadError: If no input has such an axis.
+        """
+        if not captured.call.axes:
+            self._axes.resolve(captured)
+
+    def _resolve_all(self, calls: list[CapturedCall], outputs: object) -> None:
+        count = None if self.active is None else self.active.num_examples
+        if count != 1 and not all(self._axes.settled(call) for call in calls):
+            smaller = self._run_on_smaller_batch(calls, outputs)
+            self._axes.trace(calls, smaller.shapes)
+            self._judge(calls, smaller.disordered())
+        self._resolve_each(calls)
+
+    def _judge(
+        self, calls: list[CapturedCall], disordered: set[CallKey | None]
+    ) -> None:
+        """Refuse coupled examples; read around calls that see them in another order."""
+        if None in disordered:
+            self.refusal = "outputs for an example depend on the others in the batch"
+            assert self.active is not None
+            self.active.faults.append(self.refusal)
+            return
+        for captured in calls:
+            if captured.key in disordered:
+                self._listener.on_unreadable(
+                    captured.site,
+                    captured.forward_pass,
+                    "its rows are not the batch's examples in their order",
+                )
+
+    def _resolve_each(self, calls: list[CapturedCall]) -> None:
+        for captured in calls:
+            try:
+                self._axes.resolve(captured)
+            except LayerReadError as error:
+                self._listener.on_unreadable(
+                    captured.site, captured.forward_pass, str(error)
+                )
+
+    def _run_on_smaller_batch(
+        self, calls: list[CapturedCall], outputs: object
+    ) -> SmallerBatch:
+        """Run the model once on one example less; it is given back as it was."""
+        smaller = SmallerBatch(calls)
+        count = None if self.active is None else self.active.num_examples
+        if self._inputs is None or count is None or count < 2:
+            return smaller
+        args, kwargs = one_example_less(self._inputs, count, self._batch_dim)
+        self._smaller = smaller
+        with (
+            silence(),
+            model_given_back(self._model),
+            attributes_given_back(self._model),
+            eagerly("torch._dynamo" in sys.modules),  # not compiled for one size more
+            torch.no_grad(),
+        ):
+            before = CallState.of(self._model, copying=False)
+            try:
+                again = self._model(*args, **kwargs)
+                same = not (
+                    before.has_drawn(self._model) or before.has_written(self._model)
+                )
+            except Exception:
+                # A model of one batch size only: sizes have to decide.
+                return SmallerBatch(())
+            finally:
+                self._smaller = None
+        if self._caller is not self._model:  # whose hooks were not called
+            smaller.note("", tensors_of((args, kwargs)))
+        smaller.note_outputs(outputs, again)
+        if not same:
+            smaller.forget_values()  # other draws, other buffers: no comparison
+        return smaller

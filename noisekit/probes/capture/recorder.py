@@ -1,0 +1,399 @@
+"""Per-example norms caught in a training step's own backward pass, by hooks alone.
+
+The life of a step: the model's forward opens a pass and each site's call is captured
+(``forward``); in the backward pass its output gradients arrive, and once a parameter's
+gradient has been accumulated the norms are computed; at the end the gradient's own
+norm is taken, before anybody clips it. ``take`` hands over what has gathered.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from noisekit.core.errors import ClosureError, LayerReadError
+from noisekit.core.layers.rule import widen
+from noisekit.core.layers.sites import Site
+from noisekit.probes.capture.accumulation import GradientWatch
+from noisekit.probes.capture.calls import versions_of
+from noisekit.probes.capture.forward import ForwardCapture, Wanted
+from noisekit.probes.capture.hooks import ParameterHook
+from noisekit.probes.capture.own_gradients import OwnGradients
+from noisekit.probes.capture.passes import (
+    CapturedCall,
+    ForwardPass,
+    GradientListener,
+    StepRecord,
+)
+from noisekit.probes.capture.silence import silence, silenced
+from noisekit.probes.capture.sites import SitePlan
+from noisekit.probes.capture.targets import eagerly
+from noisekit.probes.capture.tasks import BackwardTasks
+from noisekit.probes.estimators.random_signs import SignedBackward
+from noisekit.probes.estimators.unit_norms import UnitNorms
+from noisekit.probes.ranks.replicas import Replicas
+
+
+class Recorder:
+    """Hooks a model and gathers what its backward passes tell about the examples.
+
+    Attributes:
+        model: The model.
+        caller: The module whose hooks see its calls, such as a compiled wrapper.
+        opaque: By parameter inside a compiled part: the module to be replayed for it.
+        replicas: The ranks that train it together.
+        names: Names of the parameters that are read.
+        parameters: The parameters themselves, in the same order.
+        batch_dim: Axis of the examples in the model's input.
+        wanted: What the next passes are to be read for.
+        plan: Where each parameter is read.
+        units: What is read of the layers' calls.
+        own_gradients: Gathers the norms of micro-batches' own gradients.
+        signed: Runs backward passes with random signs, where they are asked for.
+        listener: Told of parameters' calls and of gradients, beside the norms.
+        verified: Whether the closure held when it was last checked, or is known not to.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        batch_dim: int = 0,
+        replicas: Replicas | None = None,
+        caller: nn.Module | None = None,
+        opaque: Mapping[str, str] | None = None,
+        exact_bits: bool = True,
+    ) -> None:
+        self.model = model
+        self.caller = model if caller is None else caller
+        self.opaque = dict(opaque or {})
+        self.replicas = replicas or Replicas()
+        self.names = tuple(parameters)
+        self.parameters = tuple(parameters.values())
+        self.batch_dim = batch_dim
+        self.wanted = Wanted()
+        self.plan = SitePlan(model, parameters)
+        if self.opaque:
+            self.plan.replay(self.opaque)
+        self.units = UnitNorms(self.plan, self.parameters)
+        self.own_gradients = OwnGradients(self.parameters, self)
+        self.own_gradients.reduced = self.replicas.wrapped
+        self.signed: SignedBackward | None = None
+        self.listener: GradientListener | None = None
+        self.verified = False
+        self._has_held = False
+        self._reduces, self._unreduced = True, False
+        self._watch = GradientWatch(self.parameters)
+        self._tasks = BackwardTasks()
+        self._record = StepRecord()
+        self._forward = ForwardCapture(
+            model,
+            self.plan,
+            self,
+            wanted=self.wanted,
+            batch_dim=batch_dim,
+            caller=caller,
+        )
+        if not exact_bits:
+            self._forward.replace_gradients(self.units)
+        self._handles: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                ParameterHook(self._on_accumulated, index)
+            )
+            for index, parameter in enumerate(self.parameters)
+        ]
+
+    @property
+    def active(self) -> ForwardPass | None:
+        """The last forward pass with gradients, also while it runs."""
+        return self._forward.active
+
+    def twin(self) -> "Recorder":
+        """Return another recorder of the same parameters, with nothing gathered."""
+        named = dict(zip(self.names, self.parameters, strict=True))
+        # It calls the model itself, whose own layers are not compiled.
+        opaque = self.opaque if self.caller is self.model else None
+        return Recorder(self.model, named, batch_dim=self.batch_dim, opaque=opaque)
+
+    def refuse_calls(self, reason: str) -> None:
+        """Leave the layers' calls alone, and say why wherever they are asked for."""
+        self._forward.refusal = reason
+
+    def take(self, *, stepped: bool = True) -> StepRecord:
+        """Return what has gathered since the last call, and start anew.
+
+        Args:
+            stepped: Whether an optimiser step has used the gradients up; else further
+                backward passes add to them.
+        """
+        record, self._record = self._record, StepRecord()
+        if self._unreduced and record.gradient is not None:
+            record.faults.append(
+                "the last backward pass was under no_sync(), so that every rank "
+                "applies a gradient of its own"
+            )
+        self.units.start_step()
+        if self.signed is not None:
+            self.signed.forget()
+        if stepped:
+            self._watch.after_step()
+        return record
+
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        self._forward.remove()
+        self.own_gradients.remove()
+        if self.signed is not None:
+            self.signed.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # ---------------------------------------------------------- gradients arriving
+
+    def on_forward_start(self) -> None:
+        """Forget backward passes that an exception has broken off."""
+        self.replicas.refuse_unjoined()
+        self._reduces = self.replicas.reduces()
+        self._tasks.forget()
+        self.own_gradients.forget()
+
+    def on_model_grad(self, forward_pass: ForwardPass, grad: Tensor) -> None:
+        """Note that a backward pass goes through ``forward_pass``."""
+        if not silenced(self):
+            self._enter().visit(forward_pass, twice=grad.requires_grad)
+
+    def on_output_grad(
+        self, captured: CapturedCall, position: int, grad: Tensor
+    ) -> None:
+        """Keep the gradient until those of the site's parameters are complete."""
+        if silenced(self):
+            return
+        tasks = self._enter()
+        tasks.visit(captured.forward_pass, twice=grad.requires_grad)
+        tasks.arrived(captured)
+        captured.call.grads[position] = grad.detach()
+        if self.wanted.closure:
+            tasks.closure.note(captured.site.params)
+
+    def on_unreadable(self, site: Site, forward_pass: ForwardPass, reason: str) -> None:
+        """Read the site's parameters at a larger module from the next pass on."""
+        forward_pass.faults.append(f"{site.path or 'the model'}: {reason}")
+        self.plan.widen(self.plan.indices_of(site))
+
+    def _enter(self) -> BackwardTasks:
+        """Notice the first hook of a backward pass, before anything is accumulated."""
+        if self._tasks.enter(torch._C._current_graph_task_id()):
+            self._record.start(self._watch.before())
+        return self._tasks
+
+    def _on_accumulated(self, index: int) -> None:
+        if silenced(self):
+            return
+        tasks = self._tasks
+        if tasks.enter(torch._C._current_graph_task_id()):
+            self._record.start_unseen()
+        if tasks.open():
+            end = partial(self._on_backward_end, tasks.task)
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+            self._record.add(self._passes())
+        if not self.wanted.examples:
+            return
+        if len(self.plan.sites_of(index)) > 1:
+            tasks.deferred.append(index)  # other layers may still add to it
+            if self.replicas.wrapped and self.wanted.closure:
+                tasks.closure.keep(self.parameters[index])
+        else:
+            self._read(index)
+
+    def _passes(self) -> list[ForwardPass]:
+        """The passes that the backward pass goes through, as far as hooks can tell."""
+        active = self.active
+        return self._tasks.passes or ([] if active is None else [active])
+
+    # ------------------------------------------------------------- norms computed
+
+    def _read(self, index: int) -> None:
+        """Compute the norms of one parameter, whose gradient is complete."""
+        passes = self._passes()
+        calls = [
+            captured
+            for site in self.plan.sites_of(index)
+            for captured in self._tasks.calls_of(site)
+        ]
+        if not calls and any(forward_pass.num_calls for forward_pass in passes):
+            self.plan.widen([index])
+        if any(forward_pass.faults for forward_pass in passes):
+            return
+        fault = self._fault(calls, passes, index)
+        if fault:
+            for forward_pass in passes:
+                forward_pass.faults.append(fault)
+            return
+        try:
+            with (
+                torch.no_grad(),
+                silence(),
+                _no_autocast(self.parameters[index]),
+                eagerly(bool(self.opaque)),
+            ):
+                self._compute(index, calls)
+        except LayerReadError as error:
+            self.on_unreadable(calls[0].site, passes[0], str(error))
+
+    def _fault(
+        self, calls: list[CapturedCall], passes: list[ForwardPass], index: int
+    ) -> str:
+        """Why the captured calls do not tell this parameter's norms, if so."""
+        name = self.names[index]
+        if any(p.twice - {self._tasks.task} for p in passes):
+            return (
+                "the gradient was differentiated once more, as for a gradient penalty, "
+                "whose part in it no layer's call tells"
+            )
+        if not calls:
+            return f"no call of the module that owns {name} reached the loss"
+        if len(passes) > 1:
+            return f"{len(passes)} forward passes went into one backward pass"
+        if index in passes[0].read or any(c.released for c in calls):
+            return "two backward passes went through one forward pass"
+        if any(c.versions != versions_of(c.call) for c in calls):
+            return f"an input of {calls[0].site.path} was written to after its use"
+        return ""
+
+    def _compute(self, index: int, calls: list[CapturedCall]) -> None:
+        parameter, forward_pass = self.parameters[index], calls[0].forward_pass
+        for captured in calls:
+            self._forward.resolve(captured)
+        contributions = [(captured.site, captured.call) for captured in calls]
+        closure = self.wanted.closure
+        sq_norms = self.units.read(index, calls, closure=closure)
+        if closure and sq_norms is not None:
+            chunks = self.units.chunks_of(calls[0])
+            closing = self._tasks.closure
+            closing.compare(parameter, contributions, sq_norms, chunks=chunks)
+        if self.wanted.tangents is not None:
+            tangent = self.wanted.tangents[self.names[index]]
+            forward_pass.inner_products += [
+                site.rule.inner_products(call, {site.name_of(parameter): tangent})
+                for site, call in contributions
+            ]
+        if self.listener is not None:
+            self.listener.read(index, calls)
+        for captured in calls:
+            captured.count_read()
+
+    def _on_backward_end(self, task: int) -> None:
+        self._tasks.enter(task)
+        with torch.no_grad():
+            for index in dict.fromkeys(self._tasks.deferred):
+                self._read(index)
+        if self.replicas.wrapped:
+            # The reduction ends in a callback that was queued after this one.
+            torch.autograd.Variable._execution_engine.queue_callback(self._on_reduced)
+        else:
+            self._on_reduced()
+        self._commit(task)
+        closure = self._tasks.close()
+        if self.wanted.examples and self.wanted.closure:
+            self._judge(closure.failures())
+
+    def _commit(self, task: int) -> None:
+        """Note in the forward pass what its own backward pass has brought."""
+        passes = self._passes()
+        if self.own_gradients.wanted:
+            known = None if self.replicas.wrapped else self._record.gradient
+            norms = self.own_gradients.take(task, known)
+            for forward_pass in passes:
+                forward_pass.own_norms += norms
+                if len(passes) > 1:
+                    forward_pass.own_faults.append(
+                        f"{len(passes)} forward passes went into one backward pass"
+                    )
+        if self.signed is not None:
+            self.signed.commit(task)
+
+    def _on_reduced(self) -> None:
+        """Take the norm of the gradient as it is applied, before anybody clips it."""
+        if self.wanted.gradient:
+            with torch.no_grad():
+                self._record.gradient = gradient_sq_norms(self.parameters)
+                self._record.scaled_gradient = self.units.scaled_sq_norms()
+                if self.listener is not None:
+                    self.listener.gradient_ready(self._record)
+        self._unreduced = not self._reduces
+        self._watch.after_backward()
+
+    def clip_factor(self) -> Tensor | float | None:
+        """Return by what ``|.grad|`` was multiplied since it was read, if it was."""
+        before = self._record.gradient
+        if before is None:
+            return None
+        if not self._watch.changed():
+            return 1.0
+        with torch.no_grad():
+            after = gradient_sq_norms(self.parameters)
+            return (after.sum() / before.sum()).sqrt()
+
+    def before_step(self) -> None:
+        """Read a gradient that no backward pass has left, such as one set by hand."""
+        if (
+            self.wanted.gradient
+            and self._record.gradient is None
+            and self._watch.changed()
+            and any(parameter.grad is not None for parameter in self.parameters)
+        ):
+            with torch.no_grad():
+                self._record.gradient = gradient_sq_norms(self.parameters)
+            self._record.faults.insert(
+                0, "no backward pass was seen that has left this gradient"
+            )
+
+    def _judge(self, failures: set[int]) -> None:
+        """Widen the sites whose contributions do not add up, or give up on them."""
+        failed = [i for i, p in enumerate(self.parameters) if id(p) in failures]
+        if not failed:
+            if not any(p.faults for p in self._record.passes):
+                self.verified = self._has_held = True
+            return
+        names = ", ".join(self.names[i] for i in failed)
+        fault = f"per-example gradients did not add up to the gradient of {names}"
+        for forward_pass in self._record.passes:
+            forward_pass.faults.append(fault)
+        self.verified = not self.plan.widen(failed)
+        if self.verified:
+            self._forward.refusal = fault
+        # Where it has held before, training goes on; its readings say what is wrong.
+        if self.verified and not self._has_held:
+            raise ClosureError(
+                "a probe needs per-example gradients that add up to .grad, got another "
+                f"gradient for {names}. A penalty on the weights inside the loss, a "
+                "gradient penalty or a hook that changes gradients does this; use the "
+                "optimiser's weight_decay, or leave these parameters out with params=."
+            )
+
+
+def gradient_sq_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return ``|.grad|²`` per parameter, zero where there is none.
+
+    In float32 or wider: squares of half-precision gradients overflow.
+    """
+    found = [(i, p.grad) for i, p in enumerate(parameters) if p.grad is not None]
+    norms = torch._foreach_norm([widen(grad) for _, grad in found])
+    sq_norms = torch.stack(norms).square_()
+    if len(found) == len(parameters):
+        return sq_norms
+    index = torch.tensor([i for i, _ in found], device=sq_norms.device)
+    return sq_norms.new_zeros(len(parameters)).index_copy_(0, index, sq_norms)
+
+
+def _no_autocast(parameter: nn.Parameter) -> AbstractContextManager[object]:
+    """Exact norms also where the user calls ``backward`` under autocast."""
+    kind = parameter.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

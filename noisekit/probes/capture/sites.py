@@ -1,0 +1,113 @@
+"""Where a model's parameters are read, and where instead once that has failed."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from noisekit.core.layers.replay import ModuleReplay
+from noisekit.core.layers.sites import Site, assign_sites, enclosing_path, replay_site
+
+
+class SitePlan:
+    """Assigns parameters to sites, and widens a site that does not account for one.
+
+    A site is widened to the module around it, which is replayed, until the whole
+    model is. Changes take effect at ``refresh``, between two forward passes.
+
+    Attributes:
+        sites: Where the parameters are read now.
+        stale: Whether there are changes that wait for ``refresh``.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        self._model = model
+        self._parameters = dict(parameters)
+        self._replayed: dict[int, str] = {}
+        self.stale = False
+        self._assign()
+
+    def _assign(self) -> None:
+        parameters = list(self._parameters.values())
+        plain = [p for i, p in enumerate(parameters) if i not in self._replayed]
+        groups: dict[str, list[nn.Parameter]] = {}
+        for index, path in self._replayed.items():
+            groups.setdefault(path, []).append(parameters[index])
+        assigned = []
+        for site in assign_sites(self._model, plain):
+            if isinstance(site.rule, ModuleReplay) and site.path in groups:
+                groups[site.path].extend(site.params.values())  # one replay for both
+            else:
+                assigned.append(site)
+        self.sites: tuple[Site, ...] = (
+            *assigned,
+            *(replay_site(self._model, path, group) for path, group in groups.items()),
+        )
+        self._sites_of = [
+            [s for s in self.sites if any(p is q for q in s.params.values())]
+            for p in parameters
+        ]
+
+    def sites_of(self, index: int) -> list[Site]:
+        """The sites that add to the parameter with this index."""
+        return self._sites_of[index]
+
+    def indices_of(self, site: Site) -> list[int]:
+        """The parameters read at ``site``."""
+        return [i for i, sites in enumerate(self._sites_of) if site in sites]
+
+    def sole_names(self, site: Site) -> tuple[str, ...]:
+        """Names, inside the module, of parameters that only ``site`` reads."""
+        parameters = list(self._parameters.values())
+        sole = [i for i in self.indices_of(site) if len(self._sites_of[i]) == 1]
+        return tuple(site.name_of(parameters[i]) for i in sole)
+
+    def widen(self, indices: Sequence[int]) -> bool:
+        """Read these parameters at a larger module; return whether there was one."""
+        widened = False
+        for index in indices:
+            sites = self._sites_of[index]
+            if index in self._replayed and self._replayed[index] != sites[0].path:
+                continue  # widened before in this pass
+            if not sites[0].path and isinstance(sites[0].rule, ModuleReplay):
+                continue
+            paths = [site.path for site in sites]
+            self._replayed[index] = enclosing_path(self._model, paths)
+            widened = self.stale = True
+        return widened
+
+    @property
+    def replayed(self) -> dict[str, str]:
+        """Paths of the modules replayed for parameters that were widened, by name."""
+        names = list(self._parameters)
+        return {names[index]: path for index, path in self._replayed.items()}
+
+    def replay(self, paths: Mapping[str, str]) -> None:
+        """Widen as another plan of the same model has; see ``replayed``."""
+        names = list(self._parameters)
+        self._replayed = {names.index(name): path for name, path in paths.items()}
+        self.stale = True
+
+    def refresh(self) -> bool:
+        """Put changes into effect; return whether there were any."""
+        if not self.stale:
+            return False
+        self._assign()
+        self.stale = False
+        return True
+
+    def coverage(self) -> dict[str, str]:
+        """How each parameter is read: by a layer's rule, or by replaying what."""
+        found = {}
+        for index, name in enumerate(self._parameters):
+            sites = self._sites_of[index]
+            ways = {
+                site.rule.name
+                if not isinstance(site.rule, ModuleReplay)
+                else f"replay of {site.path or 'the model'}"
+                for site in sites
+            }
+            shared = ", shared" if len(sites) > 1 else ""
+            found[name] = " and ".join(sorted(ways)) + shared
+        return found

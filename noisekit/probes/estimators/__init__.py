@@ -1,0 +1,1 @@
+"""The ways to estimate gradient noise from what a step has left."""

@@ -1,0 +1,1 @@
+"""What else comes of the same pass: tests, moments, movement, curvature."""

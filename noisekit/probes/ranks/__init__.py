@@ -1,0 +1,1 @@
+"""Readings of a training that runs on several processes."""

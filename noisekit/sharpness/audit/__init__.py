@@ -1,0 +1,1 @@
+"""The same quantity by several packages, and why they differ."""

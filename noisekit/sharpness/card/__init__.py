@@ -1,0 +1,1 @@
+"""Many measures of one model on the same data."""

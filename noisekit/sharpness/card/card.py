@@ -1,0 +1,287 @@
+"""The sharpness card: many measures of one model on the same data."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from noisekit.core.errors import UsageError
+from noisekit.core.results import Estimate, Status
+from noisekit.core.risk import BatchNormPolicy
+from noisekit.core.vocabulary import quantity
+from noisekit.sharpness.card.citations import bibtex
+from noisekit.sharpness.card.registry import GAUGES, MEASURES, Gauge
+from noisekit.sharpness.card.subject import Detail, MeasureSettings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardRow:
+    """One quantity on a card.
+
+    Attributes:
+        measure: The measure that gave it.
+        quantity: Its name in the vocabulary.
+        variant: The setting that tells several of one quantity apart.
+        gauge: Which function-preserving rescalings leave it as it is.
+        estimate: Value, error, cost and status.
+        data_stderr: Error over the batches, where it is not the estimate's own.
+        over_data: The estimate with that error counted in, as a value for other data.
+        first_order_share: Part of a rise that the gradient alone accounts for.
+        reason: Why there is no value, or what a reader must know of it.
+        seconds: What its measure took [s].
+        detail: Settings and by-products.
+    """
+
+    measure: str
+    quantity: str
+    variant: str
+    gauge: Gauge
+    estimate: Estimate
+    data_stderr: float | None
+    over_data: Estimate
+    first_order_share: float | None
+    reason: str
+    seconds: float
+    detail: Detail
+
+    @property
+    def label(self) -> str:
+        """Quantity and variant."""
+        return f"{self.quantity}[{self.variant}]" if self.variant else self.quantity
+
+    def cells(self) -> dict[str, float | int | str | None]:
+        """Return the row as plain cells, for a table.
+
+        ``low`` and ``high`` are the interval of 95 % over probes and data.
+        """
+        estimate, whole = self.estimate, self.over_data
+        known = any(
+            part is not None
+            for part in (whole.stderr, whole.bound, whole.ratio, whole.side)
+        )
+        interval = whole.interval() if known else None
+        return {
+            "measure": self.measure,
+            "quantity": self.quantity,
+            "variant": self.variant,
+            "value": estimate.value,
+            "unit": quantity(self.quantity).unit,
+            "stderr": estimate.stderr,
+            "data_stderr": self.data_stderr,
+            "bound": estimate.bound,
+            "low": interval.low if interval else None,
+            "high": interval.high if interval else None,
+            "error_source": estimate.error_source,
+            "num_samples": estimate.num_samples,
+            "status": estimate.status.value,
+            "side": estimate.side,
+            "gauge": self.gauge,
+            "first_order_share": self.first_order_share,
+            "num_matvecs": estimate.num_matvecs,
+            "num_grads": estimate.num_grads,
+            "seconds": self.seconds,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """Where and how everything on a card was measured.
+
+    Attributes:
+        loss: Mean loss at the weights.
+        error: Share of misclassified examples, where there are classes.
+        grad_norm: Norm of the gradient [loss/param].
+        weight_norm: Norm of the chosen parameters.
+        num_params: How many they are.
+        num_examples: Examples in the data.
+        num_batches: Batches in the data.
+        data_hash: Hash of the examples.
+        bn: What BatchNorm normalised with.
+        reduction: Of the loss: ``"mean"`` or ``"sum"``.
+        dtype: Precision of the parameters; below float32 all is computed in float32.
+        device: Where they are.
+        model: Name of the model's class.
+        loss_fn: Name of the loss.
+        seed: Seed of all random streams.
+        torch_version: Version of PyTorch.
+    """
+
+    loss: float
+    error: float | None
+    grad_norm: float
+    weight_norm: float
+    num_params: int
+    num_examples: int
+    num_batches: int
+    data_hash: str
+    bn: BatchNormPolicy
+    reduction: str
+    dtype: str
+    device: str
+    model: str
+    loss_fn: str
+    seed: int
+    torch_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharpnessCard:
+    """Many measures of one model on the same data.
+
+    ``card["lambda_max"]`` is an estimate, ``print(card)`` a table with the conditions.
+
+    Attributes:
+        rows: The quantities; one that could not be had says why.
+        conditions: Where and how they were measured.
+        settings: Radii, steps and tolerances.
+    """
+
+    rows: tuple[CardRow, ...]
+    conditions: Conditions
+    settings: MeasureSettings
+
+    def __getitem__(self, name: str) -> Estimate:
+        """Return the estimate of a quantity, or of ``quantity[variant]``.
+
+        Raises:
+            UsageError: If there is no such quantity, or more than one variant.
+        """
+        return self.row(name).estimate
+
+    def row(self, name: str) -> CardRow:
+        """Return the row of a quantity, or of ``quantity[variant]``.
+
+        Raises:
+            UsageError: If there is no such quantity, or more than one variant.
+        """
+        found = [row for row in self.rows if name in {row.label, row.quantity}]
+        if len(found) == 1:
+            return found[0]
+        labels = ", ".join(row.label for row in (found or self.rows))
+        raise UsageError(
+            f"the card needs the name of one quantity, got {name!r}; there are: "
+            f"{labels}."
+        )
+
+    @property
+    def seconds(self) -> float:
+        """What everything took [s]."""
+        taken = {row.measure: row.seconds for row in self.rows}
+        return sum(taken.values())
+
+    @property
+    def num_matvecs(self) -> int:
+        """Hessian products spent; what measures share is counted once."""
+        return sum(row.estimate.num_matvecs for row in self.rows)
+
+    @property
+    def num_grads(self) -> int:
+        """Gradient evaluations spent."""
+        return sum(row.estimate.num_grads for row in self.rows)
+
+    def frame(self) -> "pd.DataFrame":
+        """Return one row per quantity, with its error, status, gauge and cost."""
+        import pandas as pd
+
+        return pd.DataFrame([row.cells() for row in self.rows])
+
+    def to_json(self) -> str:
+        """Return everything as JSON; what is not a finite number is ``null``."""
+        content = {
+            "conditions": asdict(self.conditions),
+            "settings": asdict(self.settings),
+            "rows": [row.cells() | {"detail": row.detail} for row in self.rows],
+            "num_matvecs": self.num_matvecs,
+            "num_grads": self.num_grads,
+            "seconds": self.seconds,
+            "methods": self.methods(),
+            "bibtex": self.bibtex(),
+        }
+        return json.dumps(_plain(content), indent=2, ensure_ascii=False)
+
+    def methods(self) -> str:
+        """Return a paragraph for a paper's methods section."""
+        at = self.conditions
+        clauses = "; ".join(
+            f"{MEASURES[name].method} ({name})" for name in self._taken()
+        )
+        draws = (
+            f" Traces used {self.settings.trace_matvecs} products and noise "
+            f"{self.settings.num_draws} draws; eigenvalues a relative tolerance of "
+            f"{self.settings.tol:g}."
+        )
+        return (
+            f"Sharpness was measured with noisekit on {at.num_examples} examples in "
+            f"{at.num_batches} batches (data hash {at.data_hash[:12]}), for "
+            f"{at.num_params} parameters in {at.dtype}, in evaluation mode without "
+            f"dropout, with BatchNorm policy '{at.bn}'; the {at.reduction} loss there "
+            f"was {at.loss:.4g} and the gradient norm {at.grad_norm:.3g}. Computed "
+            f"were: {clauses}.{draws} All random numbers came from seed {at.seed}."
+        )
+
+    def bibtex(self) -> str:
+        """Return the BibTeX entries of the measures that could be had."""
+        return bibtex(key for name in self._taken() for key in MEASURES[name].sources)
+
+    def _taken(self) -> list[str]:
+        """The measures that gave something, in order."""
+        had = (
+            row.measure
+            for row in self.rows
+            if row.estimate.status is not Status.UNAVAILABLE
+        )
+        return list(dict.fromkeys(had))
+
+    def __str__(self) -> str:
+        """Write a table, with the conditions above and the gauges below."""
+        at = self.conditions
+        error = "" if at.error is None else f", error {100 * at.error:.3g} %"
+        head = [
+            f"Sharpness of {at.model} ({at.num_params} parameters, {at.dtype}) on "
+            f"{at.num_examples} examples ({at.data_hash[:12]})",
+            f"loss {at.loss:.4g}{error}, |g| {at.grad_norm:.3g}, |w| "
+            f"{at.weight_norm:.4g}, BatchNorm {at.bn}, seed {at.seed}",
+        ]
+        lines = [_line(row) for row in self.rows]
+        width = [max(len(line[i]) for line in lines) for i in range(4)]
+        table = [
+            "  ".join(
+                cell.ljust(wide) for cell, wide in zip(line, width, strict=True)
+            ).rstrip()
+            for line in lines
+        ]
+        used = dict.fromkeys(row.gauge for row in self.rows)
+        gauges = [f"{name}: {GAUGES[name]}" for name in used]
+        cost = (
+            f"{self.num_matvecs} Hessian products, {self.num_grads} gradients, "
+            f"{self.seconds:.3g} s"
+        )
+        return "\n".join([*head, "", *table, "", *gauges, cost])
+
+
+def _line(row: CardRow) -> tuple[str, str, str, str]:
+    """A row's name, value with error, gauge, and remarks."""
+    remarks = [row.reason] if row.reason else []
+    if row.data_stderr is not None:
+        remarks.append(f"± {row.data_stderr:.2g} over data")
+    if row.first_order_share is not None and math.isfinite(row.first_order_share):
+        remarks.append(f"first-order share {row.first_order_share:.2f}")
+    unit = quantity(row.quantity).unit
+    value = f"{row.estimate} {unit}".rstrip()
+    return row.label, value, row.gauge, "; ".join(remarks)
+
+
+# Whatever a card holds, as JSON knows it.
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

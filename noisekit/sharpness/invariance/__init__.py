@@ -1,0 +1,1 @@
+"""Rescalings that keep a network's function, and which measures see them."""

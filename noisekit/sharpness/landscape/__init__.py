@@ -1,0 +1,1 @@
+"""The loss along lines, curves and planes through solutions."""

@@ -1,0 +1,235 @@
+"""A curve of low loss between two solutions, found by training its bend."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.errors import UsageError
+from noisekit.core.params import flatten
+from noisekit.core.risk import (
+    Batch,
+    BatchNormPolicy,
+    EmpiricalRisk,
+    LossFn,
+    Normaliser,
+)
+from noisekit.curvature.random_vectors import entropy_generator
+from noisekit.sharpness.landscape.interpolation import (
+    Interpolation,
+    fitting_state,
+    interpolate_of,
+)
+from noisekit.sharpness.landscape.points import (
+    chosen_names,
+    load_state,
+    own_state,
+    state_given_back,
+    values_at,
+)
+
+CurveShape = Literal["bezier", "polychain"]
+
+_FIRST_NUDGE = 1e-2
+"""Of the ends' distance: a straight line over a ridge has no slope to either side."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConnectingCurve:
+    """A curve between two solutions, beside the straight line.
+
+    Attributes:
+        curve: Losses and errors along it; ``alphas`` are its coordinate from 0 to 1.
+        straight: The same along the straight line, on the same points.
+        shape: ``"bezier"`` or ``"polychain"``.
+        bend: State dict of the curve's middle control point.
+        num_grads: Gradient evaluations over all data that the training took.
+    """
+
+    curve: Interpolation
+    straight: Interpolation
+    shape: CurveShape
+    bend: Mapping[str, Tensor]
+    num_grads: int
+
+    @property
+    def barrier(self) -> float:
+        """Height of the curve above the line between both ends' losses [loss]."""
+        return self.curve.barrier
+
+
+def connecting_curve(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    start: Mapping[str, Tensor],
+    end: Mapping[str, Tensor],
+    shape: CurveShape = "bezier",
+    num_steps: int = 200,
+    learning_rate: float = 0.05,
+    num_points: int = 21,
+    generator: torch.Generator | None = None,
+    bn: BatchNormPolicy = "recalibrated",
+    normaliser: Normaliser | None = None,
+) -> ConnectingCurve:
+    r"""Return a curve between two solutions along which the loss stays low.
+
+    .. math:: (1 - t)^2 w_0 + 2 t (1 - t)\, \theta + t^2 w_1 \quad\text{(bezier)}
+
+    A ``"polychain"`` goes straight from :math:`w_0` to :math:`\theta` and on to
+    :math:`w_1`. The bend :math:`\theta` starts in the middle and is trained by Adam on
+    the loss over all data at a random point of the curve. A low curve shows that two
+    minima lie in one valley; a high one only that this search found none.
+
+    Args:
+        model: A model that both state dicts fit; it is given back bit for bit.
+        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
+        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
+        start: State dict at ``t = 0``.
+        end: State dict at ``t = 1``.
+        shape: ``"bezier"`` or ``"polychain"``.
+        num_steps: Training steps, one gradient over all data each.
+        learning_rate: Adam's, in units of the root mean square distance of the ends
+            per weight.
+        num_points: Points at which the curve is evaluated, ends included.
+        generator: Source of the points that are trained on; by default a fresh one.
+        bn: What BatchNorm normalises with; ``"running"`` moves the statistics along
+            the straight line, and they are then not those of the curve's weights.
+        normaliser: What ``loss_fn`` divides by, where it is not the example count.
+
+    Raises:
+        UsageError: If a state dict does not fit the model, or an argument is out of
+            range.
+
+    Source:
+        Garipov et al. 2018, arXiv:1802.10026, section 3.
+    """
+    _refuse_bad_arguments(shape, num_steps, learning_rate, num_points)
+    risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
+    own = own_state(risk.model)
+    path = _Path(
+        risk,
+        shape,
+        fitting_state(own, start, "start"),
+        fitting_state(own, end, "end"),
+    )
+    if num_steps:
+        _train(path, own, num_steps, learning_rate, entropy_generator(generator))
+    times = [float(t) for t in np.linspace(0, 1, num_points)]
+    values = values_at(
+        risk, lambda i: path.state_at(times[i]), num_points, exact=[0, num_points - 1]
+    )
+    return ConnectingCurve(
+        curve=Interpolation(
+            tuple(times),
+            values.losses,
+            values.errors,
+            risk.bn,
+            risk.num_examples,
+            path=shape,
+            num_batched=values.num_batched,
+            loop_reason=values.loop_reason,
+        ),
+        straight=interpolate_of(
+            risk, start=start, end=end, num_points=num_points, low=0.0, high=1.0
+        ),
+        shape=shape,
+        bend=path.bend_state(),
+        num_grads=num_steps,
+    )
+
+
+class _Path:
+    """The curve for one bend."""
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        shape: CurveShape,
+        start: dict[str, Tensor],
+        end: dict[str, Tensor],
+    ) -> None:
+        self.risk = risk
+        self._shape = shape
+        self._start, self._end = start, end
+        self._names = chosen_names(risk)
+        self.first, self.last = (
+            flatten(state[name] for name in risk.layout.names).double()
+            for state in (start, end)
+        )
+        self.bend = (self.first + self.last) / 2
+
+    def shares(self, t: float) -> tuple[float, float, float]:
+        """What start, bend and end are multiplied by."""
+        if self._shape == "bezier":
+            return (1 - t) ** 2, 2 * t * (1 - t), t**2
+        if t <= 0.5:
+            return 1 - 2 * t, 2 * t, 0.0
+        return 0.0, 2 - 2 * t, 2 * t - 1
+
+    def state_at(self, t: float) -> dict[str, Tensor]:
+        """Weights on the curve; all else of floating type goes straight."""
+        if t in {0.0, 1.0}:
+            ends = self._start, self._end
+            return dict(ends[int(t)])
+        a, b, c = self.shares(t)
+        moved = a * self.first + b * self.bend + c * self.last
+        return self._state(moved.to(self.risk.layout.dtype), t)
+
+    def bend_state(self) -> dict[str, Tensor]:
+        """State dict of the bend, with statistics of the middle."""
+        return self._state(self.bend.to(self.risk.layout.dtype), 0.5)
+
+    def _state(self, weights: Tensor, t: float) -> dict[str, Tensor]:
+        names = self.risk.layout.names
+        parts = dict(zip(names, self.risk.layout.split(weights), strict=True))
+        state = {}
+        for key, value in self._start.items():
+            if key in self._names:
+                state[key] = parts[self._names[key]].to(value.dtype)
+            elif value.is_floating_point():
+                state[key] = torch.lerp(value, self._end[key], t)
+            else:
+                state[key] = value
+        return state
+
+
+def _train(
+    path: _Path,
+    own: Mapping[str, Tensor],
+    num_steps: int,
+    learning_rate: float,
+    generator: torch.Generator,
+) -> None:
+    gap = path.last - path.first
+    unit = float(gap.norm()) / len(gap) ** 0.5
+    noise = torch.randn(
+        len(gap), generator=generator, device=generator.device, dtype=gap.dtype
+    )
+    bend = path.bend.add_(_FIRST_NUDGE * unit * noise.to(gap.device))
+    optimizer = torch.optim.Adam([bend], lr=learning_rate * unit)
+    drawn = torch.rand(num_steps, generator=generator, device=generator.device)
+    with state_given_back(own):
+        for t in drawn.tolist():
+            load_state(own, path.state_at(t))
+            _, gradient = path.risk.value_and_grad()
+            bend.grad = path.shares(t)[1] * gradient.to(bend.dtype)
+            optimizer.step()
+
+
+def _refuse_bad_arguments(
+    shape: str, num_steps: int, learning_rate: float, num_points: int
+) -> None:
+    if shape not in get_args(CurveShape):
+        raise UsageError(f"shape needs to be 'bezier' or 'polychain', got {shape!r}.")
+    if num_steps < 0 or not learning_rate > 0:
+        raise UsageError(
+            "a curve needs num_steps >= 0 and learning_rate > 0, got "
+            f"{num_steps} and {learning_rate}."
+        )
+    if num_points < 3:
+        raise UsageError(f"num_points needs to be at least 3, got {num_points}.")

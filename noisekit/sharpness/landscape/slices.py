@@ -1,0 +1,194 @@
+"""The loss on a line or a plane through the present weights."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.errors import UsageError
+from noisekit.core.params import ParameterPatterns
+from noisekit.core.risk import (
+    MEMORY_BUDGET,
+    Batch,
+    BatchNormPolicy,
+    EmpiricalRisk,
+    LossFn,
+    Normaliser,
+)
+from noisekit.sharpness.landscape.directions import (
+    DirectionKind,
+    Directions,
+    OneDimensional,
+    directions_for,
+)
+from noisekit.sharpness.landscape.points import chosen_names, own_state, values_at
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossSlice:
+    """Loss and error on a grid around the weights.
+
+    Attributes:
+        coordinates: One increasing array per axis; 0 is always in it.
+        losses: Loss at each grid point, of shape ``(n,)`` or ``(n, n)`` with the first
+            direction along the first axis; may be infinite or NaN.
+        errors: Share of misclassified examples, NaN where the data have no classes.
+        directions: The axes: their vectors, what a step of 1 means, their angle.
+        bn: What BatchNorm normalised with. Under ``"running"`` the statistics are
+            those of the weights in the middle, on the whole grid.
+        num_examples: Examples behind each loss.
+        num_batched: Points that were evaluated many at a time.
+        loop_reason: Why the others, the middle apart, went one by one; else empty.
+    """
+
+    coordinates: tuple[np.ndarray, ...]
+    losses: np.ndarray
+    errors: np.ndarray
+    directions: Directions
+    bn: BatchNormPolicy
+    num_examples: int
+    num_batched: int
+    loop_reason: str
+
+    @property
+    def middle_loss(self) -> float:
+        """Loss at the weights themselves [loss]."""
+        middle = tuple(int(np.flatnonzero(c == 0)[0]) for c in self.coordinates)
+        return float(self.losses[middle])
+
+    def frame(self) -> "pd.DataFrame":
+        """Return a table with ``first``, in a plane ``second``, ``loss``, ``error``."""
+        import pandas as pd
+
+        grids = np.meshgrid(*self.coordinates, indexing="ij")
+        names = ("first", "second")[: len(grids)]
+        columns = {name: g.ravel() for name, g in zip(names, grids, strict=True)}
+        values = {"loss": self.losses.ravel(), "error": self.errors.ravel()}
+        return pd.DataFrame(columns | values)
+
+
+def loss_slice(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    directions: DirectionKind | Sequence[Tensor] = "filter_normalised",
+    dims: int = 2,
+    extent: float = 1.0,
+    num_points: int = 25,
+    one_dimensional: OneDimensional = "fixed",
+    generator: torch.Generator | None = None,
+    bn: BatchNormPolicy = "running",
+    normaliser: Normaliser | None = None,
+    params: ParameterPatterns = None,
+) -> LossSlice:
+    """Return the loss on a line or a plane through the model's weights.
+
+    A slice shows two of ``P`` directions, and how wide it looks depends on the scale
+    of the weights. Filter normalisation takes the scale of each filter out of it,
+    which makes slices of a ReLU network comparable under rescalings of whole layers,
+    not of single neurons. Grid points are evaluated many at a time where PyTorch can.
+
+    Args:
+        model: Evaluated without dropout; given back bit for bit.
+        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
+        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
+        directions: ``"filter_normalised"``, ``"random"`` (Gaussian, orthogonal, as
+            long as the weights), ``"eigenvectors"`` (of the largest Hessian
+            eigenvalues, of unit norm), or one flat vector ``(P,)`` per axis, taken as
+            it is.
+        dims: 1 for a line, 2 for a plane.
+        extent: The grid goes from ``-extent`` to ``extent`` along each direction.
+        num_points: Points of the even grid along each axis; 0 is added where the grid
+            misses it.
+        one_dimensional: Whether biases and weights of norms stay under filter
+            normalisation (``"fixed"``), or each moves as one filter (``"scaled"``).
+        generator: Source of the directions; by default a fresh one.
+        bn: What BatchNorm normalises with; ``"recalibrated"`` computes the statistics
+            anew at each point.
+        normaliser: What ``loss_fn`` divides by, where it is not the example count.
+        params: Names or patterns of the parameters that move; all by default.
+
+    Returns:
+        The losses and errors on the grid, and the directions.
+
+    Raises:
+        UsageError: If an argument is outside what it may be.
+
+    Source:
+        Li et al. 2018, arXiv:1712.09913, section 4.
+    """
+    risk = EmpiricalRisk(
+        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
+    )
+    chosen = directions_for(
+        risk, directions, dims, one_dimensional=one_dimensional, generator=generator
+    )
+    return loss_slice_of(risk, chosen, extent=extent, num_points=num_points)
+
+
+def loss_slice_of(
+    risk: EmpiricalRisk,
+    directions: Directions,
+    *,
+    extent: float = 1.0,
+    num_points: int = 25,
+    memory_budget: int = MEMORY_BUDGET,
+) -> LossSlice:
+    """Return a risk's loss along directions; see :func:`loss_slice`.
+
+    Stacked points and their activations take at most ``memory_budget`` bytes.
+
+    Raises:
+        UsageError: If the grid has no extent or too few points.
+    """
+    axis = _grid(extent, num_points)
+    dims = directions.vectors.shape[1]
+    shape = (len(axis),) * dims
+    middle = int(np.flatnonzero(axis == 0)[0])
+    names, own = chosen_names(risk), own_state(risk.model)
+    present = {key: own[key].clone() for key in names}
+    weights, columns = risk.vector().double(), directions.vectors.double()
+
+    def state_at(index: int) -> dict[str, Tensor]:
+        steps = [float(axis[i]) for i in np.unravel_index(index, shape)]
+        if not any(steps):
+            return present
+        moved = (weights + columns @ columns.new_tensor(steps)).to(risk.layout.dtype)
+        parts = dict(zip(risk.layout.names, risk.layout.split(moved), strict=True))
+        return {key: parts[first] for key, first in names.items()}
+
+    values = values_at(
+        risk,
+        state_at,
+        len(axis) ** dims,
+        exact=[int(np.ravel_multi_index((middle,) * dims, shape))],
+        memory_budget=memory_budget,
+    )
+    return LossSlice(
+        coordinates=(axis,) * dims,
+        losses=np.array(values.losses).reshape(shape),
+        errors=np.array(values.errors).reshape(shape),
+        directions=directions,
+        bn=risk.bn,
+        num_examples=risk.num_examples,
+        num_batched=values.num_batched,
+        loop_reason=values.loop_reason,
+    )
+
+
+def _grid(extent: float, num_points: int) -> np.ndarray:
+    """Even points from ``-extent`` to ``extent``, with exactly 0 among them."""
+    if not 0 < extent < np.inf:
+        raise UsageError(f"extent needs to be positive and finite, got {extent}.")
+    if num_points < 2:
+        raise UsageError(f"num_points needs to be at least 2, got {num_points}.")
+    even = np.linspace(-extent, extent, num_points)
+    apart = even[np.abs(even) > 1e-9 * extent]
+    return np.sort(np.append(apart, 0.0))
