@@ -50,6 +50,10 @@ nitpick_ignore_regex = [
         r"|pathlib)\..*",
     ),
     (r"py:.*", r"(Tensor|DataFrame|Figure|Path|Callable|Iterable|Mapping)"),
+    # What results and probes are made of, without a page of its own.
+    (r"py:.*", r"noisekit\.probes\.(estimators\.weights|ranks\.replicas)\.\w+"),
+    (r"py:.*", r"noisekit\.sharpness\.(audit\.known_defects|card\.subject)\.\w+"),
+    (r"py:.*", r"noisekit\.sharpness\.rise\.ascent\.AscentPlan"),
     # The sections of a recipe: the starter recipe says what they hold.
     (r"py:.*", r"noisekit\.train\.\w+\.\w+Spec"),
 ]

@@ -173,7 +173,7 @@ class EmpiricalRisk:
 
     @property
     def leaves(self) -> tuple[nn.Parameter, ...]:
-        """What to differentiate with respect to: parameters, or their wide copies."""
+        """The parameters, or their wide copies, that derivatives are taken of."""
         return self._precision.leaves_of(self.parameters)
 
     def restricted_to(self, params: ParameterPatterns) -> "EmpiricalRisk":

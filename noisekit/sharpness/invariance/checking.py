@@ -68,7 +68,7 @@ def check_invariance(
     measure that repeats itself bit by bit, a ratio inside counts whatever its error.
 
     Args:
-        measure: ``measure(model, loss_fn, batches)``, an :class:`Estimate`, a number
+        measure: ``measure(model, loss_fn, batches)``, an ``Estimate``, a number
             or a result with ``.estimate``. Each call starts from the same global
             random state; give it a generator with a fixed seed to make it repeatable.
             Or the name of one of noisekit's measures, which is taken at its usual
