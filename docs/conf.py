@@ -49,7 +49,10 @@ nitpick_ignore_regex = [
         r"(torch|np|numpy|pd|pandas|pyarrow|scipy|matplotlib|pydantic|nn|collections"
         r"|pathlib)\..*",
     ),
-    (r"py:.*", r"(Tensor|DataFrame|Figure|Path|Callable|Iterable|Mapping)"),
+    (
+        r"py:.*",
+        r"(Tensor|DataFrame|Figure|Path|Callable|Iterable|Mapping|ProcessGroup)",
+    ),
     # What results and probes are made of, without a page of its own.
     (r"py:.*", r"noisekit\.probes\.(estimators\.weights|ranks\.replicas)\.\w+"),
     (r"py:.*", r"noisekit\.sharpness\.(audit\.known_defects|card\.subject)\.\w+"),
