@@ -77,6 +77,14 @@ class Ratio:
     Their joint error gives Fieller's confidence set, which is unbounded where the
     denominator is not resolved from zero.
 
+    Attributes:
+        numerator: Average above the line.
+        denominator: Average below it.
+        numerator_variance: Sampling variance of the first.
+        denominator_variance: Sampling variance of the second.
+        covariance: Sampling covariance of the two.
+        signed: Whether the truth may be negative, as under indefinite curvature.
+
     Source:
         Fieller 1954, "Some problems in interval estimation".
     """
@@ -86,12 +94,14 @@ class Ratio:
     numerator_variance: float
     denominator_variance: float
     covariance: float
+    signed: bool = False
 
     def confidence_set(self, quantile: float) -> tuple[float, float]:
         """Return the positive part of Fieller's set for a two-sided quantile.
 
-        The ratio is of quantities whose truth is not negative, so of a set that
-        wraps through infinity the part above zero is kept: ``(low, inf)``.
+        Of a set that wraps through infinity the part above zero is kept:
+        ``(low, inf)``. Where all of it is negative but the truth cannot be, as where
+        weights were fitted to the very data, it says nothing: ``(0, inf)``.
         """
         if math.isinf(self.numerator_variance + self.denominator_variance):
             return (0.0, math.inf)
@@ -104,7 +114,10 @@ class Ratio:
             return (0.0, math.inf)
         root = math.sqrt(discriminant)
         if a > 0:
-            return ((b - root) / a, (b + root) / a)
+            low, high = (b - root) / a, (b + root) / a
+            if self.signed:
+                return (low, high)
+            return (max(0.0, low), high) if high > 0 else (0.0, math.inf)
         # With a <= 0 the set is everything but an open interval: above zero it is
         # what lies beyond the positive root of the quadratic.
         if c <= 0:
@@ -190,6 +203,10 @@ class Estimate:
         if self.bound is not None:
             return Interval(self.value - self.bound, self.value + self.bound, level)
         return Interval(-math.inf, math.inf, level)
+
+    def __repr__(self) -> str:
+        """Write what ``str`` does: its parts would flood whatever holds it."""
+        return f"Estimate({self})"
 
     def __str__(self) -> str:
         """Write the value with its kind of error, and its status unless OK."""

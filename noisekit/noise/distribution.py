@@ -27,7 +27,7 @@ class LogHistogram:
     low: float
     high: float
     counts: Tensor = field(repr=False)
-    num_invalid: Tensor
+    num_invalid: Tensor = field(repr=False)
 
     @classmethod
     def empty(

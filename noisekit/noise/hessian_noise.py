@@ -113,6 +113,7 @@ def _assembled(
         float(spread[0, 0]),
         float(spread[1, 1]),
         float(spread[0, 1]),
+        signed=True,
     )
 
     def estimate(

@@ -65,6 +65,10 @@ class Probe:
             self._handles.append(options.loss_fn.register_forward_hook(self._on_loss))
         self._prepare()
 
+    def __repr__(self) -> str:
+        """Write how much was read; nothing is waited for."""
+        return f"<Probe: {self._readings.num_taken} readings in {self.step} steps>"
+
     def _leave_compiled_calls(self) -> None:
         """Replay compiled parts only where it was asked for: it is a second pass."""
         names = set(self._noise.options.names)

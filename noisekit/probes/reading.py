@@ -1,7 +1,7 @@
 """What a probe reads at one optimiser step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from noisekit.probes.estimators.tokens import TokenCount
 from noisekit.probes.quantities.step_quantity import HessianForms, StepQuantity
 
 _NOTHING = Estimate(math.nan, status=Status.UNAVAILABLE)
+_LISTED_REPLAYS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,23 @@ class Coverage:
         """Say it in one line."""
         if self.reason is not None:
             return f"no noise: {self.reason}"
-        ways = sorted(set(self.methods.values()))
-        text = f"{len(self.methods)} parameters by {', '.join(ways)}"
+        text = f"{len(self.methods)} parameters by {_ways(self.methods.values())}"
         return text if self.note is None else f"{text}; {self.note}"
+
+    def __repr__(self) -> str:
+        """Write the line, not every parameter of a large model."""
+        return f"Coverage({self})"
+
+
+def _ways(methods: Iterable[str]) -> str:
+    """The ways once each; of many replayed modules the first and their number."""
+    found = sorted(set(methods))
+    replays = [way for way in found if way.startswith("replay of ")]
+    if len(replays) > _LISTED_REPLAYS:
+        rules = [way for way in found if way not in replays]
+        more = f"{replays[0]} and of {len(replays) - 1} more modules"
+        return ", ".join([*rules, more])
+    return ", ".join(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +126,36 @@ class Reading:
     tokens: TokenCount | None = None
     clip_factor: Tensor | float | None = None
     quantities: Mapping[str, StepQuantity | HessianForms] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Write the step, the noise scale and its parts, a line each."""
+        counted = "examples" if self.unit == "example" else "sequences"
+        lines = [
+            f"reading of step {self.step}, {self.batch_size} {counted}:",
+            f"  |gradient|²: {self.grad_sq_norm}",
+        ]
+        if self.moments is not None:
+            trace, norm, scale = self._finalised(self.moments)
+            name = "scale in tokens" if self.unit == "token" else "scale"
+            lines += [
+                f"  tr Σ: {trace}",
+                f"  |G|²: {norm}",
+                f"  simple noise {name}: {scale}",
+                f"  estimator: {self.estimator}",
+            ]
+        lines.append(f"  coverage: {self.coverage}")
+        for name, reason in self.coverage.missing.items():
+            lines.append(f"  no {name}: {reason}")
+        if self.quantities:
+            lines.append(f"  quantities: {', '.join(self.quantities)}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """Write the step only: values may still be on their device."""
+        return (
+            f"Reading(step={self.step}, batch_size={self.batch_size}, "
+            f"estimator={self.estimator!r}, complete={self.coverage.complete})"
+        )
 
     @property
     def grad_sq_norm(self) -> Estimate:

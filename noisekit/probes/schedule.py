@@ -103,10 +103,10 @@ class Overhead:
         """Say it in one line."""
         if self.share.status is not Status.OK:
             return "cost of readings not known: needs steps with and without a reading"
-        wanted = "" if self.budget is None else f" of {100 * self.budget:.3g} % allowed"
+        wanted = "" if self.budget is None else f" ({100 * self.budget:.3g} % allowed)"
         return (
-            f"readings every {self.every:.3g} steps took {100 * self.share.value:.2g} %"
-            f"{wanted}: {1000 * self.cost.value:.3g} ms beside steps of "
+            f"readings every {self.every:.3g} steps took {100 * self.share.value:.2g} "
+            f"% of the time{wanted}: {1000 * self.cost.value:.3g} ms beside steps of "
             f"{1000 * self.step_time.value:.3g} ms, by {self.clock}"
         )
 

@@ -1,7 +1,7 @@
 """The probe against brute force, on somebody's own model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,10 @@ class SelfCheck:
         num_examples: Examples compared.
     """
 
-    errors: Mapping[str, float]
+    errors: Mapping[str, float] = field(repr=False)
     estimators: Mapping[str, float]
     tolerance: float
-    coverage: Mapping[str, str]
+    coverage: Mapping[str, str] = field(repr=False)
     num_examples: int
 
     @property

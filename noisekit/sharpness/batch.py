@@ -1,7 +1,7 @@
 """Curvature of batch losses along the steps that the same batches ask for."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class BatchSharpness:
 
     estimate: Estimate
     ratio_of_means: Estimate
-    ratios: Tensor
+    ratios: Tensor = field(repr=False)
     batch_size: int
     num_left_out: int
 
@@ -51,6 +51,14 @@ class BatchSharpness:
     def __float__(self) -> float:
         """Return the bare value [loss/param²]."""
         return self.estimate.value
+
+    def __str__(self) -> str:
+        """Write both averages, and the batches behind them."""
+        left_out = f", {self.num_left_out} left out" if self.num_left_out else ""
+        return (
+            f"{self.estimate} loss/param², ratio of means {self.ratio_of_means}, "
+            f"{self.ratios.numel()} batches of {self.batch_size}{left_out}"
+        )
 
 
 def batch_sharpness(

@@ -134,6 +134,24 @@ def stability_threshold(
     return limit - sgd.weight_decay
 
 
+def refuse_steps_of_sum(reduction: str) -> None:
+    """Refuse an optimiser's own rate where it acts on the sum over a batch.
+
+    Args:
+        reduction: Of the loss; curvatures are those of its mean over examples.
+
+    Raises:
+        UsageError: If it is ``"sum"``.
+    """
+    if reduction == "sum":
+        raise UsageError(
+            "a stability threshold in units of the mean loss needs the rate of its "
+            "steps, got a sum loss, whose steps grow with the batch; pass "
+            "SGDRule(lr=rate * n, weight_decay=decay / n), n the examples of a step, "
+            "to measure or edge_of_stability_ratio; a tracker goes without optimizer=."
+        )
+
+
 def edge_of_stability_ratio(
     curvature: Estimate,
     rule: SGDRule | torch.optim.Optimizer,

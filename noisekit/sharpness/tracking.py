@@ -23,7 +23,10 @@ from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
 from noisekit.curvature.eigenvalues.screening import can_be_screened
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator
-from noisekit.sharpness.stability import edge_of_stability_ratio
+from noisekit.sharpness.stability import (
+    edge_of_stability_ratio,
+    refuse_steps_of_sum,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +119,12 @@ class SharpnessTracker:
 
         Raises:
             UsageError: If ``every`` is below 1, or the optimiser's threshold of
-                stability is unknown.
+                stability is unknown, as it is of a sum loss.
         """
         if every < 1:
             raise UsageError(f"every needs to be at least 1 step, got {every}.")
         if optimizer is not None:
+            refuse_steps_of_sum(risk.reduction)
             edge_of_stability_ratio(Estimate(0.0), optimizer)
         self.every = every
         self.readings: list[SharpnessReading] = []
@@ -131,6 +135,12 @@ class SharpnessTracker:
         self._tol = tol
         self._generator = entropy_generator(generator)
         self._vectors = self._lowest = torch.empty(self._hessian.shape[0], 0)
+
+    def __repr__(self) -> str:
+        """Write how often it measures, and how often it has."""
+        return (
+            f"<SharpnessTracker every {self.every} steps: {len(self.readings)} taken>"
+        )
 
     def __call__(self, step: int) -> SharpnessReading | None:
         """Measure if ``step`` is a multiple of ``every``; else return ``None``."""

@@ -173,8 +173,27 @@ def test_interval_contains_its_ends() -> None:
     assert not interval.contains(2.1)
 
 
+def test_what_holds_estimates_is_short() -> None:
+    """Catches: the parts of a ratio printed wherever an estimate is held."""
+    ratio = Ratio(2.0, 1.0, 0.1, 0.1, 0.0)
+    assert repr(Estimate(2.5, stderr=0.1)) == "Estimate(2.5 ± 0.1)"
+    assert len(repr([Estimate(2.0, ratio=ratio, num_samples=4)])) < 60
+
+
 def test_estimates_are_numbers_that_cannot_be_changed() -> None:
     estimate = Estimate(2.5, stderr=0.1)
     assert float(estimate) == 2.5
     with pytest.raises(dataclasses.FrozenInstanceError):
         estimate.value = 3.0  # type: ignore[misc]
+
+
+def test_a_ratio_that_cannot_be_negative_has_no_negative_set() -> None:
+    """Catches: a noise scale "between -54 and -30" where |G|² came out below zero."""
+    below = Ratio(10.0, -0.3, 0.01, 1e-4, 0.0)
+    assert below.confidence_set(1.96) == (0.0, math.inf)
+    wide = Ratio(0.1, 1.0, 0.04, 1e-4, 0.0)
+    low, high = wide.confidence_set(1.96)
+    assert low == 0.0
+    assert 0.3 < high < 0.7
+    signed = Ratio(10.0, -0.3, 0.01, 1e-4, 0.0, signed=True)
+    assert signed.confidence_set(1.96)[1] < 0

@@ -87,6 +87,14 @@ def test_what_is_no_symmetric_operator_is_refused(matrix: object, match: str) ->
         as_operator(matrix)
 
 
+def test_an_operator_says_what_it_is() -> None:
+    """Catches: a cell that shows nothing but an address in memory."""
+    operator = as_operator(MATRIX)
+    operator @ torch.ones(4)
+    text = "<DenseOperator (4, 4), torch.float64 on cpu, 1 products so far>"
+    assert repr(operator) == text
+
+
 def test_wrong_vectors_are_refused() -> None:
     with pytest.raises(UsageError, match=r"vector \(4,\) or a block \(4, k\), got"):
         as_operator(MATRIX) @ torch.zeros(3)

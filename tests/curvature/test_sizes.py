@@ -12,6 +12,7 @@ from noisekit.curvature import (
     effective_dimension,
     frobenius_norm,
     participation_ratio,
+    top_eigenpairs,
 )
 from tests.reference.curvature import symmetric_with_spectrum
 
@@ -68,13 +69,19 @@ def test_equal_eigenvalues_are_counted() -> None:
 
 
 def test_what_has_no_answer_says_so() -> None:
-    """Catches: 0/0 as a number; a count of directions where signs cancel."""
+    """Catches: 0/0 as a number; a count of directions where signs cancel; NaN refused.
+
+    The refusal spoke of the tolerance of a symmetry check.
+    """
     assert participation_ratio(torch.zeros(9, 9)).status is Status.NO_SIGNAL
     assert frobenius_norm(torch.zeros(9, 9)).value == 0.0
     indefinite = effective_dimension(torch.diag(torch.tensor([3.0, -1.0, 0.5])), 0.1)
     assert indefinite.status is Status.NOT_COMPARABLE
     broken = (torch.eye(4) * torch.inf).nan_to_num(nan=torch.inf)
     assert participation_ratio(broken).status is Status.DIVERGED
+    lost = torch.full((4, 4), torch.nan)
+    assert participation_ratio(lost).status is Status.DIVERGED
+    assert top_eigenpairs(lost).statuses == (Status.DIVERGED,)
 
 
 def test_arguments_are_checked() -> None:

@@ -1,5 +1,6 @@
 """Memory that reading takes, counted allocation by allocation against a plain step."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -86,8 +87,15 @@ def peak_of_a_step(network: Network, way: Way, *, reads: bool = True) -> int:
     for _ in range(3):  # beyond the closure checks of the first readings
         step()
     optimizer.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
+    gc.collect()  # else what earlier tests have left may be given back within the step
+    gc.disable()
+    try:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True
+        ) as recorded:
+            step()
+    finally:
+        gc.enable()
     events = recorded.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     held = peak = 0

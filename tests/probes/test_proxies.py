@@ -107,6 +107,7 @@ def test_reentrant_checkpoints_are_named() -> None:
     reason = probe.readings[0].coverage.reason
     assert reason is not None
     assert reason.startswith("no second backward pass: ")
+    assert "torch.utils.checkpoint is incompatible" in reason  # no half sentence
 
 
 def test_an_output_without_an_axis_of_examples_is_named() -> None:

@@ -225,8 +225,8 @@ def test_overhead_says_it_in_one_line() -> None:
         cost=lambda s: 0.004,
     )
     assert str(schedule.overhead()) == (
-        "readings every 14 steps took 3 % of 3 % allowed: 4 ms beside steps of 10 ms, "
-        "by wall clock"
+        "readings every 14 steps took 3 % of the time (3 % allowed): 4 ms beside steps "
+        "of 10 ms, by wall clock"
     )
 
 

@@ -62,6 +62,39 @@ def test_examples_coupled_by_a_custom_module_are_refused(
     assert readings[0].grad_sq_norm.value > 0
 
 
+class _Similarities(nn.Module):
+    """Compares all examples of the batch with each other, as contrastive models do."""
+
+    def __init__(self, *, detached: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+        self.detached = detached
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden: Tensor = self.linear(x)
+        similarities = hidden @ hidden.T
+        return hidden, similarities.detach() if self.detached else similarities
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_outputs_for_pairs_of_examples_are_refused(detached: bool) -> None:
+    """Their entries are the same in a smaller batch, and still no example's own.
+
+    Catches: gradients of one row of the batch taken for those of an example; a matrix
+    that is only looked at taken for a part of the loss.
+    """
+    torch.manual_seed(0)
+    model = _Similarities(detached=detached)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with attach(model, optimizer) as probe:
+        hidden, similarities = model(torch.randn(7, 6))
+        outputs = hidden if detached else similarities
+        functional.cross_entropy(outputs, torch.arange(7) % 5).backward()
+        optimizer.step()
+    reason = "outputs for an example depend on the others in the batch"
+    assert probe.readings[0].coverage.reason == (None if detached else reason)
+
+
 def test_random_models_are_not_compared() -> None:
     """Catches: other dropout masks on a smaller batch taken for coupled examples."""
     model = seeded(lambda: Headed(nn.Sequential(nn.Linear(6, 6), nn.Dropout()), 6))

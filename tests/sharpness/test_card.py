@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -202,6 +203,16 @@ def test_what_cannot_be_had_says_why_and_the_rest_comes() -> None:
         optimizer=adam,
     )
     assert "got Adam" in card.row("edge_of_stability_ratio").reason
+
+    by_sum = partial(measure, rectified(), nn.CrossEntropyLoss(reduction="sum"))
+    steps = torch.optim.SGD(rectified().parameters(), lr=0.1)
+    asked = by_sum(ragged(), measures="edge_of_stability_ratio", optimizer=steps)
+    assert "got a sum loss" in asked.row("edge_of_stability_ratio").reason
+    rule = SGDRule(lr=0.1 * 30)
+    stated = by_sum(ragged(), measures="edge_of_stability_ratio", optimizer=rule)
+    top = lambda_max(rectified(), LOSS, ragged()).value
+    ratio = stated["edge_of_stability_ratio"].value
+    assert ratio == pytest.approx(1.5 * top, rel=1e-3)
 
     model = nn.Sequential(rectified(), Once())
     card = measure(model, LOSS, ragged(), measures=["lambda_max", "average_sharpness"])
@@ -513,3 +524,33 @@ def test_parts_of_curvature_are_those_of_the_batches() -> None:
         dense = reference.dense_hessian(loss, reference.flat_weights(model))
         want = len(targets) / 30 * float(vector @ dense @ vector)
         assert float(part) == pytest.approx(want, rel=1e-9)
+
+
+def test_settings_say_what_a_loss_of_ones_own_does_not() -> None:
+    """A likelihood and a criterion make two rows available on such a card.
+
+    Catches: measures that only the single functions can take.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    inputs, targets = torch.randn(2, 8, 3).double(), torch.randn(2, 8, 2).double()
+
+    def loss_fn(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return (outputs - wanted).square().sum(1).mean() / 2
+
+    names = ["fisher_rao_norm", "pac_bayes_flatness"]
+    batches = list(zip(inputs, targets, strict=True))
+    silent = measure(model, loss_fn, batches, measures=names)
+    told = measure(
+        model,
+        loss_fn,
+        batches,
+        measures=names,
+        settings=MeasureSettings(likelihood="gaussian", flatness_criterion="loss"),
+    )
+    rows = {row.label: row.estimate.status for row in silent.rows}
+    assert rows["fisher_rao_norm"] is rows["pac_bayes_flatness"] is Status.UNAVAILABLE
+    rows = {row.label: row.estimate.status for row in told.rows}
+    assert rows["fisher_rao_norm"] is rows["pac_bayes_flatness"] is Status.OK
+    alone = fisher_rao_norm(model, loss_fn, batches, likelihood="gaussian")
+    assert told["fisher_rao_norm"].value == alone.value

@@ -131,6 +131,21 @@ def test_ratio_to_the_threshold_of_the_optimiser(
     assert again.edge_ratio.value == pytest.approx(2 * ratio, rel=1e-2)
 
 
+def test_an_edge_ratio_of_a_sum_loss_is_refused() -> None:
+    """Eigenvalues are those of the mean, the optimiser's steps those of the sum.
+
+    Catches: a ratio that is too small by the number of examples in a step.
+    """
+    model, batches = problem(300)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    with pytest.raises(UsageError, match="a tracker goes without optimizer="):
+        track_sharpness(model, loss, batches, optimizer=optimizer)
+    tracker = track_sharpness(model, loss, batches)
+    assert tracker.update(0).edge_ratio is None
+    assert repr(tracker) == "<SharpnessTracker every 100 steps: 1 taken>"
+
+
 @pytest.mark.parametrize("file", ["torch", "safetensors"])
 @pytest.mark.parametrize("visits", [0, 2])
 def test_resumed_tracking_goes_on_with_the_same_bits(

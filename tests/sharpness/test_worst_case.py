@@ -388,6 +388,7 @@ def test_model_is_given_back() -> None:
         ({"eta": 0.01}, "goes with adaptive=True, got eta=0.01 and adaptive=False"),
         ({"eta": -1.0, "adaptive": True}, "eta needs to be 0 or more"),
         ({"batch_size": 0}, "batch_size needs to be at least 1, got 0"),
+        ({"batch_size": 9}, "got at most 8; pass larger batches, or a smaller batch_"),
         ({"logits": "std"}, "one of 'raw', 'unit_norm', 'unit_std', got 'std'"),
     ],
 )

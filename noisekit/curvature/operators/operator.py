@@ -1,6 +1,7 @@
 """Symmetric matrices that are known by their products with vectors."""
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -58,6 +59,13 @@ class SymmetricOperator(ABC):
     def ranks(self) -> Ranks:
         """The processes that every product needs, each with the same vector."""
         return Ranks()
+
+    def __repr__(self) -> str:
+        """Write its kind, size, type and place, and what it has cost."""
+        return (
+            f"<{type(self).__name__} {self.shape}, {self.dtype} on {self.device}, "
+            f"{self.num_matvecs} products so far>"
+        )
 
     @abstractmethod
     def _matvec(self, vector: Tensor) -> Tensor:
@@ -207,7 +215,10 @@ class DenseOperator(SymmetricOperator):
     def __init__(self, matrix: Tensor) -> None:
         _check_square(matrix.shape)
         scale = float(matrix.abs().max()) if matrix.numel() else 0.0
-        if not torch.allclose(matrix, matrix.T, rtol=0.0, atol=1e-4 * scale):
+        # What is not finite has no symmetry to check; its answers say DIVERGED.
+        if math.isfinite(scale) and not torch.allclose(
+            matrix, matrix.T, rtol=0.0, atol=1e-4 * scale
+        ):
             gap = float((matrix - matrix.T).abs().max())
             raise UsageError(
                 f"eigenvalues need a symmetric matrix, got one that differs from its "

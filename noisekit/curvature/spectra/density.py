@@ -74,7 +74,7 @@ class SpectralDensity:
     nodes: np.ndarray = field(repr=False)
     weights: np.ndarray = field(repr=False)
     bandwidths: np.ndarray = field(repr=False)
-    atoms: tuple[Atom, ...]
+    atoms: tuple[Atom, ...] = field(repr=False)
     quadrature: Quadrature
 
     @property

@@ -29,7 +29,7 @@ from noisekit.probes.capture.passes import (
     StepRecord,
 )
 from noisekit.probes.capture.silence import silence, silenced
-from noisekit.probes.capture.sites import SitePlan
+from noisekit.probes.capture.sites import SitePlan, some_of
 from noisekit.probes.capture.targets import eagerly
 from noisekit.probes.capture.tasks import BackwardTasks
 from noisekit.probes.estimators.random_signs import SignedBackward
@@ -360,7 +360,7 @@ class Recorder:
             if not any(p.faults for p in self._record.passes):
                 self.verified = self._has_held = True
             return
-        names = ", ".join(self.names[i] for i in failed)
+        names = some_of([self.names[i] for i in failed])
         fault = f"per-example gradients did not add up to the gradient of {names}"
         for forward_pass in self._record.passes:
             forward_pass.faults.append(fault)

@@ -7,6 +7,15 @@ from torch import nn
 from noisekit.core.layers.replay import ModuleReplay
 from noisekit.core.layers.sites import Site, assign_sites, enclosing_path, replay_site
 
+_LISTED = 5
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the names for a message, of many the first few and how many more."""
+    listed = ", ".join(names[:_LISTED])
+    more = len(names) - _LISTED
+    return f"{listed} and {more} more" if more > 0 else listed
+
 
 class SitePlan:
     """Assigns parameters to sites, and widens a site that does not account for one.

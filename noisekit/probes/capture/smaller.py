@@ -18,6 +18,7 @@ class SmallerBatch:
 
     The axis that shrinks is that of the examples. Where the other examples' values are
     not what they were, the examples are coupled, or their rows are in another order.
+    Outputs of which two axes shrink are of pairs of examples, which couples them too.
 
     Attributes:
         shapes: Shapes of the inputs by call.
@@ -27,6 +28,7 @@ class SmallerBatch:
         self.shapes: dict[CallKey, list[torch.Size]] = {}
         self._calls = {captured.key: captured for captured in calls}
         self._excess: dict[CallKey | None, Tensor] = {}
+        self._pairs = False
 
     def note(self, path: str, tensors: list[Tensor]) -> None:
         """Take in the next call of the site at ``path``."""
@@ -40,7 +42,9 @@ class SmallerBatch:
 
     def note_outputs(self, whole: Any, smaller: Any) -> None:  # whatever models return
         """Take in what the model returned for the batch, and for one example less."""
-        self._compare(None, tensors_of(whole), tensors_of(smaller))
+        outputs, fewer = tensors_of(whole), tensors_of(smaller)
+        self._pairs = any(map(_has_pairs, outputs, fewer))
+        self._compare(None, outputs, fewer)
 
     def _compare(
         self, key: CallKey | None, whole: list[Tensor], smaller: list[Tensor]
@@ -60,12 +64,22 @@ class SmallerBatch:
 
     def disordered(self) -> set[CallKey | None]:
         """Return calls whose examples differ; ``None`` stands for the outputs."""
+        if self._pairs:
+            return {None}
         found = {key: e for key, e in self._excess.items() if not e.is_meta}
         if not found:
             return set()
         excesses = torch.stack(list(found.values())).tolist()
         # Not ``<= 0``: a NaN is left to the training, which will see it anyway.
         return {key for key, value in zip(found, excesses, strict=True) if value > 0}
+
+
+def _has_pairs(whole: Tensor, smaller: Tensor) -> bool:
+    """Whether entries that training may use are of two examples each."""
+    if not whole.requires_grad or whole.dim() != smaller.dim():
+        return False
+    pairs = zip(whole.shape, smaller.shape, strict=True)
+    return sum(size == less + 1 for size, less in pairs) > 1
 
 
 def _excess(whole: Tensor, smaller: Tensor) -> Tensor | None:

@@ -117,7 +117,7 @@ class SignedBackward:
             with silence():
                 norms = [self._norms(output, grad) for _ in range(self.num_signs)]
         except RuntimeError as error:  # such as reentrant checkpoints
-            reason = str(error).partition(".")[0]
+            reason = str(error).partition(". ")[0]
             forward_pass.signed_faults.append(f"no second backward pass: {reason}")
             return
         self._found.setdefault(task, []).append((forward_pass, key, norms))

@@ -48,6 +48,10 @@ class TokenCount:
 
     values: Tensor
 
+    def __str__(self) -> str:
+        """Write both numbers."""
+        return f"{self.total:g} tokens, {self.per_sequence:.4g} per effective sequence"
+
     @property
     def total(self) -> float:
         """Tokens of the step."""

@@ -23,6 +23,10 @@ class GradientNorms:
     examples: LogHistogram
     batches: LogHistogram
 
+    def __str__(self) -> str:
+        """Write both distributions, a line each."""
+        return f"of examples: {self.examples}\nof steps: {self.batches}"
+
     @classmethod
     def empty(cls, device: torch.device) -> Self:
         """Return the distribution of no norms."""

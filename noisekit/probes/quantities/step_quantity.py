@@ -1,6 +1,6 @@
 """What a reading holds beside the noise: one quantity of one step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -18,6 +18,14 @@ class StepQuantity:
     """
 
     values: Tensor
+
+    def __repr__(self) -> str:
+        """Write the number of entries: they may still be on their device."""
+        return f"StepQuantity({len(self.values)} values)"
+
+    def __str__(self) -> str:
+        """Write the total."""
+        return str(self.estimate)
 
     @property
     def value(self) -> float:
@@ -48,8 +56,12 @@ class HessianForms:
         chunk_size: Examples behind each ``c_k``.
     """
 
-    values: Tensor
+    values: Tensor = field(repr=False)
     chunk_size: int
+
+    def __str__(self) -> str:
+        """Write the noise scale of this step."""
+        return str(self.estimate)
 
     @property
     def noise(self) -> HessianNoiseScale:

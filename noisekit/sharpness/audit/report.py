@@ -1,6 +1,6 @@
 """What an audit found: one row for each package's answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,7 @@ class AuditReport:
         num_batches: Their batches.
     """
 
-    rows: tuple[AuditRow, ...]
+    rows: tuple[AuditRow, ...] = field(repr=False)
     num_params: int
     num_examples: int
     num_batches: int

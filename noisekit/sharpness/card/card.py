@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from noisekit.core.errors import UsageError
@@ -141,7 +141,7 @@ class SharpnessCard:
         settings: Radii, steps and tolerances.
     """
 
-    rows: tuple[CardRow, ...]
+    rows: tuple[CardRow, ...] = field(repr=False)
     conditions: Conditions
     settings: MeasureSettings
 

@@ -11,13 +11,15 @@ from noisekit.core.errors import UsageError
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import EigenPairs, HessianOperator, top_eigenpairs
+from noisekit.curvature.operators.likelihoods import Likelihood
 from noisekit.sharpness.data_error import (
     WithDataError,
     curvature_parts,
     data_stderr_at,
 )
 from noisekit.sharpness.rise.logits import Logits
-from noisekit.sharpness.stability import SGDRule
+from noisekit.sharpness.rise.rise_trial import Criterion
+from noisekit.sharpness.stability import SGDRule, refuse_steps_of_sum
 
 Detail = dict[str, bool | int | float | str | None]
 
@@ -63,7 +65,10 @@ class MeasureSettings:
         group_size: Examples in a group of m-sharpness.
         batch_size: Examples in a batch of batch sharpness; as given by default.
         logits: How logits are normalised in the measures that do so.
-        flatness_target: Rise of the error that PAC-Bayes flatness allows.
+        flatness_target: Rise that PAC-Bayes flatness allows.
+        flatness_criterion: Of what: the ``"error"``, or the ``"loss"`` where outputs
+            are not classes.
+        likelihood: Of the Fisher-Rao norm, where the loss does not tell it.
     """
 
     tol: float = 1e-3
@@ -84,6 +89,8 @@ class MeasureSettings:
     batch_size: int | None = None
     logits: Logits = "unit_std"
     flatness_target: float = 0.1
+    flatness_criterion: Criterion = "error"
+    likelihood: Likelihood | None = None
 
 
 @dataclass(slots=True)
@@ -157,7 +164,7 @@ class Subject:
         """Return the update rule.
 
         Raises:
-            UsageError: If there is none, or it is not SGD's.
+            UsageError: If there is none, it is not SGD's, or it steps on a sum.
         """
         if self.update_rule is None:
             raise UsageError(
@@ -166,4 +173,5 @@ class Subject:
             )
         if isinstance(self.update_rule, SGDRule):
             return self.update_rule
+        refuse_steps_of_sum(self.risk.reduction)
         return SGDRule.of(self.update_rule)

@@ -331,6 +331,7 @@ def take_pac_bayes_flatness(subject: Subject) -> Iterator[Measured]:
         found = pac_bayes_flatness_of(
             subject.risk,
             target=subject.settings.flatness_target,
+            criterion=subject.settings.flatness_criterion,
             magnitude_aware=aware,
             num_draws=subject.settings.num_draws,
             generator=subject.streams("pac_bayes_flatness", str(aware)),
@@ -344,6 +345,7 @@ def take_pac_bayes_sharpness(subject: Subject) -> Iterator[Measured]:
         found = pac_bayes_sharpness_of(
             subject.risk,
             target=subject.settings.flatness_target,
+            criterion=subject.settings.flatness_criterion,
             magnitude_aware=aware,
             steps=subject.settings.ascent_steps,
             generator=subject.streams("pac_bayes_sharpness", str(aware)),
@@ -366,7 +368,8 @@ def _flatness(name: str, found: PacBayesFlatness) -> Measured:
 
 def take_fisher_rao_norm(subject: Subject) -> Iterator[Measured]:
     """Yield the squared Fisher-Rao norm."""
-    yield Measured("fisher_rao_norm", fisher_rao_norm_of(subject.risk))
+    found = fisher_rao_norm_of(subject.risk, likelihood=subject.settings.likelihood)
+    yield Measured("fisher_rao_norm", found)
 
 
 def take_batch_sharpness(subject: Subject) -> Iterator[Measured]:

@@ -1,6 +1,6 @@
 """What rescalings did to a measure: ratios, exponents and a verdict."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -89,7 +89,7 @@ class InvarianceReport:
     value: Estimate
     repeatable: bool
     tolerance: float
-    effects: tuple[RescalingEffect, ...]
+    effects: tuple[RescalingEffect, ...] = field(repr=False)
 
     @property
     def verdict(self) -> Invariance:

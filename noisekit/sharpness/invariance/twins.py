@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class RescaledTwin:
         output_change: Largest difference of outputs, relative to the largest output.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     factor: float
     divided: str
     multiplied: str | None
@@ -112,6 +112,17 @@ class RescaledTwin:
     def ratio(self) -> float:
         """How many times sharper the twin is."""
         return self.twin_lambda_max.value / self.lambda_max.value
+
+    def __str__(self) -> str:
+        """Write both largest eigenvalues, and what was rescaled."""
+        what = f"{self.divided} divided by {self.factor:.4g}"
+        if self.multiplied is not None:
+            what += f", {self.multiplied} multiplied by it"
+        return (
+            f"lambda_max {self.lambda_max} -> {self.twin_lambda_max} loss/param² "
+            f"({self.ratio:.4g} times); {what}; outputs changed by "
+            f"{self.output_change:.2g}"
+        )
 
 
 def rescaled_twin(

@@ -1,7 +1,7 @@
 """A curve of low loss between two solutions, found by training its bend."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -52,13 +52,20 @@ class ConnectingCurve:
     curve: Interpolation
     straight: Interpolation
     shape: CurveShape
-    bend: Mapping[str, Tensor]
+    bend: Mapping[str, Tensor] = field(repr=False)
     num_grads: int
 
     @property
     def barrier(self) -> float:
         """Height of the curve above the line between both ends' losses [loss]."""
         return self.curve.barrier
+
+    def __str__(self) -> str:
+        """Write the curve, with the barrier of the straight line beside it."""
+        return (
+            f"{self.curve}\n  straight line: barrier {self.straight.barrier:.4g}; "
+            f"{self.num_grads} gradients"
+        )
 
 
 def connecting_curve(

@@ -1,7 +1,7 @@
 """Directions in which a slice of the loss is taken, and how they are scaled."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -30,7 +30,7 @@ class Directions:
         cosine: Cosine of the angle between two columns, 0 where orthogonal.
     """
 
-    vectors: Tensor
+    vectors: Tensor = field(repr=False)
     kind: str
     scale: str
     cosine: float
@@ -39,6 +39,12 @@ class Directions:
     def lengths(self) -> tuple[float, ...]:
         """Norm of each direction [param]."""
         return tuple(self.vectors.double().norm(dim=0).tolist())
+
+    def __str__(self) -> str:
+        """Write how they were made, their lengths, and what a step of 1 means."""
+        lengths = " and ".join(f"{length:.4g}" for length in self.lengths)
+        kind = self.kind.replace("_", "-")
+        return f"{kind}, length {lengths} (a step of 1: {self.scale})"
 
 
 def directions_for(

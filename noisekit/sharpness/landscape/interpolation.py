@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -17,7 +17,7 @@ from noisekit.core.risk import (
     LossFn,
     Normaliser,
 )
-from noisekit.sharpness.landscape.points import own_state, values_at
+from noisekit.sharpness.landscape.points import loss_range, own_state, values_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,14 +66,22 @@ class Interpolation:
         loop_reason: Why the others, both ends apart, went one by one; else empty.
     """
 
-    alphas: tuple[float, ...]
-    losses: tuple[float, ...]
-    errors: tuple[float, ...]
+    alphas: tuple[float, ...] = field(repr=False)
+    losses: tuple[float, ...] = field(repr=False)
+    errors: tuple[float, ...] = field(repr=False)
     bn: BatchNormPolicy
     num_examples: int
     path: Path | Literal["bezier", "polychain"] = "linear"
     num_batched: int = 0
     loop_reason: str = ""
+
+    def __str__(self) -> str:
+        """Write the path, both ends' losses, the barrier, and the losses' range."""
+        return (
+            f"{self.path} path of {len(self.alphas)} points: {self._loss_at(0):.4g} at "
+            f"the start, {self._loss_at(1):.4g} at the end, barrier "
+            f"{self.barrier:.4g}; {loss_range(self.losses)}; BatchNorm {self.bn}"
+        )
 
     def frame(self) -> "pd.DataFrame":
         """Return a table with the columns ``alpha``, ``loss`` and ``error``."""

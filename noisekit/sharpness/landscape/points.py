@@ -1,11 +1,12 @@
 """The loss at many sets of weights, many at a time where PyTorch can."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -36,6 +37,15 @@ class PointValues:
     errors: tuple[float, ...]
     num_batched: int
     loop_reason: str
+
+
+def loss_range(losses: Sequence[float] | np.ndarray) -> str:
+    """Write from where to where losses go, and how many of them are not finite."""
+    values = np.asarray(losses, dtype=np.float64).ravel()
+    finite = values[np.isfinite(values)]
+    spread = f"{finite.min():.4g} to {finite.max():.4g}" if finite.size else "none"
+    lost = values.size - finite.size
+    return f"losses {spread}" + (f", {lost} not finite" if lost else "")
 
 
 def values_at(

@@ -1,7 +1,7 @@
 """The loss on a line or a plane through the present weights."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +24,12 @@ from noisekit.sharpness.landscape.directions import (
     OneDimensional,
     directions_for,
 )
-from noisekit.sharpness.landscape.points import chosen_names, own_state, values_at
+from noisekit.sharpness.landscape.points import (
+    chosen_names,
+    loss_range,
+    own_state,
+    values_at,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,9 +52,9 @@ class LossSlice:
         loop_reason: Why the others, the middle apart, went one by one; else empty.
     """
 
-    coordinates: tuple[np.ndarray, ...]
-    losses: np.ndarray
-    errors: np.ndarray
+    coordinates: tuple[np.ndarray, ...] = field(repr=False)
+    losses: np.ndarray = field(repr=False)
+    errors: np.ndarray = field(repr=False)
     directions: Directions
     bn: BatchNormPolicy
     num_examples: int
@@ -61,6 +66,14 @@ class LossSlice:
         """Loss at the weights themselves [loss]."""
         middle = tuple(int(np.flatnonzero(c == 0)[0]) for c in self.coordinates)
         return float(self.losses[middle])
+
+    def __str__(self) -> str:
+        """Write the grid, the range of the losses, and the directions."""
+        grid = " x ".join(str(len(axis)) for axis in self.coordinates)
+        return (
+            f"loss slice of {grid} points: {self.middle_loss:.4g} in the middle, "
+            f"{loss_range(self.losses)}; BatchNorm {self.bn}\n  {self.directions}"
+        )
 
     def frame(self) -> "pd.DataFrame":
         """Return a table with ``first``, in a plane ``second``, ``loss``, ``error``."""

@@ -20,6 +20,7 @@ from noisekit.core.risk import (
 from noisekit.curvature.random_vectors import entropy_generator, normal_vector
 from noisekit.sharpness.data_error import batch_parts, batch_shares, data_stderr
 from noisekit.sharpness.rise.balls import weight_units
+from noisekit.sharpness.rise.first_order import remarks
 from noisekit.sharpness.rise.logits import Logits, with_logits
 
 
@@ -56,6 +57,15 @@ class AverageSharpness:
     def value(self) -> float:
         """Sharpness [loss]."""
         return self.estimate.value
+
+    def __str__(self) -> str:
+        """Write the value with both errors, and the noise."""
+        unit = " in units of |w|" if self.adaptive else ""
+        return remarks(
+            f"{self.estimate} loss",
+            None if self.data_stderr is None else f"± {self.data_stderr:.2g} over data",
+            f"noise of {self.sigma:g}{unit}",
+        )
 
     def __float__(self) -> float:
         """Return the bare value [loss]."""

@@ -21,7 +21,7 @@ from noisekit.core.risk import (
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import batch_parts, data_stderr_at
 from noisekit.sharpness.rise.boxes import Box, FullSpace, RandomSubspace
-from noisekit.sharpness.rise.first_order import first_order_share, reading
+from noisekit.sharpness.rise.first_order import first_order_share, reading, remarks
 from noisekit.sharpness.rise.search import SearchMethod, SearchPlan, Summit, summit
 
 
@@ -78,6 +78,16 @@ class EpsilonSharpness:
     def num_grads(self) -> int:
         """Gradient evaluations spent."""
         return self.estimate.num_grads
+
+    def __str__(self) -> str:
+        """Write the value with its error, the box, and what a reader must know."""
+        return remarks(
+            f"{self.estimate} %",
+            None if self.data_stderr is None else f"± {self.data_stderr:.2g} over data",
+            f"box of {self.epsilon:g}",
+            None if self.subspace_dim is None else f"{self.subspace_dim} dimensions",
+            self.detail,
+        )
 
     def __float__(self) -> float:
         """Return the bare value [%]."""

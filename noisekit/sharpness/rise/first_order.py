@@ -37,3 +37,8 @@ def reading(
             f"{100 * share:.0f} % of the rise"
         )
     return Status.OK, ""
+
+
+def remarks(*parts: str | None) -> str:
+    """Join what there is to say about a result into one line."""
+    return "; ".join(part for part in parts if part)

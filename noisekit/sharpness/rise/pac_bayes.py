@@ -23,6 +23,7 @@ from noisekit.sharpness.data_error import WithDataError, data_stderr
 from noisekit.sharpness.jackknife import jackknife
 from noisekit.sharpness.rise.ascent import AscentPlan
 from noisekit.sharpness.rise.bracket import Bracket, bracketed
+from noisekit.sharpness.rise.first_order import remarks
 from noisekit.sharpness.rise.rise_trial import Criterion, RiseTrial
 
 _SLOPE_FACTOR = 1.25
@@ -62,6 +63,16 @@ class PacBayesFlatness:
     def value(self) -> float:
         """One over the squared radius."""
         return self.estimate.value
+
+    def __str__(self) -> str:
+        """Write the value with both errors, the size, and why there is none."""
+        within = f"keeps the {self.criterion} within {self.target:g} of its start"
+        return remarks(
+            f"{self.estimate}" + ("" if self.magnitude_aware else " 1/param²"),
+            None if self.data_stderr is None else f"± {self.data_stderr:.2g} over data",
+            f"size {self.radius:.4g} {within}" if math.isfinite(self.value) else None,
+            self.detail,
+        )
 
     def __float__(self) -> float:
         """Return the bare value."""

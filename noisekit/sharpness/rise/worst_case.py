@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from noisekit.sharpness.data_error import (
 )
 from noisekit.sharpness.rise.ascent import AscentPlan, Peak, ascend
 from noisekit.sharpness.rise.balls import Ball, BallNorm, ball, weight_units
-from noisekit.sharpness.rise.first_order import first_order_share, reading
+from noisekit.sharpness.rise.first_order import first_order_share, reading, remarks
 from noisekit.sharpness.rise.logits import Logits, with_logits
 
 
@@ -66,7 +66,7 @@ class WorstCaseSharpness:
     seed: int
     first_order_share: float
     grad_norm: float
-    displacement: Tensor | None
+    displacement: Tensor | None = field(repr=False)
     num_at_rest: int
     detail: str
 
@@ -78,6 +78,17 @@ class WorstCaseSharpness:
     def __float__(self) -> float:
         """Return the bare value [loss]."""
         return self.estimate.value
+
+    def __str__(self) -> str:
+        """Write the value with its error, the ball, and what a reader must know."""
+        unit = " in units of |w|" if self.adaptive else ""
+        return remarks(
+            f"{self.estimate} loss",
+            None if self.data_stderr is None else f"± {self.data_stderr:.2g} over data",
+            f"{self.norm} ball of {self.rho:g}{unit}",
+            None if self.batch_size is None else f"groups of {self.batch_size}",
+            self.detail,
+        )
 
 
 def worst_case_sharpness(
@@ -232,7 +243,8 @@ def groups_of(batches: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
     if largest < batch_size:
         raise UsageError(
             f"groups of batch_size={batch_size} are made within batches and need one "
-            f"of at least as many examples, got at most {largest}; pass larger batches."
+            f"of at least as many examples, got at most {largest}; pass larger "
+            "batches, or a smaller batch_size (group_size= of MeasureSettings)."
         )
 
 
