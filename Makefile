@@ -57,6 +57,7 @@ docs: $(VENV)/.installed-dev ## Build the documentation into docs/_build/html.
 
 bench: $(VENV)/.installed-compare ## Time noisekit against the other packages, in one run.
 	$(BIN)/python tests/benchmarks/bench_curvature.py
+	$(BIN)/python tests/benchmarks/bench_products.py
 	$(BIN)/python tests/benchmarks/bench_probe.py
 	$(BIN)/python tests/benchmarks/bench_epsilon.py
 
