@@ -180,6 +180,12 @@ class Estimate:
         """Return the bare value."""
         return float(self.value)
 
+    @property
+    def has_error(self) -> bool:
+        """Whether anything is known of the error; else an interval tells nothing."""
+        parts = (self.stderr, self.bound, self.ratio, self.side)
+        return any(part is not None for part in parts)
+
     def interval(self, level: float = 0.95) -> Interval:
         """Return the confidence set at ``level``.
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from noisekit.core.errors import BatchSizeError, UsageError
+from noisekit.noise.step_rules import (
+    inner_product_statistic,
+    orthogonality_statistic,
+)
 
 NORM_LIMIT = 0.9
 """θ of the norm and inner-product tests, a customary choice."""
@@ -127,9 +131,10 @@ def inner_product_test(
     n = len(inner_products)
     _check(n, limit, None)
     products = inner_products.double()
-    grad_sq_norm = float(products.mean())  # the mean of <g_i, ḡ> is |ḡ|²
-    variance = float(products.var())
-    return _by_variance(variance, grad_sq_norm**2, n, limit)
+    if not products.any():
+        return SampleTest.of_statistic(0.0, n, limit=limit)
+    statistic = float(inner_product_statistic(products, 1 / n))
+    return SampleTest.of_statistic(statistic, n, limit=limit)
 
 
 def orthogonality_test(
@@ -161,12 +166,13 @@ def orthogonality_test(
             f"got {n} and {len(inner_products)}."
         )
     norms, products = sq_norms.double(), inner_products.double()
-    grad_sq_norm = float(products.mean())
-    along = _ratio(float(products.square().sum()), grad_sq_norm)
-    across = 0.0 if math.isinf(along) else max(0.0, float(norms.sum()) - along)
-    if grad_sq_norm <= 0:
-        across = float(norms.sum())
-    return _by_variance(across / (n - 1), grad_sq_norm, n, limit)
+    if float(products.sum()) <= 0:  # n |ḡ|²: there is no line to stray from
+        statistic = math.inf if norms.any() else 0.0
+    else:
+        share = 1 / n  # of an example in the batch's mean: u_i = g_i / n
+        parts = norms.sum() * share**2, products * share
+        statistic = float(orthogonality_statistic(*parts, share))
+    return SampleTest.of_statistic(statistic, n, limit=limit)
 
 
 def gradient_diversity(mean_sq_norm: float, grad_sq_norm: float, n: int) -> float:
@@ -190,14 +196,6 @@ def gradient_diversity(mean_sq_norm: float, grad_sq_norm: float, n: int) -> floa
     if n < 1:
         raise BatchSizeError(f"gradient diversity needs an example, got {n}.")
     return _ratio(mean_sq_norm, n * grad_sq_norm)
-
-
-def _by_variance(
-    variance: float, scale: float, num_examples: int, limit: float
-) -> SampleTest:
-    statistic = math.sqrt(_ratio(variance, num_examples * scale))
-    wanted = _ratio(variance, limit**2 * scale)
-    return SampleTest(statistic, limit, statistic <= limit, wanted)
 
 
 def _finite_population(wanted: float, population_size: int) -> float:

@@ -12,6 +12,7 @@ from noisekit.core.frozen import FrozenBatches
 from noisekit.core.params import flatten
 from noisekit.core.results import ErrorSource, Estimate, LogRatio, Status
 from noisekit.core.risk import EmpiricalRisk
+from noisekit.curvature import HessianOperator
 
 WithDataError = tuple[Estimate, float | None]
 """An estimate with its own error, and the error over batches where there is one."""
@@ -47,19 +48,9 @@ def curvature_parts(risk: EmpiricalRisk, vector: Tensor) -> Tensor:
     With an eigenvector this tells the error that its eigenvalue has from the data, to
     first order: the vector itself moves the value to second order only.
     """
-    risk = risk.in_precision(torch.float32)
-    directions = risk.layout.split(vector.to(risk.layout.dtype))
-
-    def along(loss: Tensor) -> Tensor:
-        gradients = risk.gradients(loss, create_graph=True)
-        pairs = zip(gradients, directions, strict=True)
-        slope = torch.stack([(g * d).sum() for g, d in pairs]).sum()
-        product = flatten(risk.gradients(slope))
-        return (product.double() * vector.double()).sum()
-
-    with risk.evaluating():
-        parts = [along(weight * loss) for weight, loss in risk.batch_losses()]
-    return gathered(torch.stack(parts), risk)
+    with HessianOperator.from_risk(risk, form="rebuilt") as hessian:
+        weights, forms = hessian.batch_forms(vector)
+    return gathered(weights.to(forms.device) * forms, risk)
 
 
 def gradient_errors(

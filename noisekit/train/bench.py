@@ -228,7 +228,7 @@ class Bench:
 
 def _row(task: Task, measured: Measured) -> Row:
     estimate = measured.estimate
-    interval = estimate.interval() if _has_error(estimate) else None
+    interval = estimate.interval() if estimate.has_error else None
     detail = dict(measured.detail)
     if measured.data_stderr is not None:
         detail["data_stderr"] = measured.data_stderr
@@ -249,15 +249,6 @@ def _row(task: Task, measured: Measured) -> Row:
         "num_grads": estimate.num_grads,
         "detail": json.dumps(plain(detail)),
     }
-
-
-def _has_error(estimate: Estimate) -> bool:
-    return (
-        estimate.stderr is not None
-        or estimate.bound is not None
-        or estimate.ratio is not None
-        or estimate.side is not None
-    )
 
 
 def _estimate(row: Row) -> Estimate:

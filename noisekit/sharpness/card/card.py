@@ -59,11 +59,7 @@ class CardRow:
         ``low`` and ``high`` are the interval of 95 % over probes and data.
         """
         estimate, whole = self.estimate, self.over_data
-        known = any(
-            part is not None
-            for part in (whole.stderr, whole.bound, whole.ratio, whole.side)
-        )
-        interval = whole.interval() if known else None
+        interval = whole.interval() if whole.has_error else None
         return {
             "measure": self.measure,
             "quantity": self.quantity,
