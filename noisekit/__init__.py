@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from noisekit.auditing import audit as audit
     from noisekit.core.errors import NoisekitError as NoisekitError
     from noisekit.core.results import Estimate as Estimate
     from noisekit.core.results import Interval as Interval
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from noisekit.sharpness import MeasureSettings as MeasureSettings
     from noisekit.sharpness import SGDRule as SGDRule
     from noisekit.sharpness import SharpnessCard as SharpnessCard
-    from noisekit.sharpness import audit as audit
     from noisekit.sharpness import average_sharpness as average_sharpness
     from noisekit.sharpness import batch_sharpness as batch_sharpness
     from noisekit.sharpness import check_invariance as check_invariance
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from noisekit.sharpness import measure as measure
     from noisekit.sharpness import pac_bayes_flatness as pac_bayes_flatness
     from noisekit.sharpness import pac_bayes_sharpness as pac_bayes_sharpness
-    from noisekit.sharpness import relative_flatness as relative_flatness
     from noisekit.sharpness import rescaled_twin as rescaled_twin
     from noisekit.sharpness import sharpened_twin as sharpened_twin
     from noisekit.sharpness import stability_threshold as stability_threshold
@@ -69,11 +68,12 @@ if TYPE_CHECKING:
     from noisekit.sharpness import track_sharpness as track_sharpness
     from noisekit.sharpness import weighted_hessian_trace as weighted_hessian_trace
     from noisekit.sharpness import worst_case_sharpness as worst_case_sharpness
+    from noisekit.sharpness.measures import relative_flatness as relative_flatness
     from noisekit.train import Recipe as Recipe
     from noisekit.train import load_recipe as load_recipe
     from noisekit.train import resume as resume
-    from noisekit.train import revisit as revisit
     from noisekit.train import run as run
+    from noisekit.train.runs import revisit as revisit
 
 __version__ = "0.1.0"
 
@@ -139,7 +139,7 @@ _HOME = {
     "check_invariance": "sharpness",
     "rescaled_twin": "sharpness",
     "sharpened_twin": "sharpness",
-    "audit": "sharpness",
+    "audit": "auditing",
     # experiments and their runs
     "load_recipe": "train",
     "run": "train",

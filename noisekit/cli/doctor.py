@@ -17,7 +17,7 @@ import noisekit
 from noisekit.core.errors import DataNotFoundError
 from noisekit.curvature import HessianOperator, top_eigenpairs
 from noisekit.probes import self_check
-from noisekit.train.places import SOURCES, locate
+from noisekit.train.data.data_sources import SOURCES, locate
 
 _MIN_FREE_BYTES = 2**30
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from noisekit.train.catalogue import ExperimentEntry, analyses, experiments
-from noisekit.train.cost import Cost
-from noisekit.train.standing import status
+from noisekit.train.recipes.catalogue import ExperimentEntry, analyses, experiments
+from noisekit.train.recipes.cost import Cost
+from noisekit.train.sweeps.run_status import status
 
 
 def catalogue_tables() -> tuple[Table, ...]:

@@ -68,7 +68,7 @@ def new(
     ],
 ) -> None:
     """Write a commented recipe to start from."""
-    from noisekit.train.catalogue import write_starter_recipe
+    from noisekit.train.recipes.catalogue import write_starter_recipe
 
     path = write_starter_recipe(directory)
     typer.echo(f"Wrote {path}. Try it with: noisekit run {path} --profile smoke")
@@ -140,8 +140,8 @@ def run(
 def resume(directory: RunsArgument, workers: WorkersOption = None) -> None:
     """Finish the runs of DIR that were stopped or failed, then report."""
     from noisekit.cli.progress import SweepProgress
-    from noisekit.train import sweep
-    from noisekit.train.standing import status as standings
+    from noisekit.train.sweeps import sweep
+    from noisekit.train.sweeps.run_status import status as standings
 
     num_left = sum(not row.complete for row in standings(directory))
     with SweepProgress(num_left) as progress:
@@ -241,7 +241,7 @@ def _run_and_report(
 ) -> None:
     from noisekit.cli.progress import SweepProgress
     from noisekit.cli.request import load
-    from noisekit.train import sweep
+    from noisekit.train.sweeps import sweep
 
     loaded = load(recipe, profile, settings, seeds=seeds, device=device)
     directory = out or Path("noisekit-runs") / f"{loaded.name}-{loaded.profile}"
@@ -267,7 +267,7 @@ def _print_cost(
 ) -> None:
     from noisekit.cli.listing import cost_table
     from noisekit.cli.request import load
-    from noisekit.train.cost import estimate_cost
+    from noisekit.train.recipes.cost import estimate_cost
 
     loaded = load(recipe, profile, settings, seeds=seeds, device=device)
     cost = estimate_cost(loaded, workers=workers)

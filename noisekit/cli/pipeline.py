@@ -9,7 +9,7 @@ from typing import cast
 from noisekit.core.errors import NoisekitError, UsageError
 from noisekit.records import Runs, open_runs
 from noisekit.report import AnalysisResult, build_report, provenance_of
-from noisekit.train.catalogue import find_analysis
+from noisekit.train.recipes.catalogue import find_analysis
 
 Analyse = Callable[[Runs], AnalysisResult]
 _OF_OWN_LOOPS = ("gradient_noise",)

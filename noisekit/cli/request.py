@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from noisekit.core.errors import UsageError
-from noisekit.train.loading import load_recipe
-from noisekit.train.recipe import Recipe
+from noisekit.train.recipes.loading import load_recipe
+from noisekit.train.recipes.recipe import Recipe
 
 
 def load(

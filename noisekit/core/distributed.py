@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from noisekit.core.errors import UsageError
-from noisekit.core.mode import unwrap_compiled
+from noisekit.core.evaluation_mode import unwrap_compiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch
+from noisekit.core.data import MEMORY_BUDGET, FrozenBatches, freeze
 from noisekit.core.distributed import Ranks, ranks_of, sum_over_ranks
-from noisekit.core.frozen import MEMORY_BUDGET, FrozenBatches, freeze
-from noisekit.core.mode import (
+from noisekit.core.evaluation_mode import (
     BatchNormPolicy,
     batch_norms,
     call_model,
@@ -21,7 +21,7 @@ from noisekit.core.mode import (
     recalibrated,
     unwrap_compiled,
 )
-from noisekit.core.normalisers import (
+from noisekit.core.normalisation import (
     Normaliser,
     Reduction,
     checked_reduction,

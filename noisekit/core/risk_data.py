@@ -8,15 +8,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from noisekit.core.batches import Batch, count_examples, tensors_in
+from noisekit.core.data import FrozenBatches, StreamedBatches, read_batches
 from noisekit.core.distributed import Ranks, gather_over_ranks, sum_over_ranks
 from noisekit.core.errors import (
     BatchSizeError,
     DataChangedError,
     DeviceMismatchError,
 )
-from noisekit.core.frozen import FrozenBatches, StreamedBatches, read_batches
-from noisekit.core.mode import BatchNormPolicy, batch_norms, unwrap_compiled
-from noisekit.core.normalisers import (
+from noisekit.core.evaluation_mode import BatchNormPolicy, batch_norms, unwrap_compiled
+from noisekit.core.normalisation import (
     Normaliser,
     check_targets_alike,
     most_telling,

@@ -1,12 +1,22 @@
 """Curvature of a loss: products, eigenvalues, traces, spectra; nothing trains here."""
 
+from noisekit.curvature.density import (
+    LogDensity,
+    SpectralDensity,
+    spectral_density,
+)
 from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
-from noisekit.curvature.eigenvalues.reference import pyhessian_top_eigenvalue
+from noisekit.curvature.eigenvalues.pyhessian import pyhessian_top_eigenvalue
+from noisekit.curvature.norms import (
+    effective_dimension,
+    frobenius_norm,
+    participation_ratio,
+)
 from noisekit.curvature.operators.covariance import GradientCovarianceOperator
 from noisekit.curvature.operators.fisher import FisherOperator
-from noisekit.curvature.operators.form_trial import Trial
 from noisekit.curvature.operators.ggn import GGNOperator
 from noisekit.curvature.operators.hessian import HessianOperator
+from noisekit.curvature.operators.hvp_selection import Trial
 from noisekit.curvature.operators.operator import (
     LinearCombination,
     MatrixLike,
@@ -19,19 +29,9 @@ from noisekit.curvature.operators.preconditioned import (
     weight_scaled,
 )
 from noisekit.curvature.operators.risk_operator import RiskOperator
-from noisekit.curvature.spectra.density import (
-    LogDensity,
-    SpectralDensity,
-    spectral_density,
-)
-from noisekit.curvature.spectra.outliers import Atom
-from noisekit.curvature.spectra.quadrature import Quadrature, spectral_quadrature
-from noisekit.curvature.sums.sizes import (
-    effective_dimension,
-    frobenius_norm,
-    participation_ratio,
-)
-from noisekit.curvature.sums.traces import (
+from noisekit.curvature.outliers import Atom
+from noisekit.curvature.quadrature import Quadrature, spectral_quadrature
+from noisekit.curvature.traces import (
     DiagonalEstimate,
     Target,
     diagonal,

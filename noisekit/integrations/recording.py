@@ -10,11 +10,11 @@ from noisekit import probes
 from noisekit.core.errors import NoisekitError
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import LossFn
-from noisekit.core.step_quantities import QuantityName
-from noisekit.probes.assembly import LossReduction, MicrobatchWeights
+from noisekit.core.vocabulary import QuantityName
+from noisekit.probes.capture.example_weights import ExampleWeights
+from noisekit.probes.capture.tokens import TokenCounts
+from noisekit.probes.estimators.assembly import LossReduction, MicrobatchWeights
 from noisekit.probes.estimators.choice import Estimator, Unit
-from noisekit.probes.estimators.example_weights import ExampleWeights
-from noisekit.probes.estimators.tokens import TokenCounts
 from noisekit.probes.options import Sink
 from noisekit.probes.probe import Probe
 from noisekit.records import TEXT_SINKS, RunSink

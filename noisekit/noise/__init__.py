@@ -28,7 +28,7 @@ from noisekit.noise.scale import (
     ratio_of_averages,
     two_batch_noise_scale,
 )
-from noisekit.noise.step_rules import (
+from noisekit.noise.step_statistics import (
     inner_product_statistic,
     norm_statistic,
     orthogonality_statistic,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from noisekit.core.errors import BatchSizeError, UsageError
-from noisekit.noise.step_rules import (
+from noisekit.noise.step_statistics import (
     inner_product_statistic,
     orthogonality_statistic,
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from noisekit.core.errors import BatchSizeError, UsageError
-from noisekit.noise.step_rules import signal_ratios
+from noisekit.noise.step_statistics import signal_ratios
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,19 @@
 """Probes: gradient noise of somebody's training loop, or at frozen weights."""
 
+from noisekit.noise.step_quantity import HessianForms, StepQuantity
 from noisekit.probes.attachment import attach
-from noisekit.probes.estimators.tokens import TokenCount
-from noisekit.probes.frozen import GradientNoise, example_sq_norms, gradient_noise
-from noisekit.probes.frozen_curvature import hessian_weighted_noise
+from noisekit.probes.capture.tokens import TokenCount
+from noisekit.probes.dataset_curvature import hessian_weighted_noise
+from noisekit.probes.dataset_noise import (
+    GradientNoise,
+    example_sq_norms,
+    gradient_noise,
+)
 from noisekit.probes.probe import Probe
-from noisekit.probes.quantities.gradient_norms import GradientNorms
-from noisekit.probes.quantities.step_quantity import HessianForms, StepQuantity
 from noisekit.probes.reading import Coverage, LayerReading, Reading
 from noisekit.probes.schedule import Overhead
-from noisekit.probes.selfcheck import SelfCheck, self_check
+from noisekit.probes.self_check import SelfCheck, self_check
+from noisekit.probes.step_metrics.gradient_norms import GradientNorms
 
 __all__ = [
     "Coverage",

@@ -8,18 +8,18 @@ from torch import nn
 from noisekit.core.errors import NoParametersError
 from noisekit.core.params import ParameterPatterns, layout_of, select_parameters
 from noisekit.core.risk import LossFn
-from noisekit.core.step_quantities import QuantityName
-from noisekit.probes.assembly import LossReduction, MicrobatchWeights
+from noisekit.core.vocabulary import QuantityName
+from noisekit.probes.capture.example_weights import ExampleWeights
 from noisekit.probes.capture.recorder import Recorder
+from noisekit.probes.capture.replicas import Replicas
 from noisekit.probes.capture.targets import target_of
+from noisekit.probes.capture.tokens import TokenCounts
+from noisekit.probes.estimators.assembly import LossReduction, MicrobatchWeights
 from noisekit.probes.estimators.choice import Estimator, Unit
-from noisekit.probes.estimators.example_weights import ExampleWeights
-from noisekit.probes.estimators.tokens import TokenCounts
 from noisekit.probes.options import ProbeOptions, Sink
 from noisekit.probes.probe import Probe
-from noisekit.probes.quantities.options import refuse_quantities
-from noisekit.probes.ranks.replicas import Replicas
-from noisekit.probes.refusals import (
+from noisekit.probes.step_metrics.options import refuse_quantities
+from noisekit.probes.validation import (
     refuse_budget,
     refuse_model,
     refuse_optimizer,

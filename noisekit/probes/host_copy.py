@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from noisekit.noise.moments import GradientMoments
-from noisekit.probes.estimators.tokens import TokenCount
+from noisekit.probes.capture.tokens import TokenCount
 from noisekit.probes.reading import Reading
 
 

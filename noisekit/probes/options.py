@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import LossFn
-from noisekit.core.step_quantities import QuantityName
-from noisekit.probes.assembly import LossReduction, MicrobatchWeights
+from noisekit.core.vocabulary import QuantityName
+from noisekit.probes.capture.example_weights import ExampleWeights
+from noisekit.probes.capture.tokens import TokenCounts
+from noisekit.probes.estimators.assembly import LossReduction, MicrobatchWeights
 from noisekit.probes.estimators.choice import Estimator, Unit
-from noisekit.probes.estimators.example_weights import ExampleWeights
-from noisekit.probes.estimators.tokens import TokenCounts
 from noisekit.probes.reading import Reading
 
 if TYPE_CHECKING:

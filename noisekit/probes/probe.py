@@ -12,26 +12,26 @@ from torch.utils.hooks import RemovableHandle
 
 from noisekit.core.distributed import Ranks
 from noisekit.core.errors import UsageError
-from noisekit.core.mode import call_model, model_given_back
+from noisekit.core.evaluation_mode import call_model, preserve_model_state
 from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import LossFn
-from noisekit.probes.assembly import StepPosition
-from noisekit.probes.capture.passes import StepRecord
 from noisekit.probes.capture.recorder import Recorder
+from noisekit.probes.capture.replicas import ProbeJoin
 from noisekit.probes.capture.silence import silence
-from noisekit.probes.capture.stepping import OptimizerSteps
+from noisekit.probes.capture.step_record import StepRecord
+from noisekit.probes.estimators.assembly import StepPosition
 from noisekit.probes.estimators.choice import OF_CALLS
-from noisekit.probes.estimators.readers import NoiseReaders
+from noisekit.probes.estimators.estimator_set import NoiseReaders
+from noisekit.probes.history import Readings
+from noisekit.probes.optimizer_steps import OptimizerSteps
 from noisekit.probes.options import ProbeOptions, Sink
-from noisekit.probes.quantities.gathering import StepQuantities
-from noisekit.probes.quantities.gradient_norms import GradientNorms
-from noisekit.probes.quantities.step_parts import StepParts
 from noisekit.probes.ranks.examples_seen import ExamplesSeen, SummedReading
-from noisekit.probes.ranks.replicas import ProbeJoin
+from noisekit.probes.ranks.rank_payload import StepParts
 from noisekit.probes.ranks.sums import RankSums
 from noisekit.probes.reading import Reading
-from noisekit.probes.readings import Readings
 from noisekit.probes.schedule import Overhead, Schedule, clock_of
+from noisekit.probes.step_metrics.gathering import StepQuantities
+from noisekit.probes.step_metrics.gradient_norms import GradientNorms
 
 
 class Probe:
@@ -279,7 +279,7 @@ class Probe:
         loss_fn = self._needed_loss_fn("measure")
         model = self._recorder.model
         own = self._recorder.twin()
-        with silence(own), model_given_back(model):
+        with silence(own), preserve_model_state(model):
             try:
                 self._noise.set_up_twin(own)
                 record = _passed(own, model, loss_fn, inputs, targets)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from noisekit.core.results import Estimate, Status
-from noisekit.core.step_quantities import COLUMNS_OF
+from noisekit.core.vocabulary import COLUMNS_OF
 from noisekit.noise.moments import MOMENT_COLUMNS, GradientMoments
 from noisekit.noise.scale import NoiseScale
+from noisekit.noise.step_quantity import HessianForms, StepQuantity
+from noisekit.probes.capture.tokens import TokenCount
 from noisekit.probes.estimators.choice import ESTIMATORS
-from noisekit.probes.estimators.tokens import TokenCount
-from noisekit.probes.quantities.step_quantity import HessianForms, StepQuantity
 
 _NOTHING = Estimate(math.nan, status=Status.UNAVAILABLE)
 _LISTED_REPLAYS = 3

@@ -7,8 +7,7 @@ from types import MappingProxyType
 import pyarrow as pa
 
 from noisekit.core.errors import UsageError
-from noisekit.core.step_quantities import COLUMNS_OF
-from noisekit.core.vocabulary import QUANTITIES
+from noisekit.core.vocabulary import COLUMNS_OF, QUANTITIES
 
 FORMAT = 1
 """Version of the run directory; raised when an older reader would go wrong."""

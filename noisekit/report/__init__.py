@@ -1,6 +1,6 @@
 """From analyses of many runs to one page that stands alone."""
 
-from noisekit.report.evidence import (
+from noisekit.report.comparability import (
     LOSS_DEPENDENT,
     budget_snapshots,
     fair_test_rules,
@@ -12,7 +12,7 @@ from noisekit.report.evidence import (
 )
 from noisekit.report.page import build_report
 from noisekit.report.provenance import provenance_of
-from noisekit.report.section import AnalysisResult, Provenance, Rule, Table
+from noisekit.report.results import AnalysisResult, Provenance, Rule, Table
 
 __all__ = [
     "LOSS_DEPENDENT",

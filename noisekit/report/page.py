@@ -7,8 +7,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from noisekit.core.errors import StorageError
 from noisekit.records.files import write_bytes_atomic
-from noisekit.report.contents import page_of
-from noisekit.report.section import AnalysisResult, Provenance
+from noisekit.report.page_model import page_of
+from noisekit.report.results import AnalysisResult, Provenance
 
 
 def build_report(

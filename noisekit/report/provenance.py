@@ -6,7 +6,7 @@ import tomli_w
 
 from noisekit.figures import arm_styles
 from noisekit.records import Runs
-from noisekit.report.section import Provenance, Table
+from noisekit.report.results import Provenance, Table
 
 _COSTS = {
     "train_seconds": ("training, summed over runs", "s"),

@@ -1,36 +1,15 @@
 """How sharp a minimum is: eigenvalues, boxes, balls, noise, lines, rescaled twins."""
 
-from noisekit.sharpness.audit.auditing import audit
-from noisekit.sharpness.audit.report import AuditReport, AuditRow, AuditVerdict
-from noisekit.sharpness.batch import (
-    BatchSharpness,
-    batch_sharpness,
-    batch_sharpness_of,
-    step_sharpness,
-    step_sharpness_of,
-)
 from noisekit.sharpness.card.card import CardRow, Conditions, SharpnessCard
 from noisekit.sharpness.card.measuring import measure, measure_of
 from noisekit.sharpness.card.registry import MEASURES as SHARPNESS_MEASURES
 from noisekit.sharpness.card.registry import Measure
 from noisekit.sharpness.card.subject import MeasureSettings
-from noisekit.sharpness.fisher_rao import fisher_rao_norm, fisher_rao_norm_of
-from noisekit.sharpness.invariance.chains import FreeScale, free_scales
-from noisekit.sharpness.invariance.checking import check_invariance
-from noisekit.sharpness.invariance.free_rescalings import free_rescalings
-from noisekit.sharpness.invariance.report import (
+from noisekit.sharpness.invariance import check_invariance
+from noisekit.sharpness.invariance_report import (
     Invariance,
     InvarianceReport,
     RescalingEffect,
-)
-from noisekit.sharpness.invariance.twins import (
-    RescaledTwin,
-    rescale_layers,
-    rescale_neurons,
-    rescaled_twin,
-    rescaled_twin_of,
-    sharpened_twin,
-    sharpened_twin_of,
 )
 from noisekit.sharpness.landscape.curves import ConnectingCurve, connecting_curve
 from noisekit.sharpness.landscape.directions import Directions
@@ -41,34 +20,36 @@ from noisekit.sharpness.landscape.interpolation import (
     interpolate_of,
 )
 from noisekit.sharpness.landscape.slices import LossSlice, loss_slice, loss_slice_of
-from noisekit.sharpness.relative_flatness import (
-    relative_flatness,
-    relative_flatness_of,
-)
-from noisekit.sharpness.rise.average import (
+from noisekit.sharpness.measures.average import (
     AverageSharpness,
     average_sharpness,
     average_sharpness_of,
 )
-from noisekit.sharpness.rise.epsilon import (
+from noisekit.sharpness.measures.batch import (
+    BatchSharpness,
+    batch_sharpness,
+    batch_sharpness_of,
+    step_sharpness,
+    step_sharpness_of,
+)
+from noisekit.sharpness.measures.epsilon import (
     EpsilonSharpness,
     epsilon_sharpness,
     epsilon_sharpness_of,
 )
-from noisekit.sharpness.rise.pac_bayes import (
+from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm, fisher_rao_norm_of
+from noisekit.sharpness.measures.pac_bayes import (
     PacBayesFlatness,
     pac_bayes_flatness,
     pac_bayes_flatness_of,
     pac_bayes_sharpness,
     pac_bayes_sharpness_of,
 )
-from noisekit.sharpness.rise.search import SearchPlan
-from noisekit.sharpness.rise.worst_case import (
-    WorstCaseSharpness,
-    worst_case_sharpness,
-    worst_case_sharpness_of,
+from noisekit.sharpness.measures.relative_flatness import (
+    relative_flatness,
+    relative_flatness_of,
 )
-from noisekit.sharpness.spectrum import (
+from noisekit.sharpness.measures.spectrum import (
     gauge_fixed_lambda_max,
     gauge_fixed_lambda_max_of,
     lambda_max,
@@ -76,12 +57,12 @@ from noisekit.sharpness.spectrum import (
     lambda_min,
     lambda_min_of,
 )
-from noisekit.sharpness.stability import (
+from noisekit.sharpness.measures.stability import (
     SGDRule,
     edge_of_stability_ratio,
     stability_threshold,
 )
-from noisekit.sharpness.traces import (
+from noisekit.sharpness.measures.traces import (
     effective_dimension,
     effective_dimension_of,
     hessian_frobenius_norm,
@@ -91,6 +72,23 @@ from noisekit.sharpness.traces import (
     weighted_hessian_trace,
     weighted_hessian_trace_of,
 )
+from noisekit.sharpness.measures.worst_case import (
+    WorstCaseSharpness,
+    worst_case_sharpness,
+    worst_case_sharpness_of,
+)
+from noisekit.sharpness.rescaling.chains import FreeScale, free_scales
+from noisekit.sharpness.rescaling.free_rescalings import free_rescalings
+from noisekit.sharpness.rescaling.twins import (
+    RescaledTwin,
+    rescale_layers,
+    rescale_neurons,
+    rescaled_twin,
+    rescaled_twin_of,
+    sharpened_twin,
+    sharpened_twin_of,
+)
+from noisekit.sharpness.search.vertices import SearchPlan
 from noisekit.sharpness.tracking import (
     SharpnessReading,
     SharpnessTracker,
@@ -99,9 +97,6 @@ from noisekit.sharpness.tracking import (
 
 __all__ = [
     "SHARPNESS_MEASURES",
-    "AuditReport",
-    "AuditRow",
-    "AuditVerdict",
     "AverageSharpness",
     "BatchSharpness",
     "CardRow",
@@ -126,7 +121,6 @@ __all__ = [
     "SharpnessTracker",
     "Valley",
     "WorstCaseSharpness",
-    "audit",
     "average_sharpness",
     "average_sharpness_of",
     "batch_sharpness",

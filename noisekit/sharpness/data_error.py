@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from noisekit.core.data import FrozenBatches
 from noisekit.core.distributed import concatenate_over_ranks
-from noisekit.core.frozen import FrozenBatches
 from noisekit.core.params import flatten
 from noisekit.core.results import ErrorSource, Estimate, LogRatio, Status
 from noisekit.core.risk import EmpiricalRisk

@@ -20,10 +20,10 @@ from noisekit.core.risk import (
     Normaliser,
 )
 from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
-from noisekit.curvature.eigenvalues.screening import can_be_screened
+from noisekit.curvature.eigenvalues.subsample_start import can_be_screened
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator
-from noisekit.sharpness.stability import (
+from noisekit.sharpness.measures.stability import (
     edge_of_stability_ratio,
     refuse_steps_of_sum,
 )

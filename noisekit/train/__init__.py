@@ -1,6 +1,8 @@
 """Recipes, data, networks, the training loop, and sweeps over both."""
 
-from noisekit.train.catalogue import (
+from noisekit.train.data.datasets import DataSplits, TensorPair, load_data
+from noisekit.train.models import build_model
+from noisekit.train.recipes.catalogue import (
     AnalysisEntry,
     ExperimentEntry,
     ProfileEntry,
@@ -10,16 +12,14 @@ from noisekit.train.catalogue import (
     find_recipe,
     write_starter_recipe,
 )
-from noisekit.train.cost import Cost, estimate_cost
-from noisekit.train.datasets import DataSplits, TensorPair, load_data
-from noisekit.train.loading import load_recipe
-from noisekit.train.models import build_model
-from noisekit.train.progress import Progress, ProgressEvent
-from noisekit.train.recipe import Recipe
-from noisekit.train.revisit import Revisited, revisit
-from noisekit.train.specs import RunSpec
-from noisekit.train.standing import RunStanding, recorded_recipe, status
-from noisekit.train.sweep import resume, run
+from noisekit.train.recipes.cost import Cost, estimate_cost
+from noisekit.train.recipes.loading import load_recipe
+from noisekit.train.recipes.recipe import Recipe
+from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.runs.revisit import Revisited, revisit
+from noisekit.train.sweeps.progress import Progress, ProgressEvent
+from noisekit.train.sweeps.run_status import RunStanding, recorded_recipe, status
+from noisekit.train.sweeps.sweep import resume, run
 
 __all__ = [
     "AnalysisEntry",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.randomness import stream_seed
-from noisekit.train.subjects import ModelSpec
+from noisekit.train.recipes.subjects import ModelSpec
 
 _F1_HIDDEN = (512,) * 5
 _MLP_HIDDEN = (128, 128)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from noisekit.core.layers.per_example import assign_sites
 from noisekit.core.layers.replay import ModuleReplay
 from noisekit.core.layers.rule import LayerCall, row_sq_norms
-from noisekit.core.layers.sites import assign_sites
 from tests.core.test_per_example import CASES, Case
 from tests.reference import noise as reference
 

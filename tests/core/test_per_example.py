@@ -11,9 +11,13 @@ from torch.nn.utils import parametrizations
 from noisekit.core.errors import BatchSizeError
 from noisekit.core.layers import rule as layer_rules
 from noisekit.core.layers.batch_axis import WHOLE, axis_of_examples
+from noisekit.core.layers.per_example import (
+    assign_sites,
+    example_sq_norms,
+    summed_grads,
+)
 from noisekit.core.layers.replay import ModuleReplay
 from noisekit.core.layers.rule import LayerCall
-from noisekit.core.layers.sites import assign_sites, example_sq_norms, summed_grads
 from tests.reference import noise as reference
 
 # PyTorch's own remark on even kernels; that case is wanted.

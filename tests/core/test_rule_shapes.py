@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from noisekit.core.layers.per_example import assign_sites
 from noisekit.core.layers.replay import ModuleReplay
 from noisekit.core.layers.rule import LayerCall
-from noisekit.core.layers.sites import assign_sites
 from tests.reference import noise as reference
 
 # PyTorch's own remark on even kernels; they are wanted.

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.core.step_quantities import COLUMNS_OF, QuantityName
+from noisekit.core.vocabulary import COLUMNS_OF, QuantityName
+from noisekit.noise.step_quantity import StepQuantity
 from noisekit.probes import Probe, Reading, attach
-from noisekit.probes.quantities.step_quantity import StepQuantity
 
 N, CLASSES, RATE = 12, 3, 0.1
 ALL: tuple[QuantityName, ...] = tuple(COLUMNS_OF)  # type: ignore[assignment]

@@ -6,7 +6,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from noisekit.core.errors import NoisekitError
-from noisekit.core.step_quantities import COLUMNS_OF, QuantityName
+from noisekit.core.vocabulary import COLUMNS_OF, QuantityName
 from noisekit.probes import Reading, attach, hessian_weighted_noise
 from tests.probes import rank_work
 from tests.probes.quantity_problems import problem

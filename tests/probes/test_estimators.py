@@ -12,7 +12,7 @@ from noisekit.core.errors import CoupledExamplesError
 from noisekit.core.layers.linear import LinearRule
 from noisekit.core.layers.rule import LayerCall
 from noisekit.probes import Probe, Reading, attach
-from noisekit.probes.capture.own_gradients import OwnGradients
+from noisekit.probes.capture.microbatch_gradients import OwnGradients
 from tests.probes.models import CASES, MLP, Case, random_attention
 from tests.reference import noise as reference
 
@@ -301,7 +301,7 @@ def test_unequal_micro_batches_count_by_their_weights(by_size: bool) -> None:
 
 def test_gradients_are_dropped_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a second copy of all gradients held through the backward pass."""
-    monkeypatch.setattr("noisekit.probes.capture.own_gradients.HELD_BYTES", 100)
+    monkeypatch.setattr("noisekit.probes.capture.microbatch_gradients.HELD_BYTES", 100)
     batches = parts_of([5, 5, 5])
     model = MLP.model()
     reading = read(model, batches, estimator="accumulation")

@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError
 from noisekit.noise import HessianNoiseScale
+from noisekit.noise.step_quantity import HessianForms
 from noisekit.probes import Reading, attach
-from noisekit.probes.frozen_curvature import hessian_weighted_noise
-from noisekit.probes.quantities.step_quantity import HessianForms
+from noisekit.probes.dataset_curvature import hessian_weighted_noise
 from tests.probes.quantity_problems import N, problem, rows_of
 from tests.reference import noise as reference
 

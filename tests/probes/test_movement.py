@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.core.step_quantities import QuantityName
+from noisekit.core.vocabulary import QuantityName
+from noisekit.noise.step_quantity import StepQuantity
 from noisekit.probes import attach
-from noisekit.probes.quantities.step_quantity import StepQuantity
 from tests.probes.quantity_problems import RATE, problem, value
 
 

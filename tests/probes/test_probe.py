@@ -72,7 +72,7 @@ def test_sinks_get_every_reading() -> None:
 
 def test_readings_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: memory that grows with the length of the run."""
-    monkeypatch.setattr("noisekit.probes.readings.MAX_READINGS", 2)
+    monkeypatch.setattr("noisekit.probes.history.MAX_READINGS", 2)
     probe, model, optimizer = attached()
     train(model, optimizer, MLP.data(), 4)
     assert [reading.step for reading in probe.readings] == [3, 4]

@@ -9,10 +9,10 @@ from backpack.extensions import SumGradSquared
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.core.step_quantities import COLUMNS_OF, QuantityName
+from noisekit.core.vocabulary import COLUMNS_OF, QuantityName
 from noisekit.noise import SampleTest
+from noisekit.noise.step_quantity import HessianForms, StepQuantity
 from noisekit.probes import attach
-from noisekit.probes.quantities.step_quantity import HessianForms, StepQuantity
 from tests.probes.quantity_problems import (
     ALL,
     MODELS,

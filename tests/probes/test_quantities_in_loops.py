@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.core.step_quantities import QuantityName
+from noisekit.core.vocabulary import QuantityName
 from noisekit.noise import norm_statistic
 from noisekit.probes import Probe, attach
 from tests.probes.quantity_problems import ALL, RATE, N, problem, rows_of, value

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from noisekit.core.step_quantities import QuantityName
+from noisekit.core.vocabulary import QuantityName
 from noisekit.probes import attach
 from tests.benchmarks.networks import NETWORKS
 from tests.probes.test_memory import Way, peak_of_a_step, plain_peak

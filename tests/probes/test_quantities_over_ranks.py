@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from noisekit.core.step_quantities import COLUMNS_OF
+from noisekit.core.vocabulary import COLUMNS_OF
 from noisekit.probes import attach
 from tests.probes import rank_quantities, rank_work
 from tests.probes.quantity_problems import problem

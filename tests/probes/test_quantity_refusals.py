@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from noisekit.core.errors import UsageError
-from noisekit.core.step_quantities import QuantityName
+from noisekit.core.vocabulary import QuantityName
 from noisekit.probes import attach
 from tests.probes.quantity_problems import RATE, problem
 

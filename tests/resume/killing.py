@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from noisekit.records import Manifest, RunDirectory
-from noisekit.train.datasets import load_data
-from noisekit.train.loop import train_run
-from noisekit.train.progress import ProgressEvent
-from noisekit.train.specs import RunSpec
+from noisekit.train.data.datasets import load_data
+from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.runs.loop import train_run
+from noisekit.train.sweeps.progress import ProgressEvent
 
 
 def in_child(work: Callable[[], None]) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.rise.average import average_sharpness, average_sharpness_of
+from noisekit.sharpness.measures.average import average_sharpness, average_sharpness_of
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
 from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled, seeded
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from noisekit.sharpness.rise import boxes
-from noisekit.sharpness.rise.boxes import FullSpace, RandomSubspace
+from noisekit.sharpness.search import boxes
+from noisekit.sharpness.search.boxes import FullSpace, RandomSubspace
 from tests.reference import sharpness as reference
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.batch import batch_sharpness
 from noisekit.sharpness.data_error import curvature_parts
-from noisekit.sharpness.rise.average import average_sharpness_of
-from noisekit.sharpness.rise.worst_case import worst_case_sharpness_of
+from noisekit.sharpness.measures.average import average_sharpness_of
+from noisekit.sharpness.measures.batch import batch_sharpness
+from noisekit.sharpness.measures.worst_case import worst_case_sharpness_of
 from tests.cases import CASES, Case
 from tests.reference import curvature as reference
 from tests.sharpness.quadratics import seeded

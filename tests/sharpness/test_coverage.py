@@ -16,20 +16,20 @@ from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import GGNOperator, HessianOperator
 from noisekit.sharpness.data_error import data_stderr, gradient_errors, over_data
-from noisekit.sharpness.relative_flatness import relative_flatness_of
-from noisekit.sharpness.rise.pac_bayes import pac_bayes_flatness_of
-from noisekit.sharpness.rise.worst_case import worst_case_sharpness_of
-from noisekit.sharpness.spectral_sums import (
+from noisekit.sharpness.measures.pac_bayes import pac_bayes_flatness_of
+from noisekit.sharpness.measures.relative_flatness import relative_flatness_of
+from noisekit.sharpness.measures.spectral_sums import (
     dimension_with_data_error,
     frobenius_with_data_error,
 )
-from noisekit.sharpness.spectrum import lambda_min_of
-from noisekit.sharpness.traces import (
+from noisekit.sharpness.measures.spectrum import lambda_min_of
+from noisekit.sharpness.measures.traces import (
     effective_dimension_of,
     hessian_frobenius_norm_of,
     hessian_trace_of,
     weighted_hessian_trace_of,
 )
+from noisekit.sharpness.measures.worst_case import worst_case_sharpness_of
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified
 from tests.sharpness.quadratics import seeded

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.batch import batch_sharpness
-from noisekit.sharpness.spectrum import lambda_max, lambda_max_of
-from noisekit.sharpness.stability import (
+from noisekit.sharpness.measures.batch import batch_sharpness
+from noisekit.sharpness.measures.spectrum import lambda_max, lambda_max_of
+from noisekit.sharpness.measures.stability import (
     SGDRule,
     edge_of_stability_ratio,
     stability_threshold,

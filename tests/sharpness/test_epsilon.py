@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.results import Status
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.rise.epsilon import (
+from noisekit.sharpness.measures.epsilon import (
     epsilon_sharpness,
     epsilon_sharpness_of,
 )
-from noisekit.sharpness.rise.search import SearchMethod
+from noisekit.sharpness.search.vertices import SearchMethod
 from tests.reference import sharpness as reference
 from tests.sharpness.quadratics import (
     CURVATURES,

@@ -11,8 +11,8 @@ from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import FisherOperator, HessianOperator
-from noisekit.sharpness.fisher_rao import fisher_rao_norm, fisher_rao_norm_of
-from noisekit.sharpness.relative_flatness import (
+from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm, fisher_rao_norm_of
+from noisekit.sharpness.measures.relative_flatness import (
     relative_flatness,
     relative_flatness_of,
 )

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.invariance.checking import as_estimate, check_invariance
-from noisekit.sharpness.invariance.free_rescalings import free_rescalings
-from noisekit.sharpness.invariance.report import Invariance, InvarianceReport
-from noisekit.sharpness.spectrum import lambda_max_of
-from noisekit.sharpness.traces import weighted_hessian_trace_of
+from noisekit.sharpness.invariance import as_estimate, check_invariance
+from noisekit.sharpness.invariance_report import Invariance, InvarianceReport
+from noisekit.sharpness.measures.spectrum import lambda_max_of
+from noisekit.sharpness.measures.traces import weighted_hessian_trace_of
+from noisekit.sharpness.rescaling.free_rescalings import free_rescalings
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, built
 from tests.sharpness.quadratics import seeded

@@ -15,13 +15,13 @@ from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature.random_vectors import normal_vector
 from noisekit.sharpness.data_error import data_stderr
-from noisekit.sharpness.rise.bracket import bracketed
-from noisekit.sharpness.rise.pac_bayes import (
+from noisekit.sharpness.measures.pac_bayes import (
     pac_bayes_flatness,
     pac_bayes_flatness_of,
     pac_bayes_sharpness,
 )
-from noisekit.sharpness.rise.rise_trial import RiseTrial
+from noisekit.sharpness.measures.pac_bayes_trial import RiseTrial
+from noisekit.sharpness.search.bracket import bracketed
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
 from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled, seeded
 

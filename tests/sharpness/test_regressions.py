@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.batch import batch_sharpness, batch_sharpness_of
-from noisekit.sharpness.fisher_rao import fisher_rao_norm, fisher_rao_norm_of
-from noisekit.sharpness.rise.average import average_sharpness_of
-from noisekit.sharpness.rise.epsilon import epsilon_sharpness, epsilon_sharpness_of
-from noisekit.sharpness.rise.pac_bayes import (
+from noisekit.sharpness.measures.average import average_sharpness_of
+from noisekit.sharpness.measures.batch import batch_sharpness, batch_sharpness_of
+from noisekit.sharpness.measures.epsilon import epsilon_sharpness, epsilon_sharpness_of
+from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm, fisher_rao_norm_of
+from noisekit.sharpness.measures.pac_bayes import (
     pac_bayes_flatness,
     pac_bayes_flatness_of,
     pac_bayes_sharpness,
 )
-from noisekit.sharpness.rise.worst_case import (
+from noisekit.sharpness.measures.spectrum import lambda_max, lambda_max_of
+from noisekit.sharpness.measures.traces import hessian_trace_of
+from noisekit.sharpness.measures.worst_case import (
     worst_case_sharpness,
     worst_case_sharpness_of,
 )
-from noisekit.sharpness.spectrum import lambda_max, lambda_max_of
-from noisekit.sharpness.traces import hessian_trace_of
 from tests.processes import run_in_processes
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified

@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.rise.boxes import RandomSubspace
-from noisekit.sharpness.rise.epsilon import (
+from noisekit.sharpness.measures.epsilon import (
     EpsilonSharpness,
     epsilon_sharpness,
     epsilon_sharpness_of,
 )
-from noisekit.sharpness.rise.search import SearchMethod
+from noisekit.sharpness.search.boxes import RandomSubspace
+from noisekit.sharpness.search.vertices import SearchMethod
 from tests.reference import sharpness as reference
 from tests.sharpness.quadratics import (
     MINIMISER,

@@ -8,7 +8,7 @@ from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature.operators.ggn import GGNOperator
-from noisekit.sharpness.spectrum import (
+from noisekit.sharpness.measures.spectrum import (
     gauge_fixed_lambda_max,
     gauge_fixed_lambda_max_of,
     lambda_max,
@@ -16,7 +16,7 @@ from noisekit.sharpness.spectrum import (
     lambda_min,
     lambda_min_of,
 )
-from noisekit.sharpness.traces import (
+from noisekit.sharpness.measures.traces import (
     effective_dimension,
     effective_dimension_of,
     hessian_frobenius_norm,

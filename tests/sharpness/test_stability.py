@@ -6,7 +6,7 @@ from torch import nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Estimate
-from noisekit.sharpness.stability import (
+from noisekit.sharpness.measures.stability import (
     SGDRule,
     edge_of_stability_ratio,
     stability_threshold,

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.invariance.chains import free_scales
-from noisekit.sharpness.invariance.twins import (
+from noisekit.sharpness.rescaling.chains import free_scales
+from noisekit.sharpness.rescaling.twins import (
     rescale_layers,
     rescale_neurons,
     rescaled_twin,

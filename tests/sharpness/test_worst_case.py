@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.rise.balls import BallNorm
-from noisekit.sharpness.rise.worst_case import (
+from noisekit.sharpness.measures.worst_case import (
     worst_case_sharpness,
     worst_case_sharpness_of,
 )
+from noisekit.sharpness.search.balls import BallNorm
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
 from tests.sharpness.quadratics import (

@@ -6,7 +6,7 @@ from torch import nn
 
 from noisekit.core.errors import UsageError
 from noisekit.train.models import build_model
-from noisekit.train.subjects import ModelSpec
+from noisekit.train.recipes.subjects import ModelSpec
 
 CASES = [
     (ModelSpec(name="mlp"), (1, 8, 8), 64 * 128 + 128 + 128 * 128 + 128 + 1290),

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from noisekit.core.errors import LayerReadError
-from noisekit.core.global_random import global_random_state_kept
 from noisekit.core.layers.batch_axis import example_rows
 from noisekit.core.layers.call_state import (
     CallState,
@@ -30,6 +29,7 @@ from noisekit.core.layers.rule import (
     row_slices,
     widen,
 )
+from noisekit.core.randomness import preserve_rng_state
 
 
 class ModuleReplay(LayerRule):
@@ -303,13 +303,13 @@ class _Replay:
 
     def _same_draws(self) -> list[Tensor]:
         """The outputs for the whole batch, with the random numbers of the step."""
-        with global_random_state_kept(), torch.enable_grad():
+        with preserve_rng_state(), torch.enable_grad():
             if self.call.rng_state is not None:
                 restore_random_state(self.call.rng_state, self.tensors)
             return self.run(self.params, self.tensors)
 
     def _axes_by_size(self) -> tuple[int, ...]:
-        with global_random_state_kept():
+        with preserve_rng_state():
             return self.output_axes()
 
     def _gradients(

@@ -10,7 +10,7 @@ from torch import Tensor
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.curvature.eigenvalues.krylov import KrylovBasis, RitzPairs, Which
-from noisekit.curvature.eigenvalues.screening import part_of_the_data
+from noisekit.curvature.eigenvalues.subsample_start import part_of_the_data
 from noisekit.curvature.operators.operator import (
     MatrixLike,
     SymmetricOperator,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from noisekit.core.batches import Batch, count_examples
 from noisekit.core.distributed import sum_over_ranks
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError, UsageError
-from noisekit.core.mode import batch_norms
+from noisekit.core.evaluation_mode import batch_norms
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import (
     MEMORY_BUDGET,

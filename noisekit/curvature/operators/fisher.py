@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch, count_examples
+from noisekit.core.data import StreamedBatches
 from noisekit.core.errors import UsageError
-from noisekit.core.frozen import StreamedBatches
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.randomness import stream
 from noisekit.core.risk import (

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from noisekit.core.batches import Batch, count_examples
+from noisekit.core.data import FrozenBatches
 from noisekit.core.errors import UsageError
-from noisekit.core.frozen import FrozenBatches
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import (
     MEMORY_BUDGET,
@@ -17,16 +17,16 @@ from noisekit.core.risk import (
     LossFn,
     Normaliser,
 )
-from noisekit.curvature.operators.form_trial import (
+from noisekit.curvature.operators.hvp_methods import (
+    Form,
+    finite_difference,
+    reverse_over_reverse,
+)
+from noisekit.curvature.operators.hvp_selection import (
     Trial,
     difference_error,
     difference_step,
     try_form,
-)
-from noisekit.curvature.operators.forms import (
-    Form,
-    finite_difference,
-    reverse_over_reverse,
 )
 from noisekit.curvature.operators.risk_operator import Product, RiskOperator
 from noisekit.curvature.operators.weight_decay import WeightDecay

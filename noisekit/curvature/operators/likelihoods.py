@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from noisekit.core.batches import Batch, count_examples
 from noisekit.core.errors import UsageError
-from noisekit.core.normalisers import Normaliser, normaliser_value
+from noisekit.core.normalisation import Normaliser, normaliser_value
 
 Likelihood = Literal["categorical", "gaussian"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.params import flatten
+from noisekit.curvature.operators.graph_cache import refuse_once_differentiable
 from noisekit.curvature.operators.risk_operator import Product, RiskOperator
-from noisekit.curvature.operators.upkeep import refuse_once_differentiable
 
 OutputProduct = Callable[[Tensor], Tensor]
 """The product of ``M`` with something of the shape of the outputs."""

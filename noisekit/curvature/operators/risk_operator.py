@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch, count_examples, take_examples
+from noisekit.core.data import FrozenBatches
 from noisekit.core.distributed import Ranks, sum_over_ranks
 from noisekit.core.errors import UsageError
-from noisekit.core.frozen import FrozenBatches
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import (
     MEMORY_BUDGET,
@@ -23,12 +23,12 @@ from noisekit.core.risk import (
     LossFn,
     Normaliser,
 )
-from noisekit.curvature.operators.operator import SymmetricOperator
-from noisekit.curvature.operators.upkeep import (
+from noisekit.curvature.operators.graph_cache import (
     graph_bytes,
     model_state,
     second_derivatives_explained,
 )
+from noisekit.curvature.operators.operator import SymmetricOperator
 from noisekit.curvature.operators.weight_decay import (
     WeightDecay,
     decay_by_parameter,

@@ -10,10 +10,10 @@ from torch.utils import _pytree as pytree
 from noisekit.core.errors import BatchSizeError, LayerReadError
 from noisekit.core.layers.batch_axis import axis_of_examples
 from noisekit.core.layers.call_state import autocast_dtype
+from noisekit.core.layers.per_example import Site
 from noisekit.core.layers.replay import ModuleReplay
 from noisekit.core.layers.rule import LayerCall
-from noisekit.core.layers.sites import Site
-from noisekit.probes.capture.passes import CallKey, CapturedCall, ForwardPass
+from noisekit.probes.capture.step_record import CallKey, CapturedCall, ForwardPass
 
 
 def captured_call(

@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from noisekit.core.errors import CoupledExamplesError, LayerReadError
+from noisekit.core.evaluation_mode import preserve_model_state
 from noisekit.core.layers.call_state import CallState, attributes_given_back
+from noisekit.core.layers.per_example import Site, coupling
 from noisekit.core.layers.replay import ModuleReplay
-from noisekit.core.layers.sites import Site, coupling
-from noisekit.core.mode import model_given_back
 from noisekit.probes.capture.calls import (
     ExampleAxes,
     batch_size_of,
@@ -23,14 +23,14 @@ from noisekit.probes.capture.calls import (
     one_example_less,
     tensors_of,
 )
+from noisekit.probes.capture.fused_weight_grads import Replacement
 from noisekit.probes.capture.hooks import ModelHook
-from noisekit.probes.capture.passes import CallKey, CapturedCall, ForwardPass
-from noisekit.probes.capture.replace import Replacement
+from noisekit.probes.capture.leave_one_out import SmallerBatch
 from noisekit.probes.capture.silence import silence, silenced
 from noisekit.probes.capture.sites import SitePlan
-from noisekit.probes.capture.smaller import SmallerBatch
+from noisekit.probes.capture.step_record import CallKey, CapturedCall, ForwardPass
 from noisekit.probes.capture.targets import eagerly
-from noisekit.probes.estimators.unit_norms import UnitNorms
+from noisekit.probes.capture.unit_norms import UnitNorms
 
 
 @dataclass(slots=True)
@@ -339,7 +339,7 @@ class ForwardCapture:
         self._smaller = smaller
         with (
             silence(),
-            model_given_back(self._model),
+            preserve_model_state(self._model),
             attributes_given_back(self._model),
             eagerly("torch._dynamo" in sys.modules),  # not compiled for one size more
             torch.no_grad(),

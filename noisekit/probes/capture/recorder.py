@@ -15,26 +15,26 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from noisekit.core.errors import ClosureError, LayerReadError
+from noisekit.core.layers.per_example import Site
 from noisekit.core.layers.rule import widen
-from noisekit.core.layers.sites import Site
 from noisekit.probes.capture.accumulation import GradientWatch
+from noisekit.probes.capture.backward_graph_tasks import BackwardTasks
 from noisekit.probes.capture.calls import versions_of
 from noisekit.probes.capture.forward import ForwardCapture, Wanted
 from noisekit.probes.capture.hooks import ParameterHook
-from noisekit.probes.capture.own_gradients import OwnGradients
-from noisekit.probes.capture.passes import (
+from noisekit.probes.capture.microbatch_gradients import OwnGradients
+from noisekit.probes.capture.replicas import Replicas
+from noisekit.probes.capture.signed_backward import SignedBackward
+from noisekit.probes.capture.silence import silence, silenced
+from noisekit.probes.capture.sites import SitePlan, some_of
+from noisekit.probes.capture.step_record import (
     CapturedCall,
     ForwardPass,
     GradientListener,
     StepRecord,
 )
-from noisekit.probes.capture.silence import silence, silenced
-from noisekit.probes.capture.sites import SitePlan, some_of
 from noisekit.probes.capture.targets import eagerly
-from noisekit.probes.capture.tasks import BackwardTasks
-from noisekit.probes.estimators.random_signs import SignedBackward
-from noisekit.probes.estimators.unit_norms import UnitNorms
-from noisekit.probes.ranks.replicas import Replicas
+from noisekit.probes.capture.unit_norms import UnitNorms
 
 
 class Recorder:

@@ -4,8 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from noisekit.core.layers.per_example import (
+    Site,
+    assign_sites,
+    enclosing_path,
+    replay_site,
+)
 from noisekit.core.layers.replay import ModuleReplay
-from noisekit.core.layers.sites import Site, assign_sites, enclosing_path, replay_site
 
 _LISTED = 5
 

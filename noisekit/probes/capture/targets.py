@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from noisekit.core.layers.sites import enclosing_path
+from noisekit.core.layers.per_example import enclosing_path
 
 
 @dataclass(frozen=True, slots=True)

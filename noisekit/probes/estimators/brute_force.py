@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from noisekit.core.batches import Batch, count_examples, take_examples
-from noisekit.core.layers.subsets import chunk_slices
-from noisekit.core.normalisers import normaliser_value
+from noisekit.core.layers.chunks import chunk_slices
+from noisekit.core.normalisation import normaliser_value
 from noisekit.core.params import ParameterPatterns, flatten
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.probes.capture.passes import ForwardPass
 from noisekit.probes.capture.recorder import Recorder
+from noisekit.probes.capture.signed_backward import SignedBackward
+from noisekit.probes.capture.step_record import ForwardPass
+from noisekit.probes.dataset_noise import only_pass, recording
 from noisekit.probes.estimators.choice import EstimatorOptions
-from noisekit.probes.estimators.random_signs import SignedBackward
-from noisekit.probes.frozen import only_pass, recording
 
 _CHUNKS, _PARTS = 3, 2
 

@@ -5,15 +5,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from noisekit.probes.capture.passes import UNSEEN, ForwardPass
-from noisekit.probes.estimators.evidence import Evidence, StepNoise, call_fault
+from noisekit.probes.capture.step_record import UNSEEN, ForwardPass
+from noisekit.probes.capture.step_weights import Number, sq_sum
 from noisekit.probes.estimators.indirect import (
     ghost,
     norm_layers,
     preconditioned,
     random_signs,
 )
-from noisekit.probes.estimators.weights import Number, sq_sum
+from noisekit.probes.estimators.step_inputs import Evidence, StepNoise, call_fault
 
 
 def noise_of(name: str, evidence: Evidence) -> StepNoise | str:

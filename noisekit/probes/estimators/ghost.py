@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from noisekit.core.errors import BatchSizeError
-from noisekit.core.mode import model_given_back
+from noisekit.core.evaluation_mode import preserve_model_state
 from noisekit.core.risk import LossFn
 from noisekit.noise.moments import GradientMoments
-from noisekit.probes.assembly import LossReduction
-from noisekit.probes.capture.passes import ForwardPass
 from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.silence import silence, silenced
+from noisekit.probes.capture.step_record import ForwardPass
+from noisekit.probes.estimators.assembly import LossReduction
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a model was called with."""
@@ -102,7 +102,7 @@ def _ghost_moments(
     shares = _Shares.of(weights, num_ghosts, ghost_batch, loss_reduction)
     norms = []
     total: list[Tensor] = []
-    with model_given_back(model), torch.enable_grad():
+    with preserve_model_state(model), torch.enable_grad():
         for k in range(num_ghosts):
             rows = (k * ghost_batch, ghost_batch)
             args, kwargs = narrow(inputs, batch_size, batch_dim, rows)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from noisekit.noise.moments import GradientMoments
+from noisekit.probes.capture.unit_norms import is_norm_layer
 from noisekit.probes.estimators.calibration import Calibration
 from noisekit.probes.estimators.choice import COUPLED
-from noisekit.probes.estimators.evidence import Evidence, StepNoise, call_fault
-from noisekit.probes.estimators.unit_norms import is_norm_layer
+from noisekit.probes.estimators.step_inputs import Evidence, StepNoise, call_fault
 
 
 def random_signs(evidence: Evidence) -> StepNoise | str:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from noisekit.core.distributed import sum_over_ranks
-from noisekit.probes.estimators.weights import Number
-from noisekit.probes.quantities.step_parts import StepParts
-from noisekit.probes.ranks.replicas import Replicas
+from noisekit.probes.capture.replicas import Replicas
+from noisekit.probes.capture.step_weights import Number
+from noisekit.probes.ranks.rank_payload import StepParts
 from noisekit.probes.ranks.sums import RankPart, RankSums
 from noisekit.probes.reading import Reading
 

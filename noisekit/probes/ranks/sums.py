@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from noisekit.noise.moments import GradientMoments
-from noisekit.probes.estimators.tokens import TokenCount
-from noisekit.probes.estimators.weights import LossReduction, Number
-from noisekit.probes.quantities.step_parts import StepParts
+from noisekit.probes.capture.step_weights import LossReduction, Number
+from noisekit.probes.capture.tokens import TokenCount
+from noisekit.probes.ranks.rank_payload import StepParts
 from noisekit.probes.reading import Reading
 
 _HEADER, _SLOT = 6, 10

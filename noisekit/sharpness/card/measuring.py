@@ -25,7 +25,7 @@ from noisekit.sharpness.card.card import CardRow, Conditions, SharpnessCard
 from noisekit.sharpness.card.registry import Measure, measures_called
 from noisekit.sharpness.card.subject import Measured, MeasureSettings, Subject
 from noisekit.sharpness.data_error import over_data
-from noisekit.sharpness.stability import SGDRule
+from noisekit.sharpness.measures.stability import SGDRule
 
 DEFAULT_MEASURES = (
     "lambda_max",

@@ -17,9 +17,9 @@ from noisekit.sharpness.data_error import (
     curvature_parts,
     data_stderr_at,
 )
-from noisekit.sharpness.rise.logits import Logits
-from noisekit.sharpness.rise.rise_trial import Criterion
-from noisekit.sharpness.stability import SGDRule, refuse_steps_of_sum
+from noisekit.sharpness.measures.logits import Logits
+from noisekit.sharpness.measures.pac_bayes_trial import Criterion
+from noisekit.sharpness.measures.stability import SGDRule, refuse_steps_of_sum
 
 Detail = dict[str, bool | int | float | str | None]
 

@@ -8,31 +8,34 @@ import torch
 
 from noisekit.core.results import Estimate, Status
 from noisekit.curvature import GGNOperator, pyhessian_top_eigenvalue
-from noisekit.sharpness.batch import batch_sharpness_of
 from noisekit.sharpness.card.subject import Detail, Measured, Subject
 from noisekit.sharpness.data_error import gradient_errors
-from noisekit.sharpness.fisher_rao import fisher_rao_norm_of
-from noisekit.sharpness.relative_flatness import flatness_with_data_error
-from noisekit.sharpness.rise.average import AverageSharpness, average_sharpness_of
-from noisekit.sharpness.rise.epsilon import EpsilonSharpness, epsilon_sharpness_of
-from noisekit.sharpness.rise.logits import Logits
-from noisekit.sharpness.rise.pac_bayes import (
+from noisekit.sharpness.measures.average import AverageSharpness, average_sharpness_of
+from noisekit.sharpness.measures.batch import batch_sharpness_of
+from noisekit.sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness_of
+from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm_of
+from noisekit.sharpness.measures.logits import Logits
+from noisekit.sharpness.measures.pac_bayes import (
     PacBayesFlatness,
     pac_bayes_flatness_of,
     pac_bayes_sharpness_of,
 )
-from noisekit.sharpness.rise.worst_case import (
-    WorstCaseSharpness,
-    worst_case_sharpness_of,
-)
-from noisekit.sharpness.spectral_sums import (
+from noisekit.sharpness.measures.relative_flatness import flatness_with_data_error
+from noisekit.sharpness.measures.spectral_sums import (
     dimension_with_data_error,
     frobenius_with_data_error,
     trace_with_data_error,
     weighted_trace_with_data_error,
 )
-from noisekit.sharpness.spectrum import gauge_fixed_with_data_error
-from noisekit.sharpness.stability import edge_of_stability_ratio, stability_threshold
+from noisekit.sharpness.measures.spectrum import gauge_fixed_with_data_error
+from noisekit.sharpness.measures.stability import (
+    edge_of_stability_ratio,
+    stability_threshold,
+)
+from noisekit.sharpness.measures.worst_case import (
+    WorstCaseSharpness,
+    worst_case_sharpness_of,
+)
 
 _MOSTLY_NOISE = 0.5
 """Share of noise in a squared gradient above which the card says so."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from noisekit.core.batches import count_examples
-from noisekit.core.mode import batch_norms
+from noisekit.core.evaluation_mode import batch_norms
 from noisekit.core.risk import MEMORY_BUDGET, Batch, EmpiricalRisk
 
 _MOST_TOGETHER = 32

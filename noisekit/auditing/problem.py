@@ -1,0 +1,255 @@
+"""One question about a Hessian, and its answers by noisekit and by brute force."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.batches import map_tensors, tensors_in
+from noisekit.core.data import FrozenBatches
+from noisekit.core.params import ParameterPatterns, flatten
+from noisekit.core.results import Estimate
+from noisekit.core.risk import (
+    Batch,
+    BatchNormPolicy,
+    EmpiricalRisk,
+    LossFn,
+    Normaliser,
+)
+from noisekit.curvature.eigenvalues.lanczos import top_eigenpairs
+from noisekit.curvature.operators.hessian import HessianOperator
+from noisekit.curvature.traces import trace
+
+AuditQuantity = Literal["lambda_max", "lambda_min", "trace"]
+Weighting = Literal["true", "examples", "equal", "undivided"]
+
+_TOL = 1e-5
+_NUM_PROBES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked: of which loss, and which number of its Hessian.
+
+    Attributes:
+        model: The model.
+        loss_fn: The loss.
+        batches: The data, in memory.
+        bn: The BatchNorm policy.
+        normaliser: What the loss is divided by, where the user says so.
+        params: The parameters.
+        reduction: Whether the loss is a mean or a sum, as found.
+        weighting: How batches are combined: as they must be, by their examples, all
+            alike, or as a plain sum.
+        quantity: The number.
+        by_magnitude: Whether the eigenvalue of largest magnitude stands for the
+            largest one.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    batches: FrozenBatches
+    bn: BatchNormPolicy
+    normaliser: Normaliser | None
+    params: ParameterPatterns
+    reduction: Literal["mean", "sum"]
+    weighting: Weighting = "true"
+    quantity: AuditQuantity = "lambda_max"
+    by_magnitude: bool = False
+
+    def risk(self) -> EmpiricalRisk:
+        """Return the loss with its batches combined as ``weighting`` says."""
+        chosen, check = self.normaliser, True
+        if self.weighting != "true":
+            chosen, check = _normaliser_for(self.weighting, self.batches), False
+        risk = EmpiricalRisk(
+            self.model,
+            self.loss_fn,
+            self.batches,
+            bn=self.bn,
+            normaliser=chosen,
+            params=self.params,
+            check=check,
+        )
+        if self.weighting in {"examples", "equal"}:
+            # Whatever the loss is, these packages average the batches' losses.
+            risk.reduction = "mean"
+        elif self.weighting == "undivided":
+            risk.reduction = "sum"
+        return risk
+
+
+def asked(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    bn: BatchNormPolicy,
+    normaliser: Normaliser | None,
+    params: ParameterPatterns,
+) -> Question:
+    """Return the question about a model, checked and with its data in memory."""
+    risk = EmpiricalRisk(
+        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
+    )
+    held = FrozenBatches(iter(risk.batches))
+    return Question(risk.model, loss_fn, held, bn, normaliser, params, risk.reduction)
+
+
+def by_noisekit(question: Question, generator: torch.Generator) -> Estimate:
+    """Return noisekit's answer, by Lanczos or random vectors."""
+    with HessianOperator.from_risk(question.risk()) as hessian:
+        if question.quantity == "trace":
+            return trace(hessian, num_matvecs=_NUM_PROBES, generator=generator)
+        largest = question.quantity == "lambda_max"
+        ends = {"LA": largest or question.by_magnitude}
+        ends["SA"] = not largest or question.by_magnitude
+        found = [
+            top_eigenpairs(
+                hessian, which=which, tol=_TOL, max_matvecs=1000, generator=generator
+            ).estimate()
+            for which in ("LA", "SA")
+            if ends[which]
+        ]
+    return max(found, key=lambda e: abs(e.value)) if len(found) > 1 else found[0]
+
+
+def error_of_signs(
+    question: Question, num_samples: int, generator: torch.Generator
+) -> float:
+    """Return the standard error of a trace from this many random signs, estimated."""
+    with HessianOperator.from_risk(question.risk()) as hessian:
+        found = trace(
+            hessian, num_matvecs=num_samples, method="hutchinson", generator=generator
+        )
+    return found.stderr or 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseAnswers:
+    """What the whole Hessian says.
+
+    Attributes:
+        eigenvalues: ``(P,)``, ascending, in double precision.
+        trace: Their sum.
+        sign_variance: Variance of ``z' H z`` over random signs ``z``.
+        dtype: In which precision the Hessian was computed.
+    """
+
+    eigenvalues: Tensor
+    trace: float
+    sign_variance: float
+    dtype: torch.dtype
+
+    def answer(self, question: Question) -> float:
+        """Return the number that was asked for."""
+        if question.quantity == "trace":
+            return self.trace
+        low, high = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
+        if question.by_magnitude:
+            return max(low, high, key=abs)
+        return high if question.quantity == "lambda_max" else low
+
+
+def by_brute_force(question: Question) -> DenseAnswers:
+    """Return the answers of the dense Hessian, entry by entry, in double precision.
+
+    Where model or loss cannot be had in double precision, in their own.
+    """
+    try:
+        matrix = _dense(in_double_precision(question))
+    except (RuntimeError, TypeError, ValueError):
+        matrix = _dense(question)
+    dtype = matrix.dtype
+    matrix = (matrix + matrix.T).double() / 2
+    return DenseAnswers(
+        eigenvalues=torch.linalg.eigvalsh(matrix),
+        trace=float(matrix.diag().sum()),
+        sign_variance=2 * float((matrix**2).sum() - (matrix.diag() ** 2).sum()),
+        dtype=dtype,
+    )
+
+
+class Answers:
+    """Answers to questions about one model, each dense Hessian computed once."""
+
+    def __init__(self, max_params: int, generator: torch.Generator) -> None:
+        self.max_params = max_params
+        self.generator = generator
+        self._dense: dict[Question, DenseAnswers | None] = {}
+
+    def dense(self, question: Question) -> DenseAnswers | None:
+        """Return the dense answers, ``None`` where there are too many parameters."""
+        matrix = replace(question, quantity="lambda_max", by_magnitude=False)
+        if matrix not in self._dense:
+            size = matrix.risk().layout.num_params
+            small = size <= self.max_params
+            self._dense[matrix] = by_brute_force(matrix) if small else None
+        return self._dense[matrix]
+
+    def answer(self, question: Question) -> float:
+        """Return the number, by brute force where that is possible."""
+        dense = self.dense(question)
+        if dense is not None:
+            return dense.answer(question)
+        return by_noisekit(question, self.generator).value
+
+
+def in_double_precision(question: Question) -> Question:
+    """Return the same question about a copy in double precision."""
+
+    def widened(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    loss_fn = question.loss_fn
+    if isinstance(loss_fn, nn.Module):
+        loss_fn = copy.deepcopy(loss_fn).double()
+    return replace(
+        question,
+        model=copy.deepcopy(question.model).double(),
+        loss_fn=loss_fn,
+        batches=FrozenBatches(
+            (map_tensors(widened, x), map_tensors(widened, y))
+            for x, y in question.batches
+        ),
+    )
+
+
+def _dense(question: Question) -> Tensor:
+    """The Hessian by one backward pass for each entry of the gradient."""
+    risk = question.risk()
+    size = risk.layout.num_params
+    matrix = torch.zeros(size, size, dtype=risk.layout.dtype, device=risk.layout.device)
+    with risk.evaluating():
+        for weight, loss in risk.batch_losses():
+            gradient = flatten(risk.gradients(loss, create_graph=True))
+            for row, entry in enumerate(gradient):
+                if entry.requires_grad:
+                    matrix[row] += weight * _row(entry, risk)
+    return matrix
+
+
+def _row(entry: Tensor, risk: EmpiricalRisk) -> Tensor:
+    parts = torch.autograd.grad(
+        entry,
+        risk.parameters,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return flatten(parts)
+
+
+def _normaliser_for(weighting: Weighting, batches: FrozenBatches) -> Normaliser:
+    """Weights as other packages take them: the length of the inputs' first axis."""
+    share = 1.0 / len(batches)
+    weights = {
+        id(targets): float(len(tensors_in(inputs)[0]))
+        if weighting == "examples"
+        else share
+        for inputs, targets in batches
+    }
+    return lambda targets: weights[id(targets)]

@@ -1,0 +1,255 @@
+"""The data of a measurement: held in memory once, or read again and compared."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import overload
+
+import torch
+
+from noisekit.core.batches import (
+    Batch,
+    as_batch,
+    count_examples,
+    map_tensors,
+    take_examples,
+    tensors_in,
+)
+from noisekit.core.errors import DataChangedError, EmptyDataError, UsageError
+from noisekit.core.randomness import preserve_rng_state
+
+MEMORY_BUDGET = 2**30
+_MASK = 2**128 - 1
+
+
+class FrozenBatches(Sequence[Batch]):
+    """Batches held in memory: the same data, in the same order, on each pass.
+
+    Attributes:
+        num_examples: Examples over all batches.
+        num_bytes: Memory of their tensors [bytes].
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = tuple(batches)
+        self.num_examples = sum(count_examples(batch) for batch in self._batches)
+        self.num_bytes = sum(_bytes_of(batch) for batch in self._batches)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> "FrozenBatches": ...
+    def __getitem__(self, index: int | slice) -> "Batch | FrozenBatches":
+        """Return one batch, or some of them, frozen too."""
+        if isinstance(index, slice):
+            return FrozenBatches(self._batches[index])
+        return self._batches[index]
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._batches)
+
+    def data_hash(self) -> str:
+        """Return a hash of the examples; order and batching do not change it."""
+        total = sum(_digest(batch, ordered=False) for batch in self._batches)
+        return f"{total & _MASK:032x}"
+
+
+class StreamedBatches:
+    """Batches too large for memory: read again on each pass, and compared.
+
+    A loader that only shuffles is accepted, since neither the loss nor its
+    derivatives depend on the order, unless ``ordered`` says that batches matter.
+    """
+
+    def __init__(self, loader: Iterable[Batch], *, ordered: bool = False) -> None:
+        self._loader = loader
+        self._ordered = ordered
+        self._digest: int | None = None
+        self.num_examples = 0
+        self.num_batches = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield every batch; on all passes but the first, compare with the first.
+
+        Raises:
+            DataChangedError: After the last batch, if the data differ.
+        """
+        total = num_examples = num_batches = 0
+        with loader_random_state_kept(self._loader):
+            for item in self._loader:
+                batch = as_batch(item)
+                digest = _digest(batch, ordered=self._ordered)
+                total = total * 31 + digest if self._ordered else total + digest
+                num_examples += count_examples(batch)
+                num_batches += 1
+                yield batch
+        total &= _MASK
+        if self._digest is None:
+            self._digest = total
+            self.num_examples, self.num_batches = num_examples, num_batches
+        elif total != self._digest:
+            raise DataChangedError(
+                f"needs the same data on each pass, got {num_examples} examples that "
+                f"differ from the {self.num_examples} of the first pass; switch off "
+                "augmentation and shuffling with drop_last, or hold the data in "
+                "memory with nk.freeze(loader, num_examples=...) or a larger "
+                "memory_budget=."
+            )
+
+    def keep_order(self) -> None:
+        """Compare the order of the batches too from now on, since it matters."""
+        if not self._ordered:
+            self._ordered, self._digest = True, None
+
+    def data_hash(self) -> str:
+        """Return the hash of the examples, reading them unless that was done."""
+        if self._digest is None:
+            for _ in self:
+                pass
+        return f"{self._digest:032x}"
+
+
+def freeze(
+    loader: Iterable[Batch],
+    *,
+    num_examples: int | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+) -> FrozenBatches:
+    """Return the batches of one pass over ``loader``, held in memory.
+
+    The loader's generators and the global random state are given back, so that the
+    training that uses the same loader is not changed.
+
+    Args:
+        loader: Anything that yields ``(inputs, targets)``.
+        num_examples: How many to take from the start; all by default.
+        memory_budget: Most memory to use [bytes].
+
+    Raises:
+        UsageError: If ``num_examples`` is not positive or not there, or the data
+            exceed the budget.
+        EmptyDataError: If the loader yields nothing.
+    """
+    if num_examples is not None and num_examples < 1:
+        raise UsageError(f"num_examples needs to be at least 1, got {num_examples}.")
+    batches, complete = read_batches(
+        loader, num_examples=num_examples, memory_budget=memory_budget
+    )
+    if not complete:
+        raise UsageError(
+            f"freeze needs data within memory_budget={memory_budget} bytes, got more "
+            f"after {batches.num_examples} examples; raise the budget or take fewer "
+            "with num_examples=."
+        )
+    if num_examples is not None and batches.num_examples < num_examples:
+        raise UsageError(
+            f"freeze needs {num_examples} examples, got a loader of "
+            f"{batches.num_examples}; ask for at most that many."
+        )
+    return batches
+
+
+def read_batches(
+    loader: Iterable[Batch], *, num_examples: int | None = None, memory_budget: int
+) -> tuple[FrozenBatches, bool]:
+    """Return what fits of one pass, and whether that was all that was asked for.
+
+    Raises:
+        EmptyDataError: If the loader yields no example.
+    """
+    if isinstance(loader, FrozenBatches) and num_examples is None:
+        return loader, True
+    # A loader may fill the same tensors again for each batch; a list cannot.
+    copy = not isinstance(loader, Sequence)
+    taken: list[Batch] = []
+    missing = float("inf") if num_examples is None else num_examples
+    used, complete = 0, True
+    with loader_random_state_kept(loader):
+        for item in loader:
+            batch = as_batch(item)
+            count = count_examples(batch)
+            if count > missing:
+                batch = take_examples(batch, torch.arange(int(missing)))
+            used += _bytes_of(batch)
+            if copy and used > memory_budget:
+                complete = False
+                break
+            taken.append(map_tensors(torch.clone, batch) if copy else batch)
+            missing -= count
+            if missing <= 0:
+                break
+    frozen = FrozenBatches(taken)
+    if complete and frozen.num_examples == 0:
+        raise EmptyDataError(
+            "needs at least one batch with an example, got none from "
+            f"{type(loader).__name__}; a used-up iterator gives none: pass a list or "
+            "a DataLoader."
+        )
+    return frozen, complete
+
+
+@contextmanager
+def loader_random_state_kept(loader: object) -> Iterator[None]:
+    """Give back the global random state and the loader's generators on exit."""
+    generators = _generators_of(loader)
+    states = [generator.get_state() for generator in generators]
+    with preserve_rng_state():
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+def _generators_of(loader: object) -> list[torch.Generator]:
+    """Generators of a DataLoader, of its samplers and of its data set."""
+    sampler = getattr(loader, "sampler", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (
+        loader,
+        sampler,
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+        getattr(loader, "dataset", None),
+    )
+    found = {
+        id(generator): generator
+        for holder in holders
+        if isinstance(generator := getattr(holder, "generator", None), torch.Generator)
+    }
+    return list(found.values())
+
+
+def _bytes_of(batch: Batch) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors_in(batch))
+
+
+def _digest(batch: Batch, *, ordered: bool) -> int:
+    """Sum of the hashes of the examples, so that their order does not matter."""
+    count = count_examples(batch)
+    tensors = [t.detach().cpu().contiguous() for t in tensors_in(batch)]
+    tensors = [t.to_dense() if t.layout is not torch.strided else t for t in tensors]
+    rows = [t for t in tensors if t.ndim and t.shape[0] == count]
+    if ordered or len(rows) < len(tensors):
+        return _hash([_raw(t) for t in tensors])
+    raw = [memoryview(_raw(t)) for t in rows]
+    widths = [len(r) // max(count, 1) for r in raw]
+    total = 0
+    for i in range(count):
+        parts = zip(raw, widths, strict=True)
+        total += _hash([r[i * w : (i + 1) * w] for r, w in parts])
+    return total
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    """Bytes of ``tensor``, also of types that NumPy does not know."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _hash(parts: Iterable[bytes | memoryview]) -> int:
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(len(part).to_bytes(8, "big"))
+        state.update(part)
+    return int.from_bytes(state.digest(), "big")

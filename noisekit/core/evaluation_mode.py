@@ -1,0 +1,187 @@
+"""How a model is evaluated while it is measured, and how it is given back."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from noisekit.core.batches import Batch, count_examples
+from noisekit.core.errors import UsageError
+from noisekit.core.randomness import preserve_rng_state
+
+BatchNormPolicy = Literal["running", "recalibrated", "batch"]
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:  # whatever the model takes
+    """Return the model's outputs; a tuple or a mapping is unpacked."""
+    args, kwargs = model_arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def model_arguments(
+    inputs: Any,  # whatever the model takes
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the keyword arguments that stand for ``inputs``."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def unwrap_compiled(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped, or ``model`` itself."""
+    original = getattr(model, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else model
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorm layers of ``model``."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
+def check_policy(model: nn.Module, bn: str) -> None:
+    """Refuse a BatchNorm policy that does not exist or that the model cannot follow.
+
+    Raises:
+        UsageError: In both cases.
+    """
+    if bn not in get_args(BatchNormPolicy):
+        known = ", ".join(repr(name) for name in get_args(BatchNormPolicy))
+        raise UsageError(f"bn needs to be one of {known}, got {bn!r}.")
+    without = [layer for layer in batch_norms(model) if layer.running_mean is None]
+    if bn != "batch" and without:
+        raise UsageError(
+            f"bn={bn!r} needs running statistics, got {len(without)} BatchNorm layers "
+            "with track_running_stats=False; use bn='batch'."
+        )
+
+
+@contextmanager
+def preserve_model_state(model: nn.Module) -> Iterator[None]:
+    """Restore modes, buffers, gradients and random state on exit, bit for bit.
+
+    Buffers are set aside and copies put in their place, so that graphs which other
+    code holds stay valid: BatchNorm keeps its statistics for the backward pass.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
+    with preserve_rng_state():
+        try:
+            for module, name, buffer in buffers:
+                module._buffers[name] = copies[id(buffer)]
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            for parameter, grad, requires_grad in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+            for module, name, buffer in buffers:
+                module._buffers[name] = buffer
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, bn: BatchNormPolicy) -> Iterator[None]:
+    """Switch to what is measured: no dropout, ``bn``, kernels with derivatives.
+
+    ``bn="recalibrated"`` is left to the caller, who has the data. Modules' ``train``
+    methods are not called: some merge weights or move data when they are.
+    """
+    with ExitStack() as stack:
+        # First of all: tensors made in inference mode cannot be differentiated.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(preserve_model_state(model))
+        for module in model.modules():
+            module.training = False
+        for layer in batch_norms(model) if bn == "batch" else ():
+            layer.training = True
+        stack.enter_context(torch.enable_grad())
+        # The fused attention kernels have no second derivative.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_no_attention_fast_path())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # cuDNN's recurrent layers have no backward pass in evaluation mode.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules:
+            # Compiled parts have no second derivative: run what they were made of.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def recalibrated(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    summed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Iterator[None]:
+    """Use the mean over ``batches`` of each BatchNorm layer's batch statistics.
+
+    Batches count by their examples. The layers' own running tensors are set aside,
+    not overwritten.
+
+    Args:
+        model: Whose layers.
+        batches: This process's share of the data.
+        summed: Returns the sum of a tensor over all processes.
+    """
+    layers = batch_norms(model)
+    own = [(n.running_mean, n.running_var, n.num_batches_tracked) for n in layers]
+    momenta = [layer.momentum for layer in layers]
+    try:
+        for layer in layers:
+            assert layer.running_mean is not None  # refused by check_policy
+            layer.running_mean = torch.zeros_like(layer.running_mean)
+            layer.running_var = torch.ones_like(layer.running_mean)
+            layer.num_batches_tracked = None
+            layer.training = True
+        seen = 0
+        with torch.no_grad():
+            for batch in batches:
+                seen += count_examples(batch)
+                for layer in layers:
+                    layer.momentum = count_examples(batch) / seen
+                call_model(model, batch[0])
+        total = float(summed(torch.tensor(float(seen))))
+        for layer in layers:
+            layer.training = False
+            if total != seen:
+                _merge_statistics(layer, seen / total, summed)
+        yield
+    finally:
+        for layer, momentum, tensors in zip(layers, momenta, own, strict=True):
+            layer.momentum = momentum
+            layer.running_mean, layer.running_var, layer.num_batches_tracked = tensors
+
+
+def _merge_statistics(
+    layer: _BatchNorm, share: float, summed: Callable[[Tensor], Tensor]
+) -> None:
+    """Average a layer's statistics over processes by their shares of the examples."""
+    assert layer.running_mean is not None  # both set by the caller
+    assert layer.running_var is not None
+    layer.running_mean = summed(layer.running_mean * share)
+    layer.running_var = summed(layer.running_var * share)
+
+
+@contextmanager
+def _no_attention_fast_path() -> Iterator[None]:
+    """Run Transformer layers the same way with and without gradients."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

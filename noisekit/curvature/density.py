@@ -1,0 +1,289 @@
+"""The spectral density of an operator, with its outliers told from the bulk."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from noisekit.core.errors import UsageError
+from noisekit.core.results import Estimate
+from noisekit.curvature.operators.operator import MatrixLike, SymmetricOperator
+from noisekit.curvature.outliers import Atom, outliers
+from noisekit.curvature.quadrature import Quadrature, spectral_quadrature
+
+# A bandwidth is this part of the distance between a node's neighbours, and never
+# below a thousandth of the typical one, or a millionth of the largest magnitude.
+_SPACING_SHARE = 0.5
+_RELATIVE_FLOOR = 1e-3
+_ZERO = 1e-6
+_OFFSETS = np.linspace(-4.0, 4.0, 25)
+
+
+@dataclass(frozen=True, slots=True)
+class LogDensity:
+    """A density over the magnitude of eigenvalues of one sign.
+
+    Attributes:
+        grid: ``(g,)`` magnitudes.
+        density: ``(g,)`` share of all eigenvalues per decade.
+        low: ``(g,)`` lower end of the 95 % band over probes.
+        high: ``(g,)`` upper end.
+        mass: Share of all eigenvalues that have this sign, without those that are not
+            told from zero.
+    """
+
+    grid: np.ndarray = field(repr=False)
+    density: np.ndarray = field(repr=False)
+    low: np.ndarray = field(repr=False)
+    high: np.ndarray = field(repr=False)
+    mass: Estimate
+
+    def __str__(self) -> str:
+        """Write the share of all eigenvalues and where they are looked for."""
+        return (
+            f"density per decade over magnitudes from {self.grid[0]:.2g} to "
+            f"{self.grid[-1]:.2g}: {self.mass} of all eigenvalues"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SpectralDensity:
+    """The density of eigenvalues: a smooth part and atoms, of mass one together.
+
+    Attributes:
+        grid: ``(g,)`` eigenvalues, finer where nodes are close.
+        density: ``(g,)`` of the smooth part, atoms left out [1 / eigenvalue].
+        low: ``(g,)`` lower end of the 95 % band over probes, point by point.
+        high: ``(g,)`` upper end.
+        nodes: ``(probes, m)`` of the quadrature.
+        weights: ``(probes, m)``, each row of sum one, atoms included.
+        bandwidths: ``(probes, m)``: standard deviation of the normal curve that stands
+            for a node; 0 for an atom.
+        atoms: Outliers, the largest first.
+        quadrature: What it all comes from.
+    """
+
+    grid: np.ndarray = field(repr=False)
+    density: np.ndarray = field(repr=False)
+    low: np.ndarray = field(repr=False)
+    high: np.ndarray = field(repr=False)
+    nodes: np.ndarray = field(repr=False)
+    weights: np.ndarray = field(repr=False)
+    bandwidths: np.ndarray = field(repr=False)
+    atoms: tuple[Atom, ...] = field(repr=False)
+    quadrature: Quadrature
+
+    @property
+    def num_matvecs(self) -> int:
+        """Products spent."""
+        return self.quadrature.num_matvecs
+
+    @property
+    def negative_share(self) -> Estimate:
+        """Share of eigenvalues below zero, up to ``zero_share`` more."""
+        below = (self.nodes < 0.0) & ~self.quadrature.about_zero
+        return self.quadrature.means(below.astype(float))
+
+    @property
+    def zero_share(self) -> Estimate:
+        """Share of eigenvalues not told from zero by as many products as were made."""
+        return self.quadrature.means(self.quadrature.about_zero.astype(float))
+
+    def __str__(self) -> str:
+        """Write the range, the outliers, the shares below and about zero, the cost."""
+        values = ", ".join(f"{atom.value:.4g}" for atom in self.atoms)
+        return "\n".join(
+            [
+                f"density of {self.quadrature.size} eigenvalues from "
+                f"{self.nodes.min():.4g} to {self.nodes.max():.4g}, "
+                f"{self.num_matvecs} products:",
+                f"  outliers: {values or 'none'}",
+                f"  share below zero: {self.negative_share}",
+                f"  share about zero: {self.zero_share}",
+            ]
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """Return everything that is drawn as one table.
+
+        Columns ``axis`` (``linear``, ``log``), ``kind`` (``density``, ``atom``,
+        ``zero``), ``eigenvalue``, ``value`` (a density, or the share of an atom or of
+        what is not told from zero), ``low``, ``high``.
+        """
+        lines = [("linear", self.grid, self.density, self.low, self.high)]
+        for sign in (-1, 1):
+            logs = self.log_density(sign)
+            lines.append(("log", sign * logs.grid, logs.density, logs.low, logs.high))
+        columns = ("eigenvalue", "value", "low", "high")
+        tables = [
+            pd.DataFrame(dict(zip(columns, line, strict=True)))
+            .sort_values("eigenvalue")
+            .assign(axis=axis, kind="density")
+            for axis, *line in lines
+        ]
+        shares = [("linear", "atom", a.value, a.weight) for a in self.atoms]
+        for axis, kind, value, share in [
+            *shares,
+            ("log", "zero", 0.0, self.zero_share),
+        ]:
+            around = share.interval()
+            row = [value, share.value, max(around.low, 0.0), around.high]
+            tables.append(
+                pd.DataFrame([row], columns=list(columns)).assign(axis=axis, kind=kind)
+            )
+        table = pd.concat(tables, ignore_index=True)
+        return table[["axis", "kind", *columns]]
+
+    def log_density(self, sign: int = 1, *, num_points: int = 200) -> LogDensity:
+        """Return the density per decade of the eigenvalues of one sign, atoms included.
+
+        What is not told from zero belongs to neither sign; ``zero_share`` is how much
+        that is. A node is a normal curve over the logarithm,
+        with half the distance between its neighbours as its standard deviation, and
+        between a twentieth and half of a decade.
+
+        Raises:
+            UsageError: If ``sign`` is not 1 or -1.
+        """
+        if sign not in {1, -1}:
+            raise UsageError(f"log_density needs sign 1 or -1, got {sign!r}.")
+        scale = self.quadrature.scale
+        magnitudes = sign * self.nodes
+        inside = (magnitudes > 0.0) & ~self.quadrature.about_zero
+        logs = np.log10(np.where(inside, magnitudes, 1.0))
+        widths = np.clip(_half_spacings(np.where(inside, logs, np.nan)), 0.05, 0.5)
+        top = np.log10(scale) if scale > 0 else 0.0
+        grid = np.linspace(top + np.log10(_ZERO) - 0.5, top + 1.0, num_points)
+        weights = np.where(inside, self.weights, 0.0)
+        curves = _smoothed(grid, logs, weights, widths)
+        mean, low, high = _band(curves)
+        mass = self.quadrature.means(inside.astype(float))
+        return LogDensity(10**grid, mean, low, high, mass)
+
+
+def spectral_density(
+    H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
+    *,
+    num_probes: int = 4,
+    num_steps: int = 40,
+    bandwidth: float | None = None,
+    generator: torch.Generator | None = None,
+) -> SpectralDensity:
+    """Estimate how eigenvalues are distributed, by stochastic Lanczos quadrature.
+
+    Each node of the quadrature becomes a normal curve. Its bandwidth is half the
+    distance between the nodes beside it, which is what Lanczos resolves there: one
+    large outlier does not blur the bulk, as a single bandwidth of the range over the
+    number of nodes does. Outliers, that is Ritz values that have converged in every
+    probe and stand apart, are given as atoms with their weights and are not smoothed.
+
+    Args:
+        H: A symmetric operator or matrix, or another library's operator.
+        num_probes: Random vectors; the bands are over them.
+        num_steps: Most products for each.
+        bandwidth: The same for all nodes, in place of their own.
+        generator: Of the vectors; fresh entropy by default.
+
+    Raises:
+        UsageError: If there are fewer than 2 probes or 1 step, ``bandwidth`` is not
+            positive, or a product is not finite.
+
+    Source:
+        Ghorbani et al. 2019, arXiv:1901.10159, section 2, for the quadrature.
+    """
+    if bandwidth is not None and not bandwidth > 0.0:
+        raise UsageError(f"bandwidth needs to be positive, got {bandwidth}.")
+    found = spectral_quadrature(
+        H, num_probes=num_probes, num_steps=num_steps, generator=generator
+    )
+    if not np.isfinite(found.nodes).all():
+        raise UsageError(
+            "a spectral density needs finite products, got NaN or infinity; look at "
+            "the weights: a training that diverged has no spectrum."
+        )
+    atoms, is_atom = outliers(found)
+    widths = _bandwidths(found, is_atom)
+    if bandwidth is not None:
+        widths = np.full_like(widths, bandwidth)
+    widths = np.where(is_atom, 0.0, widths)
+    grid = _grid(found.nodes, widths, is_atom)
+    smooth_weights = np.where(is_atom, 0.0, found.weights)
+    curves = _smoothed(grid, found.nodes, smooth_weights, np.where(is_atom, 1, widths))
+    # What the grid's finite steps lose or add.
+    area = float(np.trapezoid(curves.mean(0), grid))
+    curves = curves * (smooth_weights.sum(1).mean() / area if area > 0 else 1.0)
+    mean, low, high = _band(curves)
+    return SpectralDensity(
+        grid=grid,
+        density=mean,
+        low=low,
+        high=high,
+        nodes=found.nodes,
+        weights=found.weights,
+        bandwidths=widths,
+        atoms=atoms,
+        quadrature=found,
+    )
+
+
+def _bandwidths(found: Quadrature, is_atom: np.ndarray) -> np.ndarray:
+    """Half the distance between the nodes beside each, atoms left out."""
+    usable = ~is_atom & (found.weights > 0.0)
+    spacings = _half_spacings(np.where(usable, found.nodes, np.nan))
+    known = spacings[usable & (spacings > 0.0)]
+    typical = float(np.median(known)) if len(known) else max(found.scale, 1.0)
+    floor = max(_RELATIVE_FLOOR * typical, _ZERO * found.scale)
+    return np.asarray(np.maximum(spacings, floor))
+
+
+def _half_spacings(values: np.ndarray) -> np.ndarray:
+    """Per row, part of the distance between neighbours; 0 where there are none."""
+    widths = np.zeros(values.shape)
+    for row, line in enumerate(values):
+        order = np.argsort(line)[: int(np.isfinite(line).sum())]
+        if len(order) < 2:
+            continue
+        steps = np.diff(line[order])
+        before = np.concatenate([steps[:1], steps])
+        after = np.concatenate([steps, steps[-1:]])
+        widths[row, order] = _SPACING_SHARE * (before + after) / 2
+    return widths
+
+
+def _grid(nodes: np.ndarray, widths: np.ndarray, is_atom: np.ndarray) -> np.ndarray:
+    """Points around each node, as close as its bandwidth asks, atoms left out."""
+    centres, spreads = nodes[~is_atom], widths[~is_atom]
+    if not len(centres):
+        centres, spreads = nodes.reshape(-1), np.ones(nodes.size)
+    points = (centres[:, None] + spreads[:, None] * _OFFSETS).ravel()
+    order = np.argsort(points)
+    least = np.repeat(spreads, len(_OFFSETS))[order] / 6
+    kept: list[float] = []
+    for point, distance in zip(points[order].tolist(), least.tolist(), strict=True):
+        if not kept or point - kept[-1] >= distance:
+            kept.append(point)
+    return np.array(kept)
+
+
+def _smoothed(
+    grid: np.ndarray, nodes: np.ndarray, weights: np.ndarray, widths: np.ndarray
+) -> np.ndarray:
+    """Each probe's sum of normal curves on the grid, ``(probes, g)``."""
+    curves = []
+    for line, shares, spreads in zip(nodes, weights, widths, strict=True):
+        scores = (grid[:, None] - line) / spreads  # (g, m)
+        heights = shares / (spreads * math.sqrt(2 * math.pi))
+        curves.append(np.exp(-0.5 * scores**2) @ heights)
+    return np.stack(curves)
+
+
+def _band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over probes and its pointwise 95 % interval, never below zero."""
+    count = len(curves)
+    mean = curves.mean(0)
+    half = stdtrit(count - 1, 0.975) * curves.std(0, ddof=1) / count**0.5
+    return mean, np.maximum(mean - half, 0.0), mean + half

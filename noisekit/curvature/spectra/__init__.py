@@ -1,1 +1,0 @@
-"""How the eigenvalues of an operator are distributed."""

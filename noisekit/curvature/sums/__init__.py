@@ -1,1 +1,0 @@
-"""Sums over the spectrum: trace, diagonal, Frobenius norm, effective numbers."""

@@ -1,0 +1,268 @@
+"""Traces and diagonals from products with random probes, each with its error."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noisekit.core.errors import UsageError
+from noisekit.core.results import ErrorSource, Estimate, Status
+from noisekit.curvature.operators.operator import (
+    MatrixLike,
+    SymmetricOperator,
+    as_operator,
+)
+from noisekit.curvature.quadratic_forms import (
+    Probes,
+    mean_estimate,
+    two_stage_estimate,
+)
+from noisekit.curvature.random_vectors import Probe
+from noisekit.curvature.xtrace import exchangeable_trace
+
+TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
+
+_MIN_MATVECS = {"hutchinson": 2, "hutch++": 6, "xtrace": 6}
+_TARGET_SKETCH = 10
+
+
+@dataclass(frozen=True, slots=True)
+class DiagonalEstimate:
+    """The diagonal of an operator, entry by entry, with its error.
+
+    Attributes:
+        values: ``(P,)`` estimates of ``H_ii``.
+        stderr: ``(P,)`` standard errors over probes.
+        num_matvecs: Products spent, one per probe.
+    """
+
+    values: Tensor = field(repr=False)
+    stderr: Tensor = field(repr=False)
+    num_matvecs: int
+
+    def __str__(self) -> str:
+        """Write the number of entries, their range and their median error."""
+        low, high = (float(v) for v in self.values.aminmax())
+        return (
+            f"diagonal of {len(self.values)} entries from {low:.4g} to {high:.4g}, "
+            f"median error {float(self.stderr.median()):.2g}, "
+            f"{self.num_matvecs} products"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A standard error to reach.
+
+    Attributes:
+        stderr: How large it may be.
+        relative: Whether that is a part of the trace's magnitude, or absolute.
+    """
+
+    stderr: float
+    relative: bool = True
+
+
+def trace(
+    H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
+    *,
+    num_matvecs: int = 32,
+    method: TraceMethod = "hutch++",
+    probe: Probe = "rademacher",
+    target: Target | None = None,
+    generator: torch.Generator | None = None,
+) -> Estimate:
+    r"""Estimate the trace from products with random vectors.
+
+    ``"hutchinson"`` is the mean of :math:`z^\top H z`. ``"hutch++"`` spends a third of
+    the products on finding the dominant directions ``Q`` and a third on the exact
+    trace on them, and probes what remains; where a few eigenvalues dominate the error
+    is far smaller. ``"xtrace"`` lets each probe find directions for all the others,
+    and has its error by the jackknife, which is on the large side. The first holds a
+    few vectors, the others a third and a whole of ``num_matvecs``.
+
+    The number of probes is never decided by watching the running mean, which stops
+    early by luck. With ``target`` a first round of probes fixes how many follow, and
+    the standard error is that of the first round scaled to all, which keeps the
+    t-interval exact for normal samples.
+
+    Args:
+        H: A symmetric operator or matrix, or another library's operator.
+        num_matvecs: Products to spend; with ``target``, the most.
+        method: How; see above.
+        probe: Random signs, which have the smallest variance for matrices with a
+            heavy diagonal, or normal vectors.
+        target: Stop at this standard error; not for ``"xtrace"``.
+        generator: Of the probes; fresh entropy by default.
+
+    Returns:
+        The trace, with its standard error over probes. ``NOT_CONVERGED`` where the
+        target would take more than ``num_matvecs``.
+
+    Raises:
+        UsageError: If there are too few products, or an argument is unknown.
+
+    Source:
+        Hutchinson 1989, "A stochastic estimator of the trace of the influence matrix
+        for Laplacian smoothing splines"; Meyer et al. 2021, "Hutch++: optimal
+        stochastic trace estimation", algorithm 1; Epperly, Tropp and Webber 2024,
+        "XTrace: making the most of every sample in stochastic trace estimation",
+        section 2.1; Stein 1945, "A two-sample test for a linear hypothesis whose
+        power is independent of the variance", for the two rounds.
+    """
+    operator = as_operator(H)
+    _check_trace(num_matvecs, method, probe, target)
+    probes = Probes(operator, generator, probe=probe)
+    if method == "xtrace":
+        return _xtrace(probes, num_matvecs)
+    found = 0.0
+    if method == "hutch++":
+        sketch = num_matvecs // 3 if target is None else _TARGET_SKETCH
+        found = _dominant_trace(probes, min(sketch, num_matvecs // 3))
+    left = num_matvecs - probes.num_matvecs
+    if target is None:
+        return mean_estimate(
+            probes.forms(left), num_matvecs, exact=found, eps=probes.eps
+        )
+    return two_stage_estimate(probes, found, left, (target.stderr, target.relative))
+
+
+def weighted_trace(
+    H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
+    weights: Tensor,
+    *,
+    num_matvecs: int = 32,
+    generator: torch.Generator | None = None,
+) -> Estimate:
+    r"""Estimate :math:`\sum_i w_i^2 H_{ii}`, which rescaling of layers leaves alone.
+
+    Where one layer's weights are multiplied by a factor and the next layer's divided
+    by it, so that the function stays, ``H_ii`` changes by the inverse square of
+    ``w_i``. The estimate is the mean of ``(w z)' H (w z)`` over random signs ``z``.
+
+    Args:
+        H: A symmetric operator or matrix, or another library's operator.
+        weights: ``w``, of shape ``(P,)``.
+        num_matvecs: Probes, one product each.
+        generator: Of the signs; fresh entropy by default.
+
+    Raises:
+        UsageError: If ``weights`` do not fit, or fewer than 2 products are given.
+    """
+    operator = as_operator(H)
+    if weights.shape != (operator.shape[0],):
+        raise UsageError(
+            f"weights needs shape ({operator.shape[0]},), got {tuple(weights.shape)}; "
+            "risk.vector() has the model's own."
+        )
+    check_probes(num_matvecs)
+    probes = Probes(operator, generator, weights=weights)
+    return mean_estimate(probes.forms(num_matvecs), num_matvecs)
+
+
+def diagonal(
+    H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
+    *,
+    num_matvecs: int = 32,
+    generator: torch.Generator | None = None,
+) -> DiagonalEstimate:
+    r"""Estimate the diagonal as the mean of :math:`z \odot H z` over random signs.
+
+    Raises:
+        UsageError: If fewer than 2 products are given.
+
+    Source:
+        Bekas, Kokiopoulou and Saad 2007, "An estimator for the diagonal of a matrix".
+    """
+    operator = as_operator(H)
+    check_probes(num_matvecs)
+    probes = Probes(operator, generator)
+    dtype = torch.promote_types(operator.dtype, torch.float32)
+    mean = torch.zeros(operator.shape[0], dtype=dtype, device=operator.device)
+    squares = torch.zeros_like(mean)
+    count = 0
+    for signs, products in probes.blocks(num_matvecs):
+        for sample in (signs * products).to(dtype).unbind(1):
+            count += 1
+            change = sample - mean
+            mean += change / count
+            squares += change * (sample - mean)
+    variance = squares / (num_matvecs - 1)
+    return DiagonalEstimate(mean, (variance / num_matvecs).sqrt(), num_matvecs)
+
+
+def check_probes(num_matvecs: int) -> None:
+    """Check that there are enough probes for a standard error.
+
+    Raises:
+        UsageError: If there are fewer than 2.
+    """
+    if num_matvecs < 2:
+        raise UsageError(
+            f"num_matvecs needs to be at least 2 for an error estimate, got "
+            f"{num_matvecs}."
+        )
+
+
+def _dominant_trace(probes: Probes, rank: int) -> float:
+    """Trace on the directions that ``H`` stretches most, which probes then leave out.
+
+    They are ``H`` times random vectors, so the trace on what remains is small.
+    """
+    sketch = torch.cat([products for _, products in probes.blocks(rank)], 1)
+    if not bool(sketch.isfinite().all()):
+        return math.nan
+    basis = torch.linalg.qr(sketch.to(probes.wide))[0]
+    products = probes.products(basis)
+    probes.leave_out(basis)
+    return float((basis.double() * products.double()).sum())
+
+
+def _xtrace(probes: Probes, num_matvecs: int) -> Estimate:
+    half = num_matvecs // 2
+    blocks = list(probes.blocks(half))
+    tests = torch.cat([block for block, _ in blocks], 1)
+    images = torch.cat([products for _, products in blocks], 1)
+    value = error = math.nan
+    if bool(images.isfinite().all()):
+        value, error = exchangeable_trace(
+            tests, images, probes.products, eps=probes.eps
+        )
+    return Estimate(
+        value=value,
+        stderr=math.hypot(error, probes.eps * value),
+        error_source=ErrorSource.PROBES,
+        num_samples=half,
+        dof=half - 1,
+        status=Status.OK if math.isfinite(value) else Status.DIVERGED,
+        num_matvecs=probes.num_matvecs,
+    )
+
+
+def _check_trace(
+    num_matvecs: int, method: str, probe: str, target: Target | None
+) -> None:
+    if method not in get_args(TraceMethod):
+        raise UsageError(
+            f"method needs to be 'hutch++', 'hutchinson' or 'xtrace', got {method!r}."
+        )
+    if probe not in get_args(Probe):
+        raise UsageError(f"probe needs to be 'rademacher' or 'normal', got {probe!r}.")
+    least = _MIN_MATVECS[method] * (1 if target is None else 3)
+    if num_matvecs < least:
+        raise UsageError(
+            f"num_matvecs needs to be at least {least} for an error estimate by "
+            f"{method!r}, got {num_matvecs}."
+        )
+    if target is None:
+        return
+    if method == "xtrace":
+        raise UsageError(
+            "a target needs method 'hutch++' or 'hutchinson', got 'xtrace', whose "
+            "probes all depend on how many there are."
+        )
+    if not target.stderr > 0.0:
+        raise UsageError(f"target needs a positive stderr, got {target.stderr}.")

@@ -1,0 +1,97 @@
+"""The closure check: per-example contributions must add up to the gradient."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.layers.per_example import Site, sum_over_rows, summed_grads
+from noisekit.core.layers.rule import LayerCall, added_up
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5}
+_HALF_TOLERANCE = 2e-2
+"""Relative to ``sqrt(n sum |u_i|²)``, which bounds the rounding of the sum."""
+
+_SHARE_OF_ALL = 0.05
+"""Of the tolerance, relative to all parameters together: a gradient that is zero but
+for rounding, such as that of the bias of attention's keys, has no digits to compare."""
+
+
+class ClosureCheck:
+    """Compares ``sum_i u_i`` with the change of ``.grad``, parameter by parameter.
+
+    A weight used behind its module's back, a penalty added to the loss or a wrong
+    batch axis shows up here. One instance is one backward pass.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Tensor | None] = {}
+        self._after: dict[int, Tensor] = {}
+        self._missing: dict[int, Tensor] = {}
+        self._bounds: dict[int, Tensor] = {}
+
+    def note(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Remember the gradients before this backward pass adds to them."""
+        for parameter in parameters.values():
+            if id(parameter) not in self._before:
+                grad = parameter.grad
+                kept = None if grad is None else grad.detach().clone()
+                self._before[id(parameter)] = kept
+
+    def keep(self, parameter: nn.Parameter) -> None:
+        """Remember the gradient now, before sums over ranks are written over it."""
+        if parameter.grad is not None:
+            self._after[id(parameter)] = parameter.grad.detach().clone()
+
+    def compare(
+        self,
+        parameter: nn.Parameter,
+        contributions: Sequence[tuple[Site, LayerCall]],
+        sq_norms: Tensor,
+        *,
+        chunks: Sequence[slice] = (),
+    ) -> None:
+        """Note by how much the sum misses the change, relative to what rounding may.
+
+        Args:
+            parameter: Whose gradient is complete.
+            contributions: All calls that it comes from.
+            sq_norms: ``|u_i|²`` of every example.
+            chunks: The examples of each chunk, where sums over chunks are read too;
+                those are computed in another way and have to add up as well.
+        """
+        if parameter.grad is None or parameter.is_meta:
+            return
+        before = self._before.get(id(parameter))
+        after = self._after.get(id(parameter), parameter.grad)
+        change = after if before is None else after - before
+        missing = torch.linalg.vector_norm(
+            summed_grads(contributions, parameter) - change
+        )
+        if chunks:
+            parts = [sum_over_rows(contributions, parameter, rows) for rows in chunks]
+            missing = torch.maximum(
+                missing, torch.linalg.vector_norm(added_up(parts) - change)
+            )
+        bound = (len(sq_norms) * sq_norms.sum()).sqrt()
+        if before is not None:  # the difference carries the rounding of the sum
+            bound = bound + torch.linalg.vector_norm(before)
+        tolerance = max(_tolerance(call, parameter) for _, call in contributions)
+        self._missing[id(parameter)] = missing.double()
+        self._bounds[id(parameter)] = tolerance * bound.double()
+
+    def failures(self) -> set[int]:
+        """Return the ids of parameters whose sum misses; one transfer to the host."""
+        if not self._missing:
+            return set()
+        bounds = torch.stack(list(self._bounds.values()))
+        allowed = bounds + _SHARE_OF_ALL * torch.linalg.vector_norm(bounds)
+        excess = (torch.stack(list(self._missing.values())) - allowed).tolist()
+        pairs = zip(self._missing, excess, strict=True)
+        # Not ``> 0``: a NaN is left to the training, which will see it anyway.
+        return {key for key, value in pairs if value > 0}
+
+
+def _tolerance(call: LayerCall, parameter: nn.Parameter) -> float:
+    dtypes = {parameter.dtype, *(g.dtype for g in call.grads if g is not None)}
+    return max(_TOLERANCES.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)

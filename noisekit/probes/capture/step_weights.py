@@ -1,0 +1,125 @@
+"""What every example, chunk and micro-batch of a step weighs in its gradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from noisekit.core.layers.chunks import chunk_slices
+from noisekit.probes.capture.step_record import ForwardPass
+
+LossReduction = Literal["mean", "sum"]
+MicrobatchWeights = Literal["equal", "by_size"]
+Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """The weights ``w_i`` in the step's mean gradient, ``sum w_i = 1``.
+
+    Attributes:
+        passes: The step's micro-batches.
+        alike: Whether an example weighs the same whatever its micro-batch's size.
+    """
+
+    passes: Sequence[ForwardPass]
+    alike: bool
+
+    @classmethod
+    def of(
+        cls,
+        passes: Sequence[ForwardPass],
+        loss_reduction: LossReduction,
+        microbatch_weights: MicrobatchWeights,
+    ) -> "StepWeights":
+        """Return the weights under the loop's conventions.
+
+        Args:
+            passes: The step's micro-batches.
+            loss_reduction: What the loss does over its micro-batch.
+            microbatch_weights: How the micro-batches' means make up the step's.
+        """
+        alike = loss_reduction == "sum" or microbatch_weights == "by_size"
+        return cls(passes, alike)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Examples of every micro-batch."""
+        return [forward_pass.num_examples or 0 for forward_pass in self.passes]
+
+    @cached_property
+    def counts(self) -> list[Number]:
+        """What the examples of every micro-batch count together in the loss."""
+        return [
+            float(p.num_examples or 0) if p.weights is None else p.weights.sum()
+            for p in self.passes
+        ]
+
+    @cached_property
+    def factors(self) -> list[Number]:
+        """What an example's own count is multiplied by to give its weight."""
+        if self.alike:
+            total = sum(self.counts)
+            return [1.0 / total] * len(self.passes)
+        return [1.0 / (count * len(self.passes)) for count in self.counts]
+
+    @cached_property
+    def example_sq_sum(self) -> Number:
+        """``sum w_i²`` over all examples."""
+        return sum(
+            factor**2 * (n if p.weights is None else p.weights.square().sum())
+            for factor, n, p in zip(self.factors, self.sizes, self.passes, strict=True)
+        )
+
+    def of_examples(self) -> list[Number]:
+        """``w_i`` by micro-batch: one number, or one per example."""
+        return [
+            factor if p.weights is None else factor * p.weights
+            for factor, p in zip(self.factors, self.passes, strict=True)
+        ]
+
+    def of_microbatches(self) -> list[Number]:
+        """The weight of every micro-batch."""
+        return [f * c for f, c in zip(self.factors, self.counts, strict=True)]
+
+    def of_chunks(self, num_chunks: int) -> list[Number]:
+        """The weight of every chunk of every micro-batch."""
+        found: list[Number] = []
+        for factor, n, p in zip(self.factors, self.sizes, self.passes, strict=True):
+            for rows in chunk_slices(n, num_chunks):
+                size = float(rows.stop - rows.start)
+                own = size if p.weights is None else p.weights[rows].sum()
+                found.append(factor * own)
+        return found
+
+    @property
+    def note(self) -> str | None:
+        """What a reader must know, where examples weigh unequally."""
+        sizes = self.sizes
+        if self.alike or len(set(sizes)) <= 1:
+            return None
+        return f"micro-batches of {min(sizes)} to {max(sizes)} examples weigh the same"
+
+
+def sq_sum(weights: Sequence[Number]) -> Number:
+    """``sum w_k²``; a plain number where the weights are."""
+    return sum(weight * weight for weight in weights)
+
+
+def scale_of_sum(
+    passes: Sequence[ForwardPass], loss_reduction: LossReduction, num_examples: int
+) -> Number:
+    """Factor that makes squared norms of a summed loss's gradient those of a mean."""
+    if loss_reduction != "sum":
+        return 1.0
+    counts = [
+        float(p.num_examples or 0) if p.weights is None else p.weights.sum()
+        for p in passes
+    ]
+    total = sum(counts)
+    if isinstance(total, Tensor):
+        return total.clamp(min=torch.finfo(total.dtype).tiny).pow(-2)
+    return float(max(1, num_examples)) ** -2

@@ -1,0 +1,139 @@
+"""An optimiser's steps, and what was done to the gradient between backward and step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from noisekit.probes.capture.recorder import Recorder
+from noisekit.probes.history import Pending
+from noisekit.probes.reading import Reading
+
+
+@dataclass(frozen=True, slots=True)
+class _UnlessSkipped:
+    """A reading that counts only if its step turns out to have been taken."""
+
+    reading: Reading | Pending
+    found_inf: Tensor
+
+    def resolved(self) -> Reading | None:
+        """Return the reading, unless gradients were not finite."""
+        if bool(self.found_inf):
+            return None
+        reading = self.reading
+        return reading if isinstance(reading, Reading) else reading.resolved()
+
+
+class OptimizerSteps:
+    """Calls back after every step that an optimiser takes.
+
+    A step with a closure evaluates gradients itself, LBFGS several times: what was
+    read last counts.
+
+    Attributes:
+        num_evaluations: Evaluations of the last step's closure; 0 without one.
+        clip_factor: What the gradient's norm was multiplied by since it was read, in
+            the last step; ``None`` where no gradient was read.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        recorder: Recorder,
+        scaler: "torch.amp.GradScaler | None",
+        after: Callable[[], None],
+    ) -> None:
+        self.num_evaluations = 0
+        self.clip_factor: Tensor | float | None = None
+        self._optimizer = optimizer
+        self._recorder = recorder
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._after = after
+        self._num_at_first = self._num_trainable()
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._on_start),
+            optimizer.register_step_post_hook(self._on_end),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimiser."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def annotated(self, reading: Reading) -> Reading:
+        """Add to a reading what the step tells about its gradient."""
+        notes = [] if reading.coverage.note is None else [reading.coverage.note]
+        if self.num_evaluations > 1:
+            notes.append(f"the last of {self.num_evaluations} evaluations in the step")
+        joined = self._num_trainable() - self._num_at_first
+        if joined > 0:
+            notes.append(
+                f"{joined} parameters became trainable after the probe was attached "
+                "and are not read: attach anew"
+            )
+        return replace(
+            reading,
+            clip_factor=self.clip_factor,
+            coverage=replace(reading.coverage, note="; ".join(notes) or None),
+        )
+
+    def unless_skipped(self, reading: Reading | Pending) -> Reading | Pending:
+        """Have a reading dropped whose step a fused optimiser has skipped.
+
+        Others are not called for such a step; a fused one finds out on the device.
+        """
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        if self._scaler is None or not isinstance(found_inf, Tensor):
+            return reading
+        return _UnlessSkipped(reading, found_inf)
+
+    def _num_trainable(self) -> int:
+        groups = self._optimizer.param_groups
+        return sum(p.requires_grad for group in groups for p in group["params"])
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """The factor of loss scaling in the gradients that a backward pass leaves."""
+        scaler = self._scaler
+        return None if scaler is None else scaler._get_scale_async()  # never waits
+
+    def _on_start(
+        self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.num_evaluations, self.clip_factor = 0, None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._recorder.before_step()
+            self._note_clipping()
+            return None
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": self._watched(closure)}
+        return (args[0], self._watched(closure), *args[2:]), kwargs
+
+    def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, with a look at the gradient that each evaluation leaves."""
+
+        def evaluate() -> Any:  # the loss, or what the user returns
+            loss = closure()
+            self.num_evaluations += 1
+            self._note_clipping()
+            return loss
+
+        return evaluate
+
+    def _on_end(self, *_: object) -> None:
+        self._after()
+
+    def _note_clipping(self) -> None:
+        factor = self._recorder.clip_factor()
+        scale = self.loss_scale
+        # A fused optimiser unscales in its own kernel, after this.
+        scaled = getattr(self._optimizer, "grad_scale", None) is not None
+        if isinstance(factor, Tensor) and scale is not None and not scaled:
+            factor = factor * scale
+        self.clip_factor = factor

@@ -1,1 +1,0 @@
-"""What else comes of the same pass: tests, moments, movement, curvature."""

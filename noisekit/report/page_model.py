@@ -1,0 +1,207 @@
+"""What stands on the page, in order, ready for the template."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from urllib.parse import quote
+
+from markupsafe import Markup
+
+from noisekit.core.vocabulary import Quantity
+from noisekit.figures import FORMATS
+from noisekit.report.formatting import (
+    Cell,
+    ContrastRow,
+    contrast_row,
+    glossary,
+    in_words,
+    names_of,
+    table_cells,
+)
+from noisekit.report.inline_svg import inline_svg
+from noisekit.report.results import AnalysisResult, Provenance, Rule, Table
+from noisekit.report.typography import typeset
+
+_LONG_TABLE = 24  # rows; a longer one scrolls inside its frame
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A file beside the report."""
+
+    label: str
+    href: str
+
+
+@dataclass(frozen=True, slots=True)
+class FigureView:
+    """A figure as it stands on the page."""
+
+    anchor: str
+    number: int
+    caption: str
+    svg: Markup
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TableView:
+    """A table as it stands on the page."""
+
+    anchor: str
+    number: int | None
+    caption: str
+    head: list[Cell]
+    rows: list[list[Cell]]
+    long: bool
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Article:
+    """One analysis as it stands on the page."""
+
+    anchor: str
+    question: str
+    answer: str
+    rules: tuple[Rule, ...]
+    warnings: tuple[str, ...]
+    primary: tuple[ContrastRow, ...]
+    descriptive: tuple[ContrastRow, ...]
+    figures: tuple[FigureView, ...]
+    tables: tuple[TableView, ...]
+
+    @property
+    def broken(self) -> tuple[Rule, ...]:
+        """The rules that do not hold."""
+        return tuple(rule for rule in self.rules if not rule.met)
+
+    @property
+    def contrasts(self) -> tuple[ContrastRow, ...]:
+        """All contrasts, the primary ones first."""
+        return self.primary + self.descriptive
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """All that the template shows."""
+
+    articles: tuple[Article, ...]
+    provenance: Provenance
+    faults: tuple[str, ...]
+    runs: TableView | None
+    glossary: list[tuple[Quantity, Markup]]
+
+
+def page_of(
+    results: Sequence[AnalysisResult], provenance: Provenance, *, beside: Path
+) -> Page:
+    """Return all that the template shows.
+
+    Args:
+        results: What the analyses found.
+        provenance: Where the numbers come from.
+        beside: Folder of the report, in which linked files are looked for.
+    """
+    names = names_of(results, provenance.arms)
+    figures, tables = count(1), count(1)
+    articles = tuple(
+        Article(
+            anchor=f"analysis-{place}",
+            question=result.question or result.name,
+            answer=typeset(result.answer),
+            rules=tuple(_rules(result.rules, names)),
+            warnings=tuple(map(typeset, result.warnings)),
+            primary=_contrasts(result, provenance, primary=True),
+            descriptive=_contrasts(result, provenance, primary=False),
+            figures=tuple(_figures(result, figures, beside)),
+            tables=tuple(_tables(result, tables, provenance, beside)),
+        )
+        for place, result in enumerate(results, start=1)
+    )
+    told = {warning for result in results for warning in result.warnings}
+    return Page(
+        articles=articles,
+        provenance=provenance,
+        faults=tuple(fault for fault in provenance.faults if fault not in told),
+        runs=_table(provenance.runs, "runs", provenance) if provenance.runs else None,
+        glossary=glossary(results),
+    )
+
+
+def _rules(rules: Iterable[Rule], names: Mapping[str, str]) -> Iterator[Rule]:
+    for rule in rules:
+        yield Rule(in_words(rule.name, names), rule.met, in_words(rule.detail, names))
+
+
+def _contrasts(
+    result: AnalysisResult, provenance: Provenance, *, primary: bool
+) -> tuple[ContrastRow, ...]:
+    return tuple(
+        contrast_row(item, provenance.arms)
+        for item in result.contrasts
+        if item.contrast.primary is primary
+    )
+
+
+def _figures(
+    result: AnalysisResult, numbers: Iterator[int], beside: Path
+) -> Iterator[FigureView]:
+    for plot, number in zip(result.plots, numbers, strict=False):
+        anchor = f"figure-{number}"
+        yield FigureView(
+            anchor=anchor,
+            number=number,
+            caption=typeset(plot.caption),
+            svg=inline_svg(
+                plot.rendered("svg"), prefix=f"{anchor}-", label=plot.caption
+            ),
+            links=_links(result.name, plot.name, FORMATS, beside),
+        )
+
+
+def _tables(
+    result: AnalysisResult,
+    numbers: Iterator[int],
+    provenance: Provenance,
+    beside: Path,
+) -> Iterator[TableView]:
+    for table, number in zip(result.tables, numbers, strict=False):
+        links = _links(result.name, table.name, ("csv", "parquet"), beside)
+        yield _table(table, f"table-{number}", provenance, number=number, links=links)
+
+
+def _table(
+    table: Table,
+    anchor: str,
+    provenance: Provenance,
+    *,
+    number: int | None = None,
+    links: tuple[Link, ...] = (),
+) -> TableView:
+    head, rows = table_cells(table.frame, provenance.arms)
+    return TableView(
+        anchor=anchor,
+        number=number,
+        caption=typeset(table.caption),
+        head=head,
+        rows=rows,
+        long=len(rows) > _LONG_TABLE,
+        links=links,
+    )
+
+
+def _links(
+    analysis: str, stem: str, endings: Iterable[str], beside: Path
+) -> tuple[Link, ...]:
+    """Return links to those files of a figure or table that are there."""
+    folder = Path("analyses") / analysis
+    paths = {ending: folder / f"{stem}.{ending}" for ending in endings}
+    return tuple(
+        Link(
+            ending.upper() if len(ending) < 4 else ending.capitalize(), quote(str(path))
+        )
+        for ending, path in paths.items()
+        if (beside / path).is_file()
+    )

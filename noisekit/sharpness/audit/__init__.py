@@ -1,1 +1,0 @@
-"""The same quantity by several packages, and why they differ."""

@@ -1,1 +1,0 @@
-"""Rescalings that keep a network's function, and which measures see them."""

@@ -1,0 +1,1 @@
+"""Sharpness measures: one family of measures per file."""

@@ -1,0 +1,332 @@
+"""Curvature of batch losses along the steps that the same batches ask for."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.batches import count_examples, take_examples
+from noisekit.core.errors import UsageError
+from noisekit.core.params import ParameterPatterns, flatten
+from noisekit.core.results import Estimate
+from noisekit.core.risk import (
+    Batch,
+    BatchNormPolicy,
+    EmpiricalRisk,
+    LossFn,
+    Normaliser,
+)
+from noisekit.curvature.random_vectors import entropy_generator
+from noisekit.sharpness.data_error import gathered
+from noisekit.sharpness.measures.batch_ratios import mean_of_ratios, ratio_of_means
+from noisekit.sharpness.measures.stability import SGDRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSharpness:
+    """Curvature along the batches' own steps, by both ways to average.
+
+    Attributes:
+        estimate: Mean over batches of each batch's ratio [loss/param²]: the measure
+            as defined, with its standard error over batches.
+        ratio_of_means: Mean numerator over mean denominator, with an interval by the
+            jackknife of its log.
+        ratios: ``(B,)``, each batch's own.
+        batch_size: Examples in a batch; all batches are of this size.
+        num_left_out: Batches of another size that were not used.
+    """
+
+    estimate: Estimate
+    ratio_of_means: Estimate
+    ratios: Tensor = field(repr=False)
+    batch_size: int
+    num_left_out: int
+
+    @property
+    def value(self) -> float:
+        """The mean of the ratios [loss/param²]."""
+        return self.estimate.value
+
+    def __float__(self) -> float:
+        """Return the bare value [loss/param²]."""
+        return self.estimate.value
+
+    def __str__(self) -> str:
+        """Write both averages, and the batches behind them."""
+        left_out = f", {self.num_left_out} left out" if self.num_left_out else ""
+        return (
+            f"{self.estimate} loss/param², ratio of means {self.ratio_of_means}, "
+            f"{self.ratios.numel()} batches of {self.batch_size}{left_out}"
+        )
+
+
+def batch_sharpness(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    batch_size: int | None = None,
+    num_batches: int | None = None,
+    generator: torch.Generator | None = None,
+    bn: BatchNormPolicy = "running",
+    normaliser: Normaliser | None = None,
+    params: ParameterPatterns = None,
+) -> BatchSharpness:
+    r"""Return the curvature of batch losses along their own gradients.
+
+    .. math:: \mathbb{E}_B \left[ \frac{g_B^\top H_B\, g_B}{|g_B|^2} \right]
+
+    with gradient and Hessian of the *same* batch. It depends on the batch size, so all
+    batches need to be of one: others, such as a ragged last one, are left out and
+    counted. Trained by SGD of that batch size it settles about ``2 / lr``; see
+    :func:`stability_threshold` for momentum.
+
+    Args:
+        model: The model; given back bit for bit.
+        loss_fn: ``loss_fn(outputs, targets)``, a scalar, as it is trained on.
+        batches: Pairs ``(inputs, targets)``, each a batch as in training, or larger
+            ones with ``batch_size``.
+        batch_size: Make random batches of so many examples out of each given one.
+        num_batches: Most batches to use, the first ones; all by default.
+        generator: Source of those; by default a fresh one.
+        bn: What BatchNorm normalises with; training sees ``"batch"``.
+        normaliser: What ``loss_fn`` divides by, where it is not the example count.
+        params: Names or patterns of the parameters; all by default.
+
+    Returns:
+        The mean of the ratios and the ratio of the means, each with its error over
+        batches. Batches without gradient have no ratio and make the mean NaN, with
+        ``Status.NO_SIGNAL``.
+
+    Raises:
+        UsageError: If an argument is out of range.
+
+    Source:
+        Andreyev and Beneventano 2024, arXiv:2412.20553.
+    """
+    risk = EmpiricalRisk(
+        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
+    )
+    return batch_sharpness_of(
+        risk, batch_size=batch_size, num_batches=num_batches, generator=generator
+    )
+
+
+def batch_sharpness_of(
+    risk: EmpiricalRisk,
+    *,
+    batch_size: int | None = None,
+    num_batches: int | None = None,
+    generator: torch.Generator | None = None,
+) -> BatchSharpness:
+    """Return the batch sharpness on a risk's batches; see :func:`batch_sharpness`.
+
+    Raises:
+        UsageError: If an argument is out of range.
+    """
+    return _along_steps(
+        risk,
+        lambda gradient: gradient,
+        plan=_BatchPlan(batch_size, num_batches, entropy_generator(generator)),
+    )
+
+
+def step_sharpness(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int | None = None,
+    num_batches: int | None = None,
+    generator: torch.Generator | None = None,
+    bn: BatchNormPolicy = "running",
+    normaliser: Normaliser | None = None,
+) -> BatchSharpness:
+    r"""Return the curvature of batch losses along the steps that an optimiser takes.
+
+    .. math:: \mathbb{E}_B \left[ \frac{s_B^\top H_B\, s_B}{s_B^\top g_B} \right]
+
+    with the step ``s_B`` that SGD would take now on that batch, its velocity included,
+    per unit of learning rate. Weight decay is part of ``g`` and ``H``. Without
+    momentum this is batch sharpness. The optimiser is read, never stepped.
+
+    Args:
+        model: The model; given back bit for bit.
+        loss_fn: ``loss_fn(outputs, targets)``, a scalar, as it is trained on.
+        batches: Pairs ``(inputs, targets)``, each a batch as in training, or larger
+            ones with ``batch_size``.
+        optimizer: A ``torch.optim.SGD`` with one rule for all groups.
+        batch_size: Make random batches of so many examples out of each given one.
+        num_batches: Most batches to use, the first ones; all by default.
+        generator: Source of those; by default a fresh one.
+        bn: What BatchNorm normalises with; training sees ``"batch"``.
+        normaliser: What ``loss_fn`` divides by, where it is not the example count.
+
+    Returns:
+        The mean of the ratios and the ratio of the means, each with its error over
+        batches. A velocity may point uphill on some batch, so that single ratios can
+        be large or negative: prefer the ratio of means where they spread widely.
+
+    Raises:
+        UsageError: If an argument is out of range, or the optimiser is not SGD.
+
+    Source:
+        Andreyev et al. 2026, arXiv:2604.14108.
+    """
+    risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
+    return step_sharpness_of(
+        risk,
+        optimizer=optimizer,
+        batch_size=batch_size,
+        num_batches=num_batches,
+        generator=generator,
+    )
+
+
+def step_sharpness_of(
+    risk: EmpiricalRisk,
+    *,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int | None = None,
+    num_batches: int | None = None,
+    generator: torch.Generator | None = None,
+) -> BatchSharpness:
+    """Return the step sharpness on a risk's batches; see :func:`step_sharpness`.
+
+    Raises:
+        UsageError: If an argument is out of range, or the optimiser is not SGD.
+    """
+    rule = SGDRule.of(optimizer)
+    velocity = _velocity(risk, optimizer)
+
+    def step(gradient: Tensor) -> Tensor:
+        if rule.momentum == 0:
+            return gradient
+        if velocity is None:
+            moving = gradient
+        else:
+            moving = rule.momentum * velocity + (1 - rule.dampening) * gradient
+        return gradient + rule.momentum * moving if rule.nesterov else moving
+
+    return _along_steps(
+        risk,
+        step,
+        plan=_BatchPlan(batch_size, num_batches, entropy_generator(generator)),
+        weight_decay=rule.weight_decay,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """This process's batches, their size, and how many of all were left out."""
+
+    own: list[Batch]
+    size: int
+    num_left_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class _BatchPlan:
+    """Which batches to measure on."""
+
+    batch_size: int | None
+    num_batches: int | None
+    generator: torch.Generator
+
+    def batches(self, risk: EmpiricalRisk) -> "_Batches":
+        """Return this process's batches of the one size that all processes use."""
+        if self.num_batches is not None and self.num_batches < 2:
+            raise UsageError(
+                "num_batches needs to be at least 2 for an error estimate, got "
+                f"{self.num_batches}."
+            )
+        given = [batch for _, batch in risk.weighted_batches()]
+        if self.batch_size is not None:
+            given = list(self._random_batches(given, self.batch_size))
+        own = torch.tensor([count_examples(batch) for batch in given])
+        sizes = gathered(own.to(risk.layout.device), risk)
+        largest = int(sizes.max())
+        wanted = self.batch_size or largest
+        if not bool((sizes == wanted).any()):
+            raise UsageError(
+                f"batch_size={wanted} needs batches of at least as many examples, got "
+                f"at most {largest}; pass larger ones."
+            )
+        fitting = [batch for batch in given if count_examples(batch) == wanted]
+        if self.num_batches is not None:
+            counts = torch.tensor([len(fitting)], device=risk.layout.device)
+            before = int(gathered(counts, risk)[: risk.ranks.rank].sum())
+            fitting = fitting[: max(0, self.num_batches - before)]
+        return _Batches(fitting, wanted, int((sizes != wanted).sum()))
+
+    def _random_batches(self, given: list[Batch], size: int) -> Iterator[Batch]:
+        if size < 1:
+            raise UsageError(f"batch_size needs to be at least 1, got {size}.")
+        for batch in given:
+            order = torch.randperm(
+                count_examples(batch),
+                generator=self.generator,
+                device=self.generator.device,
+            )
+            for index in torch.split(order, size):
+                yield take_examples(batch, index)
+
+
+def _along_steps(
+    risk: EmpiricalRisk,
+    step: Callable[[Tensor], Tensor],
+    *,
+    plan: _BatchPlan,
+    weight_decay: float = 0.0,
+) -> BatchSharpness:
+    """Measure ``s' H_B s`` over ``s' g_B`` on every batch."""
+    risk = risk.in_precision(torch.float32)
+    found = torch.zeros(0, 2, dtype=torch.float64, device=risk.layout.device)
+    with risk.evaluating():
+        batches = plan.batches(risk)
+        if batches.own:
+            rows = [_curvature_along(risk, b, step, weight_decay) for b in batches.own]
+            found = torch.stack(rows)
+    above, below = gathered(found, risk).unbind(1)  # of all processes
+    return BatchSharpness(
+        estimate=mean_of_ratios(above / below),
+        ratio_of_means=ratio_of_means(above, below),
+        ratios=above / below,
+        batch_size=batches.size,
+        num_left_out=batches.num_left_out,
+    )
+
+
+def _curvature_along(
+    risk: EmpiricalRisk,
+    batch: Batch,
+    step: Callable[[Tensor], Tensor],
+    weight_decay: float,
+) -> Tensor:
+    """Return ``s' H s`` and ``s' g`` of one batch, as trained on."""
+    gradients = risk.gradients(risk.loss_of(batch), create_graph=True)
+    gradient = flatten(gradients).detach()
+    if weight_decay:
+        gradient += weight_decay * risk.vector()
+    direction = step(gradient)
+    parts = zip(gradients, risk.layout.split(direction), strict=True)
+    slope = torch.stack([(g * s).sum() for g, s in parts]).sum()
+    product = flatten(risk.gradients(slope)) + weight_decay * direction
+    wide = direction.double()
+    return torch.stack([wide @ product.double(), wide @ gradient.double()])
+
+
+def _velocity(risk: EmpiricalRisk, optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """The optimiser's velocity, in the order of the risk's parameters."""
+    parts = [
+        optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
+        for p in risk.parameters
+    ]
+    if all(part is None for part in parts):
+        return None
+    return flatten(
+        torch.zeros_like(p) if part is None else part.detach()
+        for p, part in zip(risk.parameters, parts, strict=True)
+    )

@@ -1,0 +1,146 @@
+"""The Fisher-Rao norm, which no rescaling of a ReLU network changes."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.errors import UsageError
+from noisekit.core.normalisation import normaliser_value
+from noisekit.core.params import ParameterPatterns
+from noisekit.core.results import Estimate
+from noisekit.core.risk import (
+    Batch,
+    BatchNormPolicy,
+    EmpiricalRisk,
+    LossFn,
+    Normaliser,
+)
+from noisekit.curvature.operators.likelihoods import (
+    Likelihood,
+    check_outputs,
+    likelihood_of,
+    target_weights,
+)
+from noisekit.sharpness.data_error import gathered, mean_over_batches
+
+
+def fisher_rao_norm(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Batch],
+    *,
+    likelihood: Likelihood | None = None,
+    bn: BatchNormPolicy = "running",
+    normaliser: Normaliser | None = None,
+    params: ParameterPatterns = None,
+) -> Estimate:
+    r"""Return the squared Fisher-Rao norm :math:`w^\top F(w)\, w` of a model's weights.
+
+    ``F`` is the Fisher information of the model's own distribution: of classes with
+    the outputs as logits, or normal about the outputs with variance 1. With
+    ``a = J w``, the directional derivative of an example's outputs, it is the mean
+    over the data of
+
+    .. math:: \mathrm{Var}_{k \sim p(x)}\, a_k \quad\text{or}\quad |a|^2,
+
+    weighted as the loss weights its targets, exact on the data given, at about three
+    gradients. Rescalings of layers or neurons that keep a ReLU network's function do
+    not change it.
+
+    Args:
+        model: The model, with outputs ``(n, classes, ...)`` where they are logits.
+        loss_fn: Tells the likelihood, where it is one of PyTorch's, and how targets
+            count: ignored ones not, others by their class weight.
+        batches: Pairs ``(inputs, targets)``.
+        likelihood: ``"categorical"`` or ``"gaussian"``; by default that of the loss.
+        bn: What BatchNorm normalises with.
+        normaliser: What ``loss_fn`` divides by, where it is not the example count.
+        params: Names or patterns of the parameters in ``w``; all by default.
+
+    Returns:
+        The mean [loss], with its standard error over examples.
+
+    Raises:
+        UsageError: If the likelihood is unknown, or outputs do not fit it.
+
+    Source:
+        Liang et al. 2019, arXiv:1711.01530.
+    """
+    risk = EmpiricalRisk(
+        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
+    )
+    return fisher_rao_norm_of(risk, likelihood=likelihood)
+
+
+def fisher_rao_norm_of(
+    risk: EmpiricalRisk, *, likelihood: Likelihood | None = None
+) -> Estimate:
+    """Return the squared Fisher-Rao norm of a risk; see :func:`fisher_rao_norm`.
+
+    Raises:
+        UsageError: If the likelihood is unknown, or outputs do not fit it.
+    """
+    chosen = likelihood or likelihood_of(risk.loss_fn)
+    if chosen is None or chosen not in get_args(Likelihood):
+        raise UsageError(
+            "the Fisher-Rao norm needs a likelihood, 'categorical' or 'gaussian', got "
+            f"{chosen!r} of {type(risk.loss_fn).__name__}; set likelihood=."
+        )
+    risk = risk.in_precision(torch.float32)
+    sums, counts = [], []
+    with risk.evaluating():
+        for outputs, along, batch in _derivatives(risk):
+            check_outputs(outputs, chosen)
+            if chosen == "categorical":
+                weights = target_weights(outputs, batch, risk.normaliser).double()
+                terms = weights * _class_variances(outputs, along)
+            else:
+                terms = along.double().square()
+                share = normaliser_value(batch, risk.normaliser) / len(outputs)
+                weights = terms.new_full((len(outputs),), share)
+            sums.append(terms.reshape(len(outputs), -1).sum(1))
+            counts.append(weights.reshape(len(outputs), -1).sum(1))
+    total, count = gathered(torch.cat(sums), risk), gathered(torch.cat(counts), risk)
+    return replace(
+        mean_over_batches(total / count.sum(), count / count.sum()),
+        num_grads=3 * risk.num_batches,
+    )
+
+
+def _derivatives(risk: EmpiricalRisk) -> Iterator[tuple[Tensor, Tensor, Batch]]:
+    """Yield outputs, their derivative along the weights, and each batch.
+
+    Two reverse passes make a forward one, also for layers that have no forward
+    derivative: ``J' u`` is linear in ``u``, and its slope along ``w`` is ``J w``.
+    """
+    for _, batch in risk.weighted_batches():
+        outputs = risk.outputs_of(batch)
+        if not isinstance(outputs, Tensor) or outputs.ndim < 2:
+            raise UsageError(
+                "the Fisher-Rao norm needs a model that returns one tensor "
+                f"(n, outputs, ...), got {_describe(outputs)}."
+            )
+        dual = torch.zeros_like(outputs, requires_grad=True)
+        gradients = risk.gradients((outputs * dual).sum(), create_graph=True)
+        pairs = zip(gradients, risk.layout.split(risk.vector()), strict=True)
+        slope = torch.stack([(g * w).sum() for g, w in pairs]).sum()
+        (along,) = torch.autograd.grad(
+            slope, dual, allow_unused=True, materialize_grads=True
+        )
+        yield outputs.detach(), along, batch
+
+
+def _class_variances(outputs: Tensor, along: Tensor) -> Tensor:
+    """Variance of the derivative over the classes that the model predicts."""
+    chances = outputs.double().softmax(1)
+    mean = (chances * along).sum(1, keepdim=True)
+    return (chances * (along - mean).square()).sum(1)
+
+
+def _describe(outputs: object) -> str:
+    if isinstance(outputs, Tensor):
+        return f"a tensor of shape {tuple(outputs.shape)}"
+    return f"a {type(outputs).__name__}"

@@ -1,0 +1,155 @@
+"""The rise of error or loss under noise or displacement of a given size."""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from noisekit.core.errors import UsageError
+from noisekit.core.randomness import stream
+from noisekit.core.risk import Batch, EmpiricalRisk
+from noisekit.curvature.random_vectors import normal_vector
+from noisekit.sharpness.data_error import batch_parts, batch_shares, gathered
+from noisekit.sharpness.search.ascent import AscentPlan, ascend
+from noisekit.sharpness.search.balls import MaximumBall
+
+Criterion = Literal["error", "loss"]
+MAGNITUDE_FLOOR = 1e-3
+"""What magnitude-aware noise and displacements have beside their part of a weight."""
+
+
+class RiseTrial:
+    """Measures how much the criterion rises, with the same draws for every size.
+
+    To be used within ``risk.evaluating()``.
+
+    Attributes:
+        criterion: What rises.
+        magnitude_aware: Whether sizes are in proportion to each weight.
+        seed: Seed of the generator of noise and random starts.
+        start: The criterion at the weights themselves.
+        num_evaluations: Evaluations of the criterion spent.
+        num_grads: Gradient evaluations spent.
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        criterion: Criterion,
+        magnitude_aware: bool,
+        generator: torch.Generator,
+    ) -> None:
+        self.criterion: Criterion = criterion
+        self.magnitude_aware = magnitude_aware
+        self.seed = generator.initial_seed()
+        # The same draws for every size: the rise is then a function of the size.
+        bits = torch.randint(2**62, (), generator=generator, device=generator.device)
+        self._stream_seed = int(bits)
+        self._risk = risk
+        self._origin = risk.vector()
+        self._slope: tuple[float, Tensor] | None = None
+        self.num_evaluations = 0
+        self.num_grads = 0
+        self.start = self._measure(None)
+
+    def rises_under_noise(self, sigma: float, num_draws: int) -> Tensor:
+        """Return the rise at each draw of the noise, ``(draws,)``."""
+        rises = [self._measure(point) for point in self._points(sigma, num_draws)]
+        return torch.tensor(rises, dtype=torch.float64) - self.start
+
+    def parts_under_noise(self, sigma: float, num_draws: int) -> Tensor:
+        """Return each batch's part of the same rises, ``(draws, batches)``."""
+        parts = [self.parts_at(point) for point in self._points(sigma, num_draws)]
+        return torch.stack(parts) - self.parts_at(None)
+
+    def parts_at(self, vector: Tensor | None) -> Tensor:
+        """Return each batch's part of the criterion at ``vector``, ``(batches,)``."""
+        self.num_evaluations += 1
+        if self.criterion == "loss":
+            return batch_parts(self._risk, vector)
+        wrong = []
+        with self._risk.at(vector):
+            for _, batch in self._risk.weighted_batches():
+                error = self._risk.on([batch]).evaluate().error
+                assert error is not None  # or the start had been refused
+                wrong.append(error * _num_classified(batch))
+        counts = self._counts()
+        own = torch.tensor(wrong, dtype=torch.float64, device=self._origin.device)
+        return gathered(own, self._risk) / counts.sum()
+
+    def shares(self) -> Tensor | None:
+        """Return the batches' shares of what the criterion is a mean over."""
+        shares = batch_shares(self._risk)
+        if shares is None or self.criterion == "loss":
+            return shares
+        counts = self._counts()
+        return counts / counts.sum()
+
+    def _counts(self) -> Tensor:
+        """Return how many targets of each batch are classes."""
+        batches = self._risk.weighted_batches()
+        own = torch.tensor(
+            [_num_classified(batch) for _, batch in batches],
+            dtype=torch.float64,
+            device=self._origin.device,
+        )
+        return gathered(own, self._risk)
+
+    def peak(self, alpha: float, plan: AscentPlan) -> Tensor | None:
+        """Return where an ascent of the loss ends up; ``None`` if that is not finite.
+
+        The box of size ``alpha`` is about the weights.
+        """
+        if self._slope is None:
+            self._slope = self._risk.value_and_grad()
+            self.num_grads += 1
+        radii = torch.full_like(self._origin, alpha)
+        if self.magnitude_aware:
+            radii = alpha * self._origin.abs() + MAGNITUDE_FLOOR
+        box = MaximumBall(radii, 1.0)
+        found = ascend(
+            self._risk,
+            box,
+            origin=self._origin,
+            start=self._slope,
+            plan=plan,
+            generator=stream(self._stream_seed, "ascent"),
+        )
+        self.num_grads += found.num_grads
+        if not math.isfinite(found.rise):
+            return None
+        return self._origin + box.displacement(found.coordinates)
+
+    def rise_at_peak(self, alpha: float, plan: AscentPlan) -> float:
+        """Return the rise where an ascent of the loss ends up."""
+        point = self.peak(alpha, plan)
+        return math.inf if point is None else self._measure(point) - self.start
+
+    def _points(self, sigma: float, num_draws: int) -> Iterator[Tensor]:
+        """Yield the weights with the noise of each draw on them."""
+        like = (self._origin.dtype, self._origin.device)
+        floor = MAGNITUDE_FLOOR if self.magnitude_aware else 0.0
+        unit = self._origin if self.magnitude_aware else torch.ones_like(self._origin)
+        scale = (sigma**2 * unit.square() + floor**2).sqrt()
+        for draw in range(num_draws):
+            source = stream(self._stream_seed, "draw", draw)
+            yield self._origin + scale * normal_vector(len(scale), source, like)
+
+    def _measure(self, vector: Tensor | None) -> float:
+        self.num_evaluations += 1
+        found = self._risk.evaluate(vector, error=self.criterion == "error")
+        if self.criterion == "loss":
+            return found.loss if math.isfinite(found.loss) else math.inf
+        if found.error is None:
+            raise UsageError(
+                "criterion='error' needs outputs (n, classes) and targets that are "
+                "classes (n,), got others; use criterion='loss'."
+            )
+        return found.error
+
+
+def _num_classified(batch: Batch) -> int:
+    """Return how many targets are classes; negative ones mean "ignore"."""
+    return int((batch[1] >= 0).sum())

@@ -1,0 +1,1 @@
+"""Rescalings of weights that leave a network's function unchanged."""

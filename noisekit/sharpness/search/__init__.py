@@ -1,0 +1,1 @@
+"""Maximization of the loss in balls and boxes around the weights."""

@@ -1,0 +1,275 @@
+"""What a sweep would cost, from timing a few steps of each kind of run."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from noisekit.train.data.datasets import load_data
+from noisekit.train.models import build_model
+from noisekit.train.recipes.probe_spec import ProbeSpec
+from noisekit.train.recipes.recipe import Recipe
+from noisekit.train.recipes.specs import MeasureSpec, RunSpec
+from noisekit.train.runs.environment import computing
+
+_TIMING_SECONDS = 2.0
+_TIMED_EXAMPLES = 2048
+"""Most examples that are timed at once; larger sets are scaled up from there."""
+
+# Typical of the demo's networks: an eigenvalue at tolerance 1e-3 takes some 15
+# products, one iteration of the box search evaluates the gradient about twice, and
+# flatness is bracketed and bisected in both its forms in some 32 trials.
+_EIGENVALUE_PRODUCTS = 15
+_BISECTIONS = 32
+_QUADRATURE_PRODUCTS = 160
+_EVALUATIONS_PER_ITERATION = 2
+_WORKER_START_SECONDS = 4.0
+_ROW_BYTES = 250
+_ESTIMATOR_BYTES = 56
+"""Of a row, for each estimator that is read beside the reading's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a sweep would cost. Counts of training are upper bounds; time is a guess.
+
+    Attributes:
+        num_runs: Runs, over arms and seeds.
+        updates: Optimiser steps of all runs together, if none stops early.
+        gradient_evaluations: Gradients of single examples that those take.
+        hessian_products: Products with the Hessian that measuring takes, about.
+        disk_bytes: Size of the set of runs, about [bytes].
+        seconds: Wall time, about [s].
+        workers: Processes at the same time.
+    """
+
+    num_runs: int
+    updates: int
+    gradient_evaluations: int
+    hessian_products: int
+    disk_bytes: int
+    seconds: float
+    workers: int
+
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """Return each kind of cost and its amount, in words."""
+        return (
+            ("runs", f"{self.num_runs}, {self.workers} at the same time"),
+            ("updates", f"at most {self.updates:,}"),
+            ("gradient evaluations", f"at most {self.gradient_evaluations:,} examples"),
+            ("Hessian products", f"about {self.hessian_products:,}"),
+            ("disk", f"about {self.disk_bytes / 1e6:,.0f} MB"),
+            ("time", f"about {duration(self.seconds)} on this machine"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Timing:
+    """Seconds of one update, of one pass over all splits, of one Hessian product."""
+
+    update: float
+    evaluation: float
+    product: float
+    num_params: int
+
+
+def estimate_cost(recipe: Recipe, *, workers: int | None = None) -> Cost:
+    """Return what ``run`` would cost here; takes about two seconds itself.
+
+    Args:
+        recipe: The experiment.
+        workers: Processes at the same time; the recipe's number if left out.
+    """
+    specs = recipe.run_specs()
+    count = max(1, recipe.compute.workers if workers is None else workers)
+    count = min(count, len(specs))
+    kinds = {_kind(spec): spec for spec in specs}
+    budget = _TIMING_SECONDS / len(kinds)
+    timings = {kind: _time_run(spec, budget) for kind, spec in kinds.items()}
+    seconds = sum(_run_seconds(spec, timings[_kind(spec)]) for spec in specs)
+    return Cost(
+        num_runs=len(specs),
+        updates=sum(spec.max_updates for spec in specs),
+        gradient_evaluations=sum(s.max_updates * s.training.batch_size for s in specs),
+        hessian_products=sum(_products(spec) for spec in specs),
+        disk_bytes=sum(_disk(s, timings[_kind(s)].num_params) for s in specs),
+        seconds=seconds / count + (_WORKER_START_SECONDS if workers != 0 else 0.0),
+        workers=count,
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, such as ``3 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _kind(spec: RunSpec) -> tuple[object, ...]:
+    """Return what decides how long a step takes."""
+    return (
+        spec.data,
+        spec.model,
+        spec.training.batch_size,
+        spec.optimizer.name,
+        spec.compute,
+    )
+
+
+def _reading_updates(probe: ProbeSpec) -> float:
+    """Return what a reading costs, in updates like the one that it reads, about.
+
+    A replay of ghost batches is a forward and a backward pass, a draw of signs the
+    latter alone, which is two thirds of an update; micro-batches are there anyway.
+    """
+    costs = {
+        "rows": probe.row_share,
+        "accumulation": 0.1,
+        "random_signs": 2 / 3 * probe.num_signs,
+    }
+    return sum(costs.get(name, 1.0) for name in probe.estimator)
+
+
+def _run_seconds(spec: RunSpec, timing: _Timing) -> float:
+    every = spec.probe.every
+    read = _reading_updates(spec.probe) / every if every else 0.0
+    return (
+        spec.max_updates * timing.update * (1 + read)
+        + _num_evaluations(spec) * timing.evaluation
+        + _products(spec) * timing.product
+    )
+
+
+def _num_evaluations(spec: RunSpec) -> int:
+    evaluation = spec.evaluation
+    every = evaluation.every_updates or spec.updates_at(evaluation.every_epochs or 1)
+    return spec.max_updates // every + 1
+
+
+def _products(spec: RunSpec) -> int:
+    """Return the Hessian products of all snapshots; a gradient counts as a half."""
+    measure = spec.measure
+    return sum(
+        _products_of(name, measure)
+        for snapshot in spec.snapshots.names
+        for name in measure.measures_at(snapshot)
+    )
+
+
+def _products_of(name: str, measure: MeasureSpec) -> int:
+    if "lambda" in name or name == "edge_of_stability_ratio":
+        return min(_EIGENVALUE_PRODUCTS, measure.max_matvecs)
+    climb = measure.ascent_steps // 2 + 1
+    noise = measure.num_draws // 3 + 1  # a loss costs a third of a gradient
+    box = len(measure.epsilon) * _EVALUATIONS_PER_ITERATION * measure.max_iter // 2
+    known = {
+        "hessian_trace": measure.trace_matvecs,
+        "weighted_hessian_trace": measure.trace_matvecs,
+        "hessian_frobenius_norm": measure.trace_matvecs,
+        "effective_dimension": _QUADRATURE_PRODUCTS,
+        "relative_flatness": measure.trace_matvecs,
+        "epsilon_sharpness": box,
+        "worst_case_sharpness": climb,
+        "adaptive_worst_case_sharpness": climb,
+        "logit_normalised_worst_case_sharpness": climb,
+        "average_sharpness": noise,
+        "adaptive_average_sharpness": noise,
+        "logit_normalised_average_sharpness": noise,
+        "pac_bayes_flatness": _BISECTIONS * noise,
+        "pac_bayes_sharpness": _BISECTIONS * climb,
+    }
+    return known.get(name, 1)
+
+
+def _disk(spec: RunSpec, num_params: int) -> int:
+    tensors = len(spec.snapshots.names) * num_params * 4
+    readings = spec.max_updates // spec.probe.every if spec.probe.every else 0
+    rows = readings + _num_evaluations(spec)
+    beside = readings * (len(spec.probe.estimator) - 1) * _ESTIMATOR_BYTES
+    outcomes = len(spec.snapshots.names) * spec.data.test * 8
+    return tensors + rows * _ROW_BYTES + beside + outcomes
+
+
+def _time_run(spec: RunSpec, budget: float) -> _Timing:
+    data = load_data(spec.data)
+    device, dtype = spec.compute.device, getattr(torch, spec.compute.dtype)
+    with computing(spec.compute):
+        model = build_model(
+            spec.model,
+            input_shape=data.input_shape,
+            num_classes=data.num_classes,
+            seed=spec.seed,
+        ).to(device, dtype)
+        parameters = list(model.parameters())
+
+        def batch(size: int) -> tuple[Tensor, Tensor]:
+            inputs = data.train.inputs[:size].to(device, dtype)
+            return inputs, data.train.targets[:size].to(device)
+
+        optimizer = torch.optim.SGD(parameters, lr=0.0)
+        size = min(spec.training.batch_size, spec.data.train)
+        update = _seconds(lambda: _update(model, optimizer, batch(size)), budget / 2)
+        part = min(_TIMED_EXAMPLES, spec.data.train)
+        forward = _seconds(lambda: _forward(model, batch(part)), budget / 4)
+        product = _seconds(_product(model, batch(part)), budget / 4)
+    evaluated = spec.data.train + spec.data.validation + spec.data.test
+    measured = spec.measure.num_examples or spec.data.train
+    return _Timing(
+        update=update,
+        evaluation=forward * evaluated / part,
+        product=product * measured / part,
+        num_params=sum(parameter.numel() for parameter in parameters),
+    )
+
+
+def _seconds(action: Callable[[], None], budget: float) -> float:
+    """Return the mean time of an action, from as many repeats as the budget allows."""
+    action()  # the first one also sets things up
+    started, repeats = time.perf_counter(), 0
+    while repeats == 0 or time.perf_counter() - started < budget:
+        action()
+        repeats += 1
+    return (time.perf_counter() - started) / repeats
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def _update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]
+) -> None:
+    optimizer.zero_grad()
+    torch.autograd.backward(_loss(model, batch))
+    optimizer.step()
+    _finish(batch[0])
+
+
+def _forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        _loss(model, batch)
+    _finish(batch[0])
+
+
+def _product(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """Return what multiplies by the Hessian, with the graph kept between products."""
+    parameters = list(model.parameters())
+    loss = _loss(model, batch)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    vector = [gradient.detach() for gradient in gradients]
+
+    def product() -> None:
+        torch.autograd.grad(gradients, parameters, vector, retain_graph=True)
+        _finish(batch[0])
+
+    return product
+
+
+def _finish(tensor: Tensor) -> None:
+    """Wait for the device, so that its work is timed and not its queue."""
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)

@@ -1,0 +1,1 @@
+"""One run: training loop, state, checkpoints, snapshots and their measurements."""

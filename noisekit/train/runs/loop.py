@@ -1,0 +1,115 @@
+"""One run, top to bottom: train, keep snapshots, measure them, seal."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from noisekit.core.errors import StorageError
+from noisekit.records import RunDirectory, RunStatus
+from noisekit.train.data.datasets import DataSplits, TensorPair, load_data
+from noisekit.train.models import build_model
+from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.runs.checkpoint import remove_checkpoints
+from noisekit.train.runs.environment import begin, computing
+from noisekit.train.runs.measure import measure_run
+from noisekit.train.runs.state import TrainState
+from noisekit.train.runs.training import Training
+from noisekit.train.sweeps.progress import Phase, Progress, Teller, silent
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
+    """How a run ended.
+
+    Attributes:
+        run_id: The run.
+        status: ``DONE`` or ``DIVERGED``.
+        reason: Which stop rule ended training, or where the loss left the numbers.
+        costs: What it took, such as ``train_seconds``.
+    """
+
+    run_id: str
+    status: RunStatus
+    reason: str
+    costs: Mapping[str, float]
+
+
+def train_run(
+    spec: RunSpec, run: RunDirectory, *, progress: Progress | None = None
+) -> RunOutcome:
+    """Start a run or go on with it, until it is trained, measured and sealed.
+
+    Killed at any moment and called again, it ends in the same bits as if it had not
+    been killed, on the same processor, PyTorch build and number of threads. A loss
+    that is not finite ends the run as diverged, which is a result and no error.
+
+    Args:
+        spec: The run.
+        run: Its directory.
+        progress: Called at each sign of life.
+    """
+    tell = Teller(spec.run_id, progress or silent)
+    with run.lock(), computing(spec.compute) as threads:
+        if not run.manifest.status.complete:
+            with _failure_on_record(run, tell):
+                _complete(spec, run, threads=threads, tell=tell)
+        # Only now: a run that is not complete would start anew without one.
+        remove_checkpoints(run.checkpoints)
+    manifest = run.manifest
+    ended: Phase = "done" if manifest.status is RunStatus.DONE else "diverged"
+    tell(ended, spec.max_updates, spec.max_updates, manifest.reason)
+    return RunOutcome(spec.run_id, manifest.status, manifest.reason, manifest.costs)
+
+
+def _complete(spec: RunSpec, run: RunDirectory, *, threads: int, tell: Teller) -> None:
+    splits = load_data(spec.data)
+    begin(run, splits)
+    data = _on_device(splits, spec)
+    model = build_model(
+        spec.model,
+        input_shape=splits.input_shape,
+        num_classes=splits.num_classes,
+        seed=spec.seed,
+    ).to(spec.compute.device, _DTYPES[spec.compute.dtype])
+    state = TrainState.start(spec, model)
+    with Training(spec, run, data, state=state, tell=tell, threads=threads) as training:
+        training.run_to_the_end()
+    measuring_costs = measure_run(spec, run, model, data=data, tell=tell)
+    for name in run.seal():
+        tell("measure", 1, 1, f"sealed {name}")
+    status = RunStatus.DIVERGED if state.diverged else RunStatus.DONE
+    costs = {**state.costs(), **measuring_costs}
+    run.write_manifest(
+        replace(run.manifest, status=status, reason=state.ended, costs=costs)
+    )
+
+
+def _on_device(splits: DataSplits, spec: RunSpec) -> dict[str, TensorPair]:
+    device, dtype = spec.compute.device, _DTYPES[spec.compute.dtype]
+    parts = {
+        "train": splits.train,
+        "validation": splits.validation,
+        "test": splits.test,
+    }
+    return {
+        name: TensorPair(part.inputs.to(device, dtype), part.targets.to(device))
+        for name, part in parts.items()
+    }
+
+
+@contextmanager
+def _failure_on_record(run: RunDirectory, tell: Teller) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        # A full disk may refuse this too; the error itself is what counts.
+        with suppress(StorageError):
+            failed = replace(run.manifest, status=RunStatus.FAILED, reason=reason)
+            run.write_manifest(failed)
+        tell("failed", 0, 1, reason)
+        raise

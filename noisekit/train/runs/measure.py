@@ -1,0 +1,97 @@
+"""Measuring a run's snapshots, one after the other, resumable between any two."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+
+from torch import nn
+
+from noisekit.records import RunDirectory
+from noisekit.records.writer import Cell
+from noisekit.train.data.datasets import TensorPair
+from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.runs.snapshot_measurements import (
+    FILL_EXAMPLES,
+    OUTCOMES,
+    Bench,
+    Task,
+)
+from noisekit.train.runs.state import Row
+from noisekit.train.sweeps.progress import Teller
+
+
+def measure_run(
+    spec: RunSpec,
+    run: RunDirectory,
+    model: nn.Module,
+    *,
+    data: Mapping[str, TensorPair],
+    tell: Teller,
+) -> dict[str, float]:
+    """Measure what the recipe asks for at each snapshot that was taken.
+
+    A task is done once its rows are durable; after a kill the others follow. Each has
+    random streams of its own, so that what is measured does not depend on what was
+    measured before.
+
+    Args:
+        spec: The run.
+        run: Its directory.
+        model: A model to load the weights into.
+        data: The data by split, on the model's device.
+        tell: Told of each task.
+
+    Returns:
+        What measuring took: ``measure_seconds``, ``num_matvecs``, ``num_grads``.
+    """
+    tasks = planned_tasks(spec, run)
+    rows: list[Row] = run.read("measurements").rows.to_pylist()
+    with ExitStack() as stack:
+        results = stack.enter_context(run.writer("measurements"))
+        first_row = _num_example_rows(rows)
+        examples = stack.enter_context(run.writer("examples", first_row=first_row))
+        bench = Bench(spec, run, model, data=data, tasks=tasks, rows=rows)
+        stack.callback(bench.close)
+        for number, task in enumerate(tasks, start=1):
+            if not bench.has(task):
+                found = bench.measure(task)
+                # Examples first: it is the other row that marks the task as done.
+                examples.append_together(found.examples)
+                tell("measure", number - 1, len(tasks), "examples are durable")
+                results.append_together(found.measurements)
+                rows += found.measurements
+            what = f"{task.measure} at {task.snapshot}"
+            tell("measure", number, len(tasks), what)
+    return _costs(rows)
+
+
+def planned_tasks(spec: RunSpec, run: RunDirectory) -> list[Task]:
+    """Return what the recipe asks for at the snapshots that were taken, in order."""
+    outcomes = [
+        name for name, part in OUTCOMES.items() if part in spec.measure.examples
+    ]
+    return [
+        Task(row["snapshot"], measure, row["step"], row["learning_rate"])
+        for row in run.read("snapshots").rows.to_pylist()
+        for measure in (*spec.measure.measures_at(row["snapshot"]), *outcomes)
+    ]
+
+
+def _num_example_rows(rows: Iterable[Row]) -> int:
+    """Return how many rows of the examples table belong to tasks that are done."""
+    return int(
+        _total(row["num_samples"] for row in rows if row["measure"] in FILL_EXAMPLES)
+    )
+
+
+def _costs(rows: Iterable[Row]) -> dict[str, float]:
+    names = {
+        "seconds": "measure_seconds",
+        "num_matvecs": "num_matvecs",
+        "num_grads": "num_grads",
+    }
+    rows = list(rows)
+    return {cost: _total(row[column] for row in rows) for column, cost in names.items()}
+
+
+def _total(cells: Iterable[Cell]) -> float:
+    return float(sum(cell for cell in cells if isinstance(cell, int | float)))

@@ -1,0 +1,65 @@
+"""Which weights of a run are kept, and how they lie on disk."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from noisekit.records import load_tensors, save_tensors
+from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.runs.evaluate import Evaluation
+from noisekit.train.runs.state import Candidate, Row, TrainState
+
+
+def planned_snapshots(spec: RunSpec) -> dict[int, list[tuple[str, str]]]:
+    """Return by update the names and kinds of the snapshots that are fixed to one."""
+    planned: dict[int, list[tuple[str, str]]] = {0: [("start", "start")]}
+    for name, epochs in spec.snapshots.epochs.items():
+        planned.setdefault(spec.updates_at(epochs), []).append((name, "epochs"))
+    for name, update in spec.snapshots.updates.items():
+        planned.setdefault(update, []).append((name, "updates"))
+    return planned
+
+
+def crossed_snapshots(
+    state: TrainState, position: Row, evaluation: Evaluation
+) -> list[tuple[str, Candidate]]:
+    """Bring the crossings up to a regular evaluation; return those now sustained.
+
+    What is returned are the weights at the first evaluation of each crossing.
+    """
+    sustained: list[tuple[str, Candidate]] = []
+    for name, crossing in state.crossings.items():
+        state.crossings[name], meaning = crossing.after(evaluation.train_loss)
+        if meaning == "above":
+            state.candidates.pop(name, None)
+        if meaning in {"candidate", "sustained"} and name not in state.candidates:
+            state.candidates[name] = candidate(
+                state, position, evaluation, name=name, kind="loss"
+            )
+        if meaning == "sustained":
+            sustained.append((name, state.candidates.pop(name)))
+    return sustained
+
+
+def candidate(
+    state: TrainState, position: Row, evaluation: Evaluation, *, name: str, kind: str
+) -> Candidate:
+    """Return the present weights with their row of the snapshots table."""
+    row: Row = {"snapshot": name, "kind": kind, **position, **evaluation.scores}
+    return Candidate(row, state.weights())
+
+
+def save_weights(
+    directory: Path, name: str, weights: Mapping[str, Tensor], facts: Mapping[str, str]
+) -> None:
+    """Write a snapshot's weights as safetensors, durably and at once."""
+    arrays = {key: tensor.detach().cpu().numpy() for key, tensor in weights.items()}
+    save_tensors(directory / f"{name}.safetensors", arrays, facts)
+
+
+def load_weights(directory: Path, name: str) -> dict[str, Tensor]:
+    """Return a snapshot's weights as a state dictionary, on the CPU."""
+    arrays, _ = load_tensors(directory / f"{name}.safetensors")
+    return {key: torch.tensor(array) for key, array in arrays.items()}

@@ -1,0 +1,240 @@
+"""Everything that a resume needs, in one object."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noisekit.core.errors import CheckpointError
+from noisekit.core.params import flatten
+from noisekit.core.randomness import stream_seed
+from noisekit.probes import Probe
+from noisekit.train.recipes.specs import RunSpec, loss_snapshot
+from noisekit.train.runs.crossings import LossCrossing, StallWatch
+from noisekit.train.runs.optimizers import build_optimizer
+
+Row = dict[str, bool | int | float | str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Weights kept at a crossing that is not yet sustained.
+
+    Attributes:
+        row: Their row of the snapshots table.
+        weights: The model's state, copied.
+    """
+
+    row: Row
+    weights: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class TrainState:
+    """All that changes while a run trains.
+
+    Batches, learning rate and epoch follow from ``step`` and the seed alone, so they
+    have no state of their own.
+
+    Attributes:
+        model: The model.
+        optimizer: Its optimiser.
+        step: Updates taken.
+        examples_seen: Examples that entered a gradient, repeats counted.
+        seconds: Wall time spent training, over all processes [s].
+        ended: Why training is over; empty while it goes on.
+        diverged: Whether it ended since a loss was not finite.
+        crossings: One per stated training loss, by snapshot name.
+        stalls: Watches for a stalled loss: ``stop`` and ``snapshot``, as asked for.
+        candidates: Weights kept at crossings that may yet be undone.
+        taken: Names of the snapshots taken.
+        num_rows: Rows of each table that belong to this state.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    examples_seen: int = 0
+    seconds: float = 0.0
+    ended: str = ""
+    diverged: bool = False
+    crossings: dict[str, LossCrossing] = field(default_factory=dict)
+    stalls: dict[str, StallWatch] = field(default_factory=dict)
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    taken: list[str] = field(default_factory=list)
+    num_rows: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, spec: RunSpec, model: nn.Module) -> "TrainState":
+        """Return the state before the first update, with global randomness seeded."""
+        torch.manual_seed(stream_seed(spec.seed, "training"))
+        stalled = {
+            "snapshot": spec.snapshots.stalled,
+            "stop": spec.training.stop.stalled,
+        }
+        return cls(
+            model=model,
+            optimizer=build_optimizer(spec.optimizer, model.parameters()),
+            crossings={
+                loss_snapshot(level): LossCrossing(level, spec.snapshots.sustain)
+                for level in spec.snapshots.losses
+            },
+            stalls={
+                name: StallWatch.of(asked) for name, asked in stalled.items() if asked
+            },
+        )
+
+    def costs(self) -> dict[str, float]:
+        """Return what training took so far."""
+        return {
+            "updates": float(self.step),
+            "examples_seen": float(self.examples_seen),
+            "train_seconds": self.seconds,
+        }
+
+    def vector(self) -> Tensor:
+        """Return the parameters as one vector; a copy."""
+        return flatten(p.detach() for p in self.model.parameters())
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of the model's parameters and buffers."""
+        state = self.model.state_dict()
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A state as tensors and JSON, as it lies in a checkpoint.
+
+    Attributes:
+        step: Updates taken.
+        tensors: All tensors, by path.
+        values: Everything else.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]  # JSON that this module wrote
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """Rows of each table that belong to it."""
+        return dict(self.values["num_rows"])
+
+
+def capture(state: TrainState, probe: Probe | None) -> Captured:
+    """Return the whole state, global randomness included."""
+    tensors: dict[str, Tensor] = {}
+    values = {
+        "step": state.step,
+        "examples_seen": state.examples_seen,
+        "seconds": state.seconds,
+        "ended": state.ended,
+        "diverged": state.diverged,
+        "crossings": {name: asdict(item) for name, item in state.crossings.items()},
+        "stalls": {name: asdict(item) for name, item in state.stalls.items()},
+        "taken": list(state.taken),
+        "num_rows": dict(state.num_rows),
+        "candidates": {name: item.row for name, item in state.candidates.items()},
+        "optimizer": _detach(state.optimizer.state_dict(), "optimizer", tensors),
+        "probe": probe.state_dict() if probe else None,
+    }
+    for name, tensor in state.model.state_dict().items():
+        tensors[f"model/{name}"] = tensor.detach()
+    for candidate, item in state.candidates.items():
+        for name, tensor in item.weights.items():
+            tensors[f"candidate/{candidate}/{name}"] = tensor
+    tensors["random/cpu"] = torch.get_rng_state()
+    device = next(state.model.parameters()).device
+    if device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+    return Captured(state.step, tensors, values)
+
+
+def restore(state: TrainState, probe: Probe | None, captured: Captured) -> None:
+    """Bring ``state``, as it is at the start of its run, to what was captured.
+
+    Raises:
+        CheckpointError: If it was captured from another model or optimiser.
+    """
+    tensors, values = captured.tensors, captured.values
+    try:
+        state.model.load_state_dict(_below(tensors, "model"))
+        state.optimizer.load_state_dict(_attach(values["optimizer"], tensors))
+        if probe is not None and values["probe"] is not None:
+            probe.load_state_dict(values["probe"])
+        _restore_values(state, tensors, values)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint of update {captured.step} needs to fit the run's model, "
+            f"optimiser and recipe, got {type(error).__name__}: {error}; delete the "
+            "run's directory and resume to run it again."
+        ) from error
+    torch.set_rng_state(tensors["random/cpu"])
+    device = next(state.model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random/cuda"], device)
+
+
+# The values come from JSON that this module wrote and that a checksum covers.
+def _restore_values(
+    state: TrainState, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    state.step = int(values["step"])
+    state.examples_seen = int(values["examples_seen"])
+    state.seconds = float(values["seconds"])
+    state.ended = str(values["ended"])
+    state.diverged = bool(values["diverged"])
+    state.taken = list(values["taken"])
+    state.num_rows = dict(values["num_rows"])
+    state.crossings = {
+        name: LossCrossing(**item) for name, item in values["crossings"].items()
+    }
+    state.stalls = {name: StallWatch(**item) for name, item in values["stalls"].items()}
+    state.candidates = {
+        name: Candidate(row, _below(tensors, f"candidate/{name}"))
+        for name, row in values["candidates"].items()
+    }
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    cut = len(prefix) + 1
+    return {
+        name[cut:]: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}/")
+    }
+
+
+_TENSOR = "__tensor__"
+
+
+def _detach(value: object, path: str, tensors: dict[str, Tensor]) -> object:
+    """Return ``value`` as JSON can hold it, with its tensors moved to ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach()
+        return {_TENSOR: path}
+    if isinstance(value, Mapping):
+        # Pairs, since an optimiser's keys are integers and JSON's are not.
+        return {
+            "__pairs__": [
+                [key, _detach(item, f"{path}/{key}", tensors)]
+                for key, item in value.items()
+            ]
+        }
+    if isinstance(value, list | tuple):
+        return [_detach(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _attach(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo ``_detach``."""
+    if isinstance(value, list):
+        return [_attach(item, tensors) for item in value]
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        return {key: _attach(item, tensors) for key, item in value["__pairs__"]}
+    return value

@@ -1,0 +1,277 @@
+"""Execute runs: in this process, or in a pool of spawned ones.
+
+A worker that dies takes only its own run with it: each has a pipe of its own to the
+parent, so that the parent knows whose run it was.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from noisekit.core.errors import NoisekitError, RunFailedError, RunLockedError
+from noisekit.records import Manifest, RunDirectory, RunStatus
+from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.runs.loop import train_run
+from noisekit.train.sweeps.progress import Progress, ProgressEvent, silent
+
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+_EVENT_SECONDS = 0.1
+_GRACE_SECONDS = 5.0
+_READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run to execute: its description and its directory."""
+
+    spec: RunSpec
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutcome:
+    """How a run ended: ``done``, ``diverged`` or ``failed``, and why."""
+
+    run_id: str
+    status: RunStatus
+    reason: str = ""
+
+
+def execute(job: Job, *, progress: Progress = silent) -> JobOutcome:
+    """Start or resume one run in this process; an error becomes a failed outcome."""
+    spec = job.spec
+    told: set[str] = set()
+
+    def tell(event: ProgressEvent) -> None:
+        told.add(event.phase)
+        progress(event)
+
+    try:
+        outcome = train_run(spec, RunDirectory.open(job.path), progress=tell)
+    except Exception as error:  # whatever it is, the other runs go on
+        failed = _failed(job, _reason(error), error=error)
+        if "failed" not in told:
+            progress(_failure_event(failed))
+        return failed
+    return JobOutcome(spec.run_id, outcome.status, outcome.reason)
+
+
+def execute_here(
+    jobs: Sequence[Job], *, progress: Progress = silent
+) -> list[JobOutcome]:
+    """Execute runs one after the other in this process."""
+    return [execute(job, progress=progress) for job in jobs]
+
+
+def execute_in_processes(
+    jobs: Sequence[Job], *, workers: int, threads: int, progress: Progress = silent
+) -> list[JobOutcome]:
+    """Execute runs in spawned processes, at most ``workers`` at the same time.
+
+    Args:
+        jobs: The runs.
+        workers: Most processes at the same time.
+        threads: Threads of each process, set before its libraries are loaded.
+        progress: Called in this process, with the events of all runs.
+    """
+    waiting = deque(jobs)
+    outcomes: list[JobOutcome] = []
+    pool: list[_Worker] = []
+    try:
+        with _thread_variables(threads):
+            while waiting or any(worker.job for worker in pool):
+                busy = sum(worker.job is not None for worker in pool)
+                while len(pool) < min(workers, busy + len(waiting)):
+                    pool.append(_Worker())
+                for worker in pool:
+                    if waiting and worker.job is None:
+                        worker.give(waiting.popleft())
+                outcomes += _heard(pool, progress)
+                pool = [worker for worker in pool if worker.alive]
+    finally:
+        for worker in pool:
+            worker.stop()
+    return outcomes
+
+
+class _Worker:
+    """A spawned process that executes one run at a time."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(
+            target=_work, args=(theirs,), daemon=True
+        )
+        self.process.start()
+        # Kept open here, it would hide that the process has died.
+        theirs.close()
+        self.job: Job | None = None
+        self.alive = True
+        self._ready = False
+
+    def give(self, job: Job) -> None:
+        self.job = job
+        with suppress(OSError):  # it has died: _heard finds out and says so
+            self.connection.send(job)
+
+    def receive(self, progress: Progress) -> JobOutcome | None:
+        """Take one message; an outcome if the run has ended."""
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            return self._died(progress)
+        if isinstance(message, ProgressEvent):
+            progress(message)
+        elif isinstance(message, JobOutcome):
+            self.job = None
+            return message
+        else:
+            self._ready = True
+        return None
+
+    def stop(self) -> None:
+        """End the process; a run that it is at can be resumed."""
+        self.process.terminate()
+        self.process.join(_GRACE_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.connection.close()
+
+    def _died(self, progress: Progress) -> JobOutcome | None:
+        self.process.join()
+        self.alive = False
+        code = self.process.exitcode or 0
+        if not self._ready:
+            raise RunFailedError(
+                f"a worker process ended with exit code {code} before it could take a "
+                "run. A script that calls nk.run needs its own work under "
+                "`if __name__ == '__main__':`, since workers import it; or use "
+                "workers=0 to stay in one process."
+            )
+        if self.job is None:
+            return None
+        outcome = _failed(self.job, _how_it_died(code))
+        self.job = None
+        progress(_failure_event(outcome))
+        return outcome
+
+
+def _heard(pool: Sequence[_Worker], progress: Progress) -> list[JobOutcome]:
+    """Wait for messages, and return the outcomes among them."""
+    ready = wait([worker.connection for worker in pool])
+    speaking = [worker for worker in pool if worker.connection in ready]
+    outcomes = [worker.receive(progress) for worker in speaking]
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _how_it_died(code: int) -> str:
+    if code >= 0:
+        return f"its worker process ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = ", perhaps for lack of memory" if name == "SIGKILL" else ""
+    return f"its worker process was killed by {name}{hint}"
+
+
+def _work(connection: Connection) -> None:
+    """Be a worker: execute what comes through the pipe until the parent is gone."""
+    # Ctrl-C reaches the whole group; the parent decides what becomes of the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    connection.send(_READY)
+    while True:
+        try:
+            job: Job = connection.recv()
+        except EOFError:
+            return
+        connection.send(execute(job, progress=_Throttle(connection)))
+
+
+def _die_with_parent() -> None:
+    """End at once when the parent has: an orphan would keep its run locked."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+class _Throttle:
+    """Sends events to the parent, but no more than a person can follow."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._phase = ""
+        self._sent = 0.0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        now = time.monotonic()
+        if event.phase == self._phase and now - self._sent < _EVENT_SECONDS:
+            return
+        self._phase, self._sent = event.phase, now
+        self._connection.send(event)
+
+
+def _failure_event(outcome: JobOutcome) -> ProgressEvent:
+    return ProgressEvent(outcome.run_id, "failed", 0, 1, outcome.reason)
+
+
+def _failed(job: Job, reason: str, *, error: Exception | None = None) -> JobOutcome:
+    """Put on record that a run failed, as far as its directory can be written."""
+    if not isinstance(error, RunLockedError):
+        with suppress(NoisekitError, OSError):
+            directory = RunDirectory.open(job.path)
+            with directory.lock():
+                _write_failure(directory, reason, error)
+    return JobOutcome(job.spec.run_id, RunStatus.FAILED, reason)
+
+
+def _write_failure(
+    directory: RunDirectory, reason: str, error: Exception | None
+) -> None:
+    manifest: Manifest = directory.manifest
+    if manifest.status.complete:
+        return
+    failed = replace(manifest, status=RunStatus.FAILED, reason=reason)
+    directory.write_manifest(failed)
+    if error is not None:
+        text = "".join(traceback.format_exception(error))
+        (directory.path / "error.txt").write_text(text, encoding="utf-8")
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's own words; what is not ours is named by its class as well."""
+    text = str(error)
+    return (
+        text if isinstance(error, NoisekitError) else f"{type(error).__name__}: {text}"
+    )
+
+
+@contextmanager
+def _thread_variables(threads: int) -> Iterator[None]:
+    """Let processes that start meanwhile have ``threads`` threads from the start."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

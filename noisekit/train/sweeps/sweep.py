@@ -1,0 +1,222 @@
+"""From a recipe to a directory of runs, and back to what is left to do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from noisekit.core.errors import (
+    RunDirectoryError,
+    RunFailedError,
+    UsageError,
+)
+from noisekit.records import (
+    Manifest,
+    RunDirectory,
+    Runs,
+    RunStatus,
+    exclusive_lock,
+    open_runs,
+    write_set,
+)
+from noisekit.records.provenance import software_versions
+from noisekit.train.data.datasets import DataSplits, load_data
+from noisekit.train.models import build_model
+from noisekit.train.recipes.recipe import Recipe
+from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.runs.tables import Table, differences
+from noisekit.train.sweeps.executors import (
+    Job,
+    JobOutcome,
+    execute_here,
+    execute_in_processes,
+)
+from noisekit.train.sweeps.progress import Progress, silent
+from noisekit.train.sweeps.run_status import recorded_recipe
+
+_LISTED = 5
+
+
+def run(
+    recipe: Recipe,
+    out_dir: Path | str,
+    *,
+    workers: int | None = None,
+    device: str | None = None,
+    seeds: int | None = None,
+    progress: Progress | None = None,
+    allow_download: bool = False,
+) -> Runs:
+    """Execute every arm at every seed of a recipe, and return the runs.
+
+    In a directory that already holds runs of the same recipe, only what is missing is
+    executed. A run that diverges is a result; one that fails does not stop the
+    others, and in the end ``RunFailedError`` names it. A directory that holds
+    anything else, and what this machine lacks, are refused before the first run.
+
+    Args:
+        recipe: The experiment.
+        out_dir: Where the set of runs goes; made if it is not there.
+        workers: Processes at the same time; the recipe's number if left out, 0 for
+            none but this one.
+        device: Device of all runs, instead of the recipe's.
+        seeds: Number of seeds, instead of the recipe's.
+        progress: Called with the events of all runs.
+        allow_download: Whether data that are not found may be asked of the network.
+    """
+    recipe = recipe.adjusted(device=device, seeds=seeds)
+    path = Path(out_dir)
+    _check_place(path, recipe)
+    data = _check_machine(recipe, allow_download=allow_download)
+    path.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(path / "lock", what=f"the set of runs {path}"):
+        _write_recipe(path, recipe, data)
+        return _finish(path, recipe, workers, silent if progress is None else progress)
+
+
+def resume(
+    set_dir: Path | str,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Runs:
+    """Execute what is not complete in a set of runs, and return the runs.
+
+    Args:
+        set_dir: Directory that ``run`` made.
+        workers: Processes at the same time; the recipe's number if left out, 0 for
+            none but this one.
+        progress: Called with the events of all runs.
+    """
+    path = Path(set_dir)
+    recipe = recorded_recipe(path)
+    _check_machine(recipe, allow_download=False)
+    with exclusive_lock(path / "lock", what=f"the set of runs {path}"):
+        return _finish(path, recipe, workers, silent if progress is None else progress)
+
+
+def _check_place(path: Path, recipe: Recipe) -> None:
+    """Refuse a directory that holds anything but runs of this recipe."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UsageError(f"runs need a directory, got the file {path}; use another.")
+    if (path / "set.json").exists():
+        different = differences(_identity(recorded_recipe(path)), _identity(recipe))
+        if different:
+            listed = ", ".join(different[:_LISTED])
+            more = ", ..." if len(different) > _LISTED else ""
+            raise UsageError(
+                f"{path} holds runs of another recipe, which differs in {listed}"
+                f"{more}; choose another --out, or finish those with "
+                f"`noisekit resume {path}`."
+            )
+    elif any(path.iterdir()):
+        raise UsageError(
+            f"runs need a new or empty directory, got {path}, which holds other files; "
+            "choose another --out."
+        )
+
+
+def _identity(recipe: Recipe) -> Table:
+    """Return what makes two recipes the same: not its words, nor how many workers."""
+    content: Table = recipe.model_dump(mode="json", exclude={"title", "cost"})
+    compute = content["compute"]
+    assert isinstance(compute, dict)
+    del compute["workers"]
+    return content
+
+
+def _check_machine(recipe: Recipe, *, allow_download: bool) -> DataSplits:
+    """Find out what is missing before the first run, and not in each of them."""
+    _check_device(recipe.compute.device)
+    specs = recipe.run_specs()
+    for data_spec in dict.fromkeys(spec.data for spec in specs):
+        data = load_data(data_spec, allow_download=allow_download)
+        for model in dict.fromkeys(s.model for s in specs if s.data == data_spec):
+            build_model(
+                model,
+                input_shape=data.input_shape,
+                num_classes=data.num_classes,
+                seed=recipe.seeds.first,
+            )
+    return load_data(specs[0].data)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UsageError(
+            f"compute.device needs a device of this machine, got {name!r} "
+            f"({first_line}); `noisekit doctor` lists them, and cpu always works."
+        ) from error
+
+
+def _write_recipe(path: Path, recipe: Recipe, data: DataSplits) -> None:
+    if (path / "set.json").exists():
+        return
+    write_set(
+        path,
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "runs": [spec.run_id for spec in recipe.run_specs()],
+            "data": {"name": data.name, "origin": data.origin, "sha256": data.sha256},
+            "versions": software_versions(),
+        },
+    )
+
+
+def _finish(
+    path: Path, recipe: Recipe, workers: int | None, progress: Progress
+) -> Runs:
+    jobs = [Job(spec, path / "runs" / spec.run_id) for spec in recipe.run_specs()]
+    left = [job for job in jobs if not _complete(job)]
+    count = recipe.compute.workers if workers is None else workers
+    try:
+        if count == 0:
+            outcomes = execute_here(left, progress=progress)
+        else:
+            outcomes = execute_in_processes(
+                left, workers=count, threads=recipe.compute.threads, progress=progress
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Stopped. What was computed is kept; go on with `noisekit resume {path}`."
+        ) from None
+    _raise_failures(path, outcomes, len(jobs))
+    return open_runs(path)
+
+
+def _complete(job: Job) -> bool:
+    """Make the run's directory if it has none, and return whether it is complete."""
+    if not (job.path / "manifest.json").exists():
+        RunDirectory.create(job.path, _manifest(job.spec))
+        return False
+    try:
+        return RunDirectory.open(job.path).manifest.status.complete
+    except RunDirectoryError:
+        return False  # executing it says what is wrong
+
+
+def _manifest(spec: RunSpec) -> Manifest:
+    return Manifest(
+        run_id=spec.run_id,
+        arm=spec.arm,
+        seed=spec.seed,
+        factors=spec.factors,
+        recipe=spec.model_dump(mode="json"),
+    )
+
+
+def _raise_failures(path: Path, outcomes: Sequence[JobOutcome], total: int) -> None:
+    failed = [item for item in outcomes if item.status is RunStatus.FAILED]
+    if not failed:
+        return
+    lines = [f"{len(failed)} of {total} runs failed; the others are complete:"]
+    lines += [f"  {item.run_id}: {item.reason}" for item in failed[:_LISTED]]
+    if len(failed) > _LISTED:
+        lines.append(f"  and {len(failed) - _LISTED} more: `noisekit status {path}`")
+    lines.append(f"Once the cause is gone, go on with `noisekit resume {path}`.")
+    raise RunFailedError("\n".join(lines))

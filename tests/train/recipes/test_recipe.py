@@ -1,0 +1,588 @@
+"""Recipes: what they resolve to, and what is refused, in which words."""
+
+import math
+import tomllib
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import tomli_w
+
+from noisekit.core.errors import RecipeError, UsageError
+from noisekit.core.vocabulary import QUANTITIES
+from noisekit.stats.contrasts import Contrast
+from noisekit.train.recipes.catalogue import experiments
+from noisekit.train.recipes.loading import load_recipe
+from noisekit.train.recipes.recipe import Recipe
+from noisekit.train.recipes.specs import ALWAYS_RECORDED, MeasureName, RunSpec
+from noisekit.train.recipes.subjects import ModelSpec
+from noisekit.train.runs.measures import MEASURES
+from noisekit.train.runs.tables import merged
+
+MINIMAL = """
+format = 1
+name = "minimal"
+question = "Does it load?"
+claims = true
+
+[data]
+name = "digits"
+train = 96
+validation = 16
+test = 16
+
+[model]
+name = "mlp"
+hidden = [8]
+
+[optimizer]
+name = "sgd"
+learning_rate = 0.1
+
+[training]
+batch_size = 8
+stop = { updates = 24 }
+
+[evaluation]
+every_updates = 8
+
+[snapshots]
+losses = [0.5]
+epochs = { equal_epochs = 2 }
+
+[measure]
+everywhere = ["lambda_max"]
+
+[seeds]
+first = 3
+count = 2
+
+[[arms]]
+name = "small"
+
+[[arms]]
+name = "large"
+set = { "training.batch_size" = 32, "optimizer.learning_rate" = 0.4 }
+
+[[contrasts]]
+name = "sharper"
+quantity = "lambda_max"
+treatment = "large"
+reference = "small"
+snapshot = "loss_0.5"
+scale = "ratio"
+margin = 1.5
+primary = true
+
+[profiles.tiny]
+claims = false
+data = { train = 64 }
+snapshots = { losses = [1.0, 0.5] }
+seeds = { count = 1 }
+
+[profiles.rates]
+contrasts = []
+grid = { optimizer = { learning_rate = [0.1, 1e-3] }, training.batch_size = [8, 32] }
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Return a function that writes the minimal recipe, with some keys changed."""
+
+    def write(**settings: object) -> Path:
+        table = tomllib.loads(MINIMAL)
+        for key, value in settings.items():
+            *parents, last = key.split("__")
+            inner = table
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[last] = value
+        path = tmp_path / "recipe.toml"
+        path.write_text(tomli_w.dumps(table))
+        return path
+
+    return write
+
+
+def faults_of(path: Path, profile: str | None = None, **overrides: str) -> str:
+    """Return the message with which a recipe is refused."""
+    settings = {key.replace("__", "."): text for key, text in overrides.items()}
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, profile=profile, overrides=settings)
+    message = str(caught.value)
+    assert str(path) in message
+    return message
+
+
+def test_each_arm_is_resolved_at_each_seed(write) -> None:
+    """An arm's settings reach its own runs and no others; seeds are paired.
+
+    Catches: settings of one arm leaking into the next; seeds counted from 0.
+    """
+    specs = load_recipe(write()).run_specs()
+    seen = [
+        (s.run_id, s.seed, s.training.batch_size, s.optimizer.learning_rate)
+        for s in specs
+    ]
+    assert seen == [
+        ("small-seed3", 3, 8, 0.1),
+        ("large-seed3", 3, 32, 0.4),
+        ("small-seed4", 4, 8, 0.1),
+        ("large-seed4", 4, 32, 0.4),
+    ]
+    assert specs[0].factors == {"batch_size": 8, "learning_rate": 0.1}
+    assert specs[1].factors == {"batch_size": 32, "learning_rate": 0.4}
+
+
+def test_equal_epochs_are_another_update_in_each_arm(write) -> None:
+    """An epoch is as many updates as the arm's batches need.
+
+    Catches: taking one update number for all arms.
+    """
+    small, large, *_ = load_recipe(write()).run_specs()
+    assert (small.updates_at(2), large.updates_at(2)) == (24, 6)
+    assert (small.max_updates, large.max_updates) == (24, 24)
+
+
+@pytest.mark.parametrize(("drop_last", "updates"), [(True, 3), (False, 4)])
+def test_ragged_epoch_counts_its_last_batch_unless_dropped(
+    write, *, drop_last: bool, updates: int
+) -> None:
+    """100 examples in batches of 32 are 3 whole batches and one of 4.
+
+    Catches: flooring where the ragged batch is trained on.
+    """
+    flag = "training__drop_last" if drop_last else "training__allow_ragged"
+    path = write(data__train=100, snapshots__epochs={}, **{flag: True})
+    assert load_recipe(path).run_specs()[1].updates_per_epoch == updates
+
+
+def test_fraction_of_an_epoch_is_not_rounded_up_by_an_ulp(write) -> None:
+    """A whole number of updates is that number, whatever the fraction's last bit.
+
+    Catches: rounding 12.000000000000004 updates up to 13.
+    """
+    spec = load_recipe(write()).run_specs()[0]
+    assert spec.updates_per_epoch == 12
+    one_and_a_bit = (0.1 + 0.2) / 0.3
+    assert math.ceil(one_and_a_bit * 12) == 13
+    assert spec.updates_at(one_and_a_bit) == 12
+    assert spec.updates_at(0.3) == 4  # 3.6 updates: complete with the fourth
+
+
+def test_run_spec_survives_json_exactly(write) -> None:
+    """Every float comes back with the same bits, every tuple as a tuple.
+
+    Catches: rounding floats; lists in place of tuples.
+    """
+    path = write(optimizer__learning_rate=0.1 + 0.2, snapshots__losses=[1 / 3, 0.5])
+    recipe = load_recipe(path)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    for spec in recipe.run_specs():
+        assert RunSpec.from_json(spec.to_json()) == spec
+        assert RunSpec.from_table(spec.model_dump(mode="json")) == spec
+
+
+def test_profile_merges_tables_and_replaces_lists(write) -> None:
+    """A profile states what differs; a list of it stands alone.
+
+    Catches: replacing a whole table; appending to a list.
+    """
+    recipe = load_recipe(write(), profile="tiny")
+    assert recipe.profile == "tiny"
+    assert recipe.data.train == 64
+    assert recipe.data.validation == 16
+    assert recipe.snapshots.losses == (1.0, 0.5)
+    assert recipe.snapshots.epochs == {"equal_epochs": 2}
+    assert not recipe.claims
+
+
+def test_another_kind_replaces_its_section_and_an_override_does_not(write) -> None:
+    """A profile's other network has none of the keys of the one below.
+
+    Catches: an MLP's widths left in F1; an override that drops the learning rate.
+    """
+    path = write(profiles__f1={"model": {"name": "f1"}, "data": {"name": "digits"}})
+    recipe = load_recipe(path, profile="f1", overrides={"optimizer.name": "adam"})
+    assert recipe.model == ModelSpec(name="f1")
+    assert recipe.data.train == 96
+    assert (recipe.optimizer.name, recipe.optimizer.learning_rate) == ("adam", 0.1)
+
+
+def test_default_profile_is_the_files_own(write) -> None:
+    """Without a profile the file's ``default_profile`` holds, if it names one."""
+    assert load_recipe(write()).profile == ""
+    assert load_recipe(write(default_profile="tiny")).profile == "tiny"
+
+
+def test_grid_takes_the_place_of_arms(write) -> None:
+    """A profile's grid makes every combination an arm, and the arms go.
+
+    Catches: keeping the arms below; pairing values instead of crossing them.
+    """
+    recipe = load_recipe(write(), profile="rates")
+    assert [arm.name for arm in recipe.arms] == [
+        "learning_rate-0.1.batch_size-8",
+        "learning_rate-0.1.batch_size-32",
+        "learning_rate-0.001.batch_size-8",
+        "learning_rate-0.001.batch_size-32",
+    ]
+    assert recipe.arms[3].set == {
+        "optimizer.learning_rate": 1e-3,
+        "training.batch_size": 32,
+    }
+
+
+def test_override_is_laid_over_the_profile(write) -> None:
+    """``--set`` wins over the profile; what is no TOML is taken as text.
+
+    Catches: laying the profile over the override.
+    """
+    recipe = load_recipe(
+        write(),
+        profile="tiny",
+        overrides={"seeds.count": "7", "optimizer.name": "adam", "claims": "true"},
+    )
+    assert recipe.seeds.count == 7
+    assert recipe.optimizer.name == "adam"
+    assert recipe.claims
+
+
+def test_what_all_arms_set_need_not_be_said_before(write) -> None:
+    """A grid over a key without a default is enough.
+
+    Catches: refusing the recipe for lack of the key.
+    """
+    table = tomllib.loads(write().read_text())
+    del table["optimizer"]["learning_rate"]
+    path = write()
+    path.write_text(tomli_w.dumps(table))
+    assert load_recipe(path, profile="rates").optimizer.learning_rate == 0.1
+    assert "optimizer.learning_rate: is missing" in faults_of(path)
+
+
+def test_contrasts_are_those_that_statistics_take(write) -> None:
+    """A stated contrast reaches the statistics with all its fields."""
+    (contrast,) = load_recipe(write()).stated_contrasts()
+    assert contrast == Contrast(
+        name="sharper",
+        quantity="lambda_max",
+        treatment="large",
+        reference="small",
+        snapshot="loss_0.5",
+        scale="ratio",
+        margin=1.5,
+        primary=True,
+    )
+
+
+def test_measures_and_records_are_in_the_vocabulary() -> None:
+    """What can be asked for can be measured, and stands in the glossary.
+
+    Catches: a measure that a recipe may name and that no run takes.
+    """
+    names = set(get_args(MeasureName))
+    # Norms of single examples fill a table of their own.
+    assert names == set(MEASURES) | {"example_grad_sq_norm"}
+    assert names | set(ALWAYS_RECORDED) <= set(QUANTITIES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"training__batch_sise": 8},
+            "training.batch_sise: unknown key; did you mean 'batch_size'? Allowed "
+            "here: accumulation, allow_ragged, batch_size, drop_last, loss, stop",
+        ),
+        ({"qestion": "x"}, "qestion: unknown key; did you mean 'question'?"),
+        (
+            {"optimizer__name": "sdg"},
+            "optimizer.name: needs 'sgd', 'adam' or 'adamw', got \"sdg\"; did you mean "
+            "'sgd'?",
+        ),
+        (
+            {"seeds__count": "ten"},
+            'seeds.count: needs an integer, got "ten" (text)',
+        ),
+        ({"seeds__count": 2.5}, "seeds.count: needs an integer, got 2.5"),
+        ({"seeds__count": True}, "seeds.count: needs an integer, got true"),
+        ({"seeds__count": 0}, "seeds.count: needs a number at least 1, got 0"),
+        (
+            {"optimizer__learning_rate": float("inf")},
+            "optimizer.learning_rate: needs a finite number",
+        ),
+        (
+            {"optimizer__learning_rate": -1.0},
+            "optimizer.learning_rate: needs a number above 0, got -1.0",
+        ),
+        ({"model__hidden": 8}, "model.hidden: needs a list, got 8"),
+        ({"data": 8}, "data: needs a table, got 8"),
+        (
+            {"model__name": "f1"},
+            "model: hidden belongs to name = 'mlp', not 'f1'",
+        ),
+        (
+            {"training__stop": {"train_loss": 0.1}},
+            "training.stop: needs epochs or updates as a bound",
+        ),
+        (
+            {"training__batch_size": 128},
+            "training.batch_size: needs at most data.train (96) examples, got 128",
+        ),
+        (
+            {"data__train": 100},
+            "arms.large.set.training.batch_size: needs to divide data.train (100), so "
+            "that every update sees as many examples; with 32, batch 4 of each epoch "
+            "would have 4. Choose another number, or set training.drop_last or "
+            "training.allow_ragged",
+        ),
+        (
+            {"snapshots__epochs": {"equal_epochs": 3}},
+            "snapshots.epochs.equal_epochs: lies at update 36, after the last that "
+            "training.stop allows (24); take it earlier or train longer",
+        ),
+        (
+            {"measure__at": {"equal_epoch": ["grad_norm"]}},
+            "measure.at.equal_epoch: needs a snapshot, one of 'start', 'loss_0.5', "
+            "'equal_epochs', 'final', got 'equal_epoch'; did you mean 'equal_epochs'?",
+        ),
+        (
+            {"measure__num_examples": 97},
+            "measure.num_examples: needs at most data.train (96) examples, got 97",
+        ),
+        ({"arms": []}, "arms: needs"),
+        (
+            {"arms": [{"name": "a", "set": {"trainin.batch_size": 8}}]},
+            "arms.a.set.trainin.batch_size: needs a section, one of",
+        ),
+        ({"arms": [{"name": "a/b"}]}, "arms[1].name: needs text that matches"),
+        (
+            {"arms": [{"name": "a"}, {"name": "a"}]},
+            "arms: needs a name per arm, got 'a' 2 times",
+        ),
+        (
+            {"grid": {"training.batch_size": []}},
+            "grid: arms and a grid exclude each other",
+        ),
+        ({"format": 2}, "format: needs 1, got 2"),
+        (
+            {"analyses": ["sharpness_vs_batchsize"]},
+            "analyses: needs an analysis, one of 'gradient_noise', 'outcomes_by_arm', "
+            "'rate_choice', 'sharpness_vs_batch_size', got "
+            "'sharpness_vs_batchsize'; did you mean 'sharpness_vs_batch_size'?",
+        ),
+        (
+            {"probe": {"estimator": "rowz"}},
+            "probe.estimator[1]: needs 'auto', 'per_example', 'rows', 'chunks', "
+            "'accumulation', 'random_signs', 'ghost' or 'preconditioned', got "
+            "\"rowz\"; did you mean 'rows'?",
+        ),
+        (
+            {"probe": {"estimator": ["rows", "rows"]}},
+            "probe: estimator needs different names, got ['rows', 'rows']",
+        ),
+        (
+            {"probe": {"estimator": "preconditioned"}},
+            "write estimator = ['auto', 'preconditioned']",
+        ),
+        (
+            {"probe": {"estimator": "ghost"}},
+            "probe: estimator = 'ghost' needs ghost_batch, the examples of a ghost "
+            "batch; set it to at most half a micro-batch",
+        ),
+        (
+            {"probe": {"ghost_batch": 4}},
+            "probe: ghost_batch = 4 belongs to estimator = 'ghost'; name it, or leave",
+        ),
+        (
+            {"probe": {"estimator": "ghost", "ghost_batch": 5}},
+            "probe.ghost_batch: needs to fit twice into the 8 examples of a "
+            "micro-batch, got 5; use at most 4, or larger batches",
+        ),
+        (
+            {"probe": {"estimator": ["auto", "accumulation"]}},
+            "probe.estimator: 'accumulation' compares the micro-batches of an update, "
+            "so that it needs training.accumulation of 2 or more, got 1; raise it, or "
+            "use 'auto'",
+        ),
+        (
+            {"probe": {"estimator": "chunks"}, "model__norm": "batch"},
+            "probe.estimator: 'chunks' needs examples with gradients of their own, "
+            "which the network's BatchNorm couples; use 'ghost' with probe.ghost_batch",
+        ),
+        (
+            {"probe": {"estimator": ["auto", "preconditioned"]}},
+            "probe.estimator: 'preconditioned' is the noise that Adam sees, and needs "
+            "optimizer.name = 'adam' or 'adamw', got 'sgd'; leave it out",
+        ),
+        ({"probe": {"row_share": 0.0}}, "probe.row_share: needs a number above 0"),
+        ({"probe": {"num_chunks": 1}}, "probe.num_chunks: needs a number at least 2"),
+    ],
+)
+def test_fault_names_key_and_remedy(write, settings, said) -> None:
+    """Each kind of fault is refused with its key, what was found and what to write.
+
+    Catches: a check that is left out; text taken for a number; ``true`` taken for 1.
+    """
+    assert said in faults_of(write(**settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"treatment": "larg"},
+            "contrasts.sharper.treatment: needs an arm, one of 'small', 'large', got "
+            "'larg'; did you mean 'large'?",
+        ),
+        (
+            {"reference": "large"},
+            "contrasts.sharper.reference: needs another arm than the treatment",
+        ),
+        (
+            {"snapshot": "loss_0.4"},
+            "contrasts.sharper.snapshot: needs a snapshot, one of 'start', 'loss_0.5'",
+        ),
+        (
+            {"quantity": "lamda_max"},
+            "contrasts.sharper.quantity: needs a quantity, one of",
+        ),
+        (
+            {"quantity": "hessian_trace"},
+            "contrasts.sharper.quantity: 'hessian_trace' is not measured at "
+            "'loss_0.5'; add it to measure.at.loss_0.5 or to measure.everywhere",
+        ),
+        (
+            {"margin": 0.5},
+            "contrasts[1]: margin of a ratio is a factor above 1, such as 1.5; got 0.5",
+        ),
+        ({"scale": "log"}, "contrasts[1].scale: needs 'ratio' or 'difference'"),
+        ({"margn": 1.5}, "contrasts[1].margn: unknown key; did you mean 'margin'?"),
+    ],
+)
+def test_contrast_names_only_what_the_recipe_takes(write, change, said) -> None:
+    """A contrast that no run could answer is refused before any run.
+
+    Catches: finding out after an hour that the quantity was never measured.
+    """
+    contrast = {**tomllib.loads(MINIMAL)["contrasts"][0], **change}
+    assert said in faults_of(write(contrasts=[contrast]))
+
+
+def test_all_faults_are_reported_at_once(write) -> None:
+    """Schema, arms, contrasts and what sections need of each other, in one message.
+
+    Catches: stopping at the first fault, or at the first kind of fault.
+    """
+    contrast = {**tomllib.loads(MINIMAL)["contrasts"][0], "treatment": "big"}
+    path = write(
+        optimizer__nmae="sgd",
+        data__train=100,
+        measure__at={"later": ["grad_norm"]},
+        contrasts=[contrast],
+    )
+    message = faults_of(path, seeds__count="0")
+    assert "has 7 faults" in message
+    for key in (
+        "optimizer.nmae",
+        "seeds.count",
+        "arms.large.set.training.batch_size",
+        "\n  training.batch_size",
+        "measure.at.later",
+        "snapshots.epochs.equal_epochs",
+        "contrasts.sharper.treatment",
+    ):
+        assert f"{key}: " in message, key
+
+
+def test_fault_says_which_layer_it_came_from(write) -> None:
+    """What a profile or an override brought is not looked for in the base."""
+    path = write(profiles__tiny__data__tran=5)
+    message = faults_of(path, profile="tiny", model__nam="mlp", data__test="x")
+    assert "data.tran: unknown key; did you mean 'train'?" in message
+    assert "(from profile tiny)" in message
+    assert 'data.test: needs an integer, got "x" (text) (from --set)' in message
+
+
+def test_override_that_arms_undo_is_refused(write) -> None:
+    """Setting what an arm sets would change nothing, or only some of the arms.
+
+    Catches: silently running with another value than the one asked for.
+    """
+    message = faults_of(write(), training__batch_size="16")
+    assert (
+        "training.batch_size: has no effect, since arms set it: large; change the "
+        "arms or the grid (from --set)"
+    ) in message
+
+
+def test_unknown_profile_is_refused_with_the_known_ones(write) -> None:
+    """A mistyped profile is not taken for none."""
+    message = faults_of(write(), profile="tyni")
+    assert "needs a profile, one of 'tiny', 'rates', got 'tyni'" in message
+    assert message.endswith("did you mean 'tiny'?")
+
+
+def test_broken_toml_is_refused_with_its_place(tmp_path: Path) -> None:
+    """The line of the fault comes through."""
+    path = tmp_path / "recipe.toml"
+    path.write_text("name = 'a'\nquestion = what\n")
+    assert "is not TOML: Invalid value (at line 2, column 12)" in faults_of(path)
+
+
+def test_missing_file_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    """A path that is not there, and a name that is not known, say what is."""
+    with pytest.raises(
+        RecipeError, match=r"does not exist.*small_vs_large_batch.*noisekit new"
+    ):
+        load_recipe(tmp_path / "recipe.toml")
+    with pytest.raises(RecipeError, match="did you mean 'small_vs_large_batch'"):
+        load_recipe("small_vs_big_batch")
+
+
+def test_adjusting_checks_what_it_is_given(write) -> None:
+    """Another device or number of seeds is checked like the recipe's own.
+
+    Catches: a run with no seeds at all; an error of pydantic's.
+    """
+    recipe = load_recipe(write())
+    assert recipe.adjusted() == recipe
+    assert recipe.adjusted(seeds=7).seeds == recipe.seeds.model_copy(
+        update={"count": 7}
+    )
+    with pytest.raises(UsageError, match="count: needs a number at least 1, got 0"):
+        recipe.adjusted(seeds=0)
+    with pytest.raises(UsageError, match=r'device: needs text that .* got "gpu"'):
+        recipe.adjusted(device="gpu")
+
+
+def test_lists_are_replaced_and_tables_merged() -> None:
+    """The rule of profiles, on plain tables."""
+    base = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
+    assert merged(base, {"a": {"y": [3]}, "c": 2}) == {
+        "a": {"x": 1, "y": [3]},
+        "b": 1,
+        "c": 2,
+    }
+    assert base == {"a": {"x": 1, "y": [1, 2]}, "b": 1}
+
+
+PROFILES = [
+    (entry.path, profile.name) for entry in experiments() for profile in entry.profiles
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "profile"), PROFILES, ids=[f"{p.parent.name}-{n}" for p, n in PROFILES]
+)
+def test_bundled_recipe_is_sound(path: Path, profile: str) -> None:
+    """Every bundled profile loads, and says what it is and what it costs."""
+    recipe = load_recipe(path, profile=profile)
+    assert recipe.title
+    assert recipe.cost
+    assert recipe.run_specs()
+    if recipe.claims:
+        assert any(contrast.primary for contrast in recipe.contrasts)
+        assert recipe.seeds.count >= recipe.rules.min_pairs
