@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from noisekit.core.batches import Batch
 from noisekit.core.data import MEMORY_BUDGET, FrozenBatches, freeze
 from noisekit.core.distributed import Ranks, ranks_of, sum_over_ranks
+from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import (
     BatchNormPolicy,
     batch_norms,
@@ -57,6 +58,7 @@ __all__ = [
     "LossFn",
     "Normaliser",
     "RiskValue",
+    "as_risk",
     "call_model",
     "freeze",
     "unwrap_compiled",
@@ -397,3 +399,60 @@ class EmpiricalRisk:
                 separable=all(layer.running_mean is not None for layer in norms),
                 dtype=self.layout.dtype,
             )
+
+
+def as_risk(
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
+    *,
+    bn: BatchNormPolicy | None = None,
+    normaliser: Normaliser | None = None,
+    params: ParameterPatterns = None,
+) -> EmpiricalRisk:
+    """Return the risk of a model on data, or the risk that was passed in its place.
+
+    Every function that needs a loss over data takes these arguments, so that a risk
+    built once serves many of them without reading or checking the data again.
+
+    Args:
+        model: The model, or an :class:`EmpiricalRisk`; with a risk, ``loss_fn`` and
+            ``batches`` are left out.
+        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
+        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
+        bn: What BatchNorm normalises with; ``"running"`` by default.
+        normaliser: What ``loss_fn`` divides by, where it is not the example count.
+        params: Names or patterns of the parameters; all by default, or those of the
+            risk.
+
+    Raises:
+        UsageError: If something is missing, or is stated beside a risk that has it.
+    """
+    if isinstance(model, EmpiricalRisk):
+        stated = {
+            "loss_fn": loss_fn,
+            "batches": batches,
+            "bn": bn,
+            "normaliser": normaliser,
+        }
+        surplus = [f"{name}=" for name, value in stated.items() if value is not None]
+        if surplus:
+            raise UsageError(
+                "an EmpiricalRisk has its own loss, data and settings, got "
+                f"{', '.join(surplus)} beside it; state them where the risk is built."
+            )
+        return model if params is None else model.restricted_to(params)
+    if loss_fn is None or batches is None:
+        missing = "loss_fn" if loss_fn is None else "batches"
+        raise UsageError(
+            f"(model, loss_fn, batches) or an EmpiricalRisk is needed, got a "
+            f"{type(model).__name__} without {missing}."
+        )
+    return EmpiricalRisk(
+        model,
+        loss_fn,
+        batches,
+        bn="running" if bn is None else bn,
+        normaliser=normaliser,
+        params=params,
+    )
