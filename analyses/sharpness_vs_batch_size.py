@@ -243,7 +243,7 @@ def sharpness_contrasts(
     """Return the first contrast of each sharpness measure."""
     first: dict[str, stats.Contrast] = {}
     for result in results:
-        if result.contrast.quantity in report.LOSS_DEPENDENT:
+        if report.fades_with_loss(result.contrast.quantity):
             first.setdefault(result.contrast.quantity, result.contrast)
     return list(first.values())
 
@@ -308,7 +308,7 @@ def compared_pairs(results: Sequence[stats.ContrastResult]) -> list[stats.Contra
     pairs: dict[tuple[str, str], stats.Contrast] = {}
     for result in results:
         contrast = result.contrast
-        if contrast.quantity in report.LOSS_DEPENDENT:
+        if report.fades_with_loss(contrast.quantity):
             key = (contrast.treatment, contrast.reference)
             if key not in pairs or contrast.snapshot.startswith("loss_"):
                 pairs.setdefault(key, contrast)

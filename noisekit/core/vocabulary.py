@@ -607,6 +607,8 @@ SHARPNESS_QUANTITIES = (
         "Batch sharpness as a ratio of means",
         "Mean curvature of batch losses along their gradients over the mean squared "
         "norm of these.",
+        invariance="raw",
+        fades_with_loss=True,
     ),
     Quantity(
         "step_sharpness",
@@ -616,6 +618,8 @@ SHARPNESS_QUANTITIES = (
         "Mean over batches of the curvature of each batch's loss along the step that "
         "the optimiser would take on it, velocity included.",
         "Andreyev et al. 2026, arXiv:2604.14108",
+        invariance="raw",
+        fades_with_loss=True,
     ),
     Quantity(
         "grad_norm",

@@ -1,9 +1,10 @@
 """From analyses of many runs to one page that stands alone."""
 
 from noisekit.report.comparability import (
-    LOSS_DEPENDENT,
     budget_snapshots,
+    fades_with_loss,
     fair_test_rules,
+    is_rescaling_invariant,
     loss_ratio,
     paired_sample,
     paired_samples,
@@ -15,14 +16,15 @@ from noisekit.report.provenance import provenance_of
 from noisekit.report.results import AnalysisResult, Provenance, Rule, Table
 
 __all__ = [
-    "LOSS_DEPENDENT",
     "AnalysisResult",
     "Provenance",
     "Rule",
     "Table",
     "budget_snapshots",
     "build_report",
+    "fades_with_loss",
     "fair_test_rules",
+    "is_rescaling_invariant",
     "loss_ratio",
     "paired_sample",
     "paired_samples",

@@ -8,26 +8,11 @@ import numpy as np
 import pandas as pd
 from pydantic import TypeAdapter
 
+from noisekit.core.vocabulary import QUANTITIES
 from noisekit.records import Runs
 from noisekit.report.results import Rule
 from noisekit.stats import Contrast, PairedSample
 
-LOSS_DEPENDENT = frozenset(
-    {
-        "edge_of_stability_ratio",
-        "epsilon_sharpness",
-        "gauge_fixed_lambda_max",
-        "grad_norm",
-        "hessian_trace",
-        "lambda_max",
-        "lambda_max_pyhessian",
-        "lambda_min",
-        "weighted_hessian_trace",
-    }
-)
-"""Measures that fade with the training loss, so that unequal losses do not compare."""
-
-_RESCALING_INVARIANT = frozenset({"weighted_hessian_trace", "gauge_fixed_lambda_max"})
 _ENOUGH_PAIRS = 10
 _BLIND_KINDS = frozenset({"start", "loss", "epochs", "updates", "stalled", "final"})
 """Kinds of snapshot that depend on the training data and the budget alone."""
@@ -40,6 +25,22 @@ class _Rules:
     matched_loss: float = 1.25
     min_pairs: int = 2
     rate_selection: str = ""
+
+
+def fades_with_loss(quantity: str) -> bool:
+    """Return whether values of a quantity compare only at matched training loss.
+
+    A quantity that the vocabulary does not know, such as a measure of the user's own,
+    counts as one that fades: nothing is known that would excuse it from the check.
+    """
+    known = QUANTITIES.get(quantity)
+    return known is None or known.fades_with_loss
+
+
+def is_rescaling_invariant(quantity: str) -> bool:
+    """Return whether some function-preserving rescaling leaves a quantity unchanged."""
+    known = QUANTITIES.get(quantity)
+    return known is not None and known.invariance not in (None, "raw")
 
 
 def stated_contrasts(runs: Runs) -> tuple[Contrast, ...]:
@@ -92,7 +93,7 @@ def paired_sample(runs: Runs, contrast: Contrast) -> PairedSample:
         for arm in arms
     )
     reason = None
-    if contrast.quantity in LOSS_DEPENDENT:
+    if fades_with_loss(contrast.quantity):
         reason = _unmatched(loss_ratio(runs, contrast), _rules(runs).matched_loss)
     planned = _planned_seeds(runs)
     reason = reason or _too_few(len(planned), _rules(runs).min_pairs)
@@ -182,7 +183,7 @@ def _loss_rules(runs: Runs, contrasts: tuple[Contrast, ...]) -> list[Rule]:
     allowed = _rules(runs).matched_loss
     rules = []
     for contrast in contrasts:
-        if contrast.quantity not in LOSS_DEPENDENT:
+        if not fades_with_loss(contrast.quantity):
             continue
         ratio = loss_ratio(runs, contrast)
         fault = _unmatched(ratio, allowed)
@@ -193,7 +194,11 @@ def _loss_rules(runs: Runs, contrasts: tuple[Contrast, ...]) -> list[Rule]:
 
 
 def _invariance_rule(runs: Runs) -> Rule:
-    measured = set(runs.measurements["quantity"]) & _RESCALING_INVARIANT
+    measured = {
+        name
+        for name in runs.measurements["quantity"].unique()
+        if is_rescaling_invariant(name)
+    }
     found = ", ".join(sorted(measured)) or "none was measured"
     return Rule(
         "A rescaling-invariant measure and the weight norm beside raw sharpness",
