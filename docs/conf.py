@@ -54,9 +54,9 @@ nitpick_ignore_regex = [
         r"(Tensor|DataFrame|Figure|Path|Callable|Iterable|Mapping|ProcessGroup)",
     ),
     # What results and probes are made of, without a page of its own.
-    (r"py:.*", r"noisekit\.probes\.(estimators\.weights|ranks\.replicas)\.\w+"),
-    (r"py:.*", r"noisekit\.sharpness\.(audit\.known_defects|card\.subject)\.\w+"),
-    (r"py:.*", r"noisekit\.sharpness\.rise\.ascent\.AscentPlan"),
+    (r"py:.*", r"noisekit\.probes\.capture\.(step_weights|replicas)\.\w+"),
+    (r"py:.*", r"noisekit\.(auditing\.known_defects|sharpness\.card\.subject)\.\w+"),
+    (r"py:.*", r"noisekit\.sharpness\.search\.ascent\.AscentPlan"),
     # The sections of a recipe: the starter recipe says what they hold.
-    (r"py:.*", r"noisekit\.train\.\w+\.\w+Spec"),
+    (r"py:.*", r"noisekit\.train\.[\w.]+\.\w+Spec"),
 ]

@@ -361,7 +361,7 @@ _SEVERAL = {
 COLUMNS_OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {name: _SEVERAL.get(name, (name,)) for name in get_args(QuantityName)}
 )
-"""By what a probe may be asked for: the names of what then is in its readings."""
+"""Names of the columns that each optional quantity of a probe adds to a reading."""
 
 SHARPNESS_QUANTITIES = (
     Quantity(
