@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from noisekit.auditing import audit as audit
+    from noisekit.core.data import freeze as freeze
     from noisekit.core.errors import NoisekitError as NoisekitError
     from noisekit.core.results import Estimate as Estimate
     from noisekit.core.results import Interval as Interval
     from noisekit.core.results import Status as Status
     from noisekit.core.risk import EmpiricalRisk as EmpiricalRisk
-    from noisekit.core.risk import freeze as freeze
     from noisekit.core.vocabulary import quantity as quantity
     from noisekit.curvature import EigenPairs as EigenPairs
     from noisekit.curvature import FisherOperator as FisherOperator
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from noisekit.sharpness import measure as measure
     from noisekit.sharpness import pac_bayes_flatness as pac_bayes_flatness
     from noisekit.sharpness import pac_bayes_sharpness as pac_bayes_sharpness
+    from noisekit.sharpness import relative_flatness as relative_flatness
     from noisekit.sharpness import rescaled_twin as rescaled_twin
     from noisekit.sharpness import sharpened_twin as sharpened_twin
     from noisekit.sharpness import stability_threshold as stability_threshold
@@ -68,12 +69,11 @@ if TYPE_CHECKING:
     from noisekit.sharpness import track_sharpness as track_sharpness
     from noisekit.sharpness import weighted_hessian_trace as weighted_hessian_trace
     from noisekit.sharpness import worst_case_sharpness as worst_case_sharpness
-    from noisekit.sharpness.measures import relative_flatness as relative_flatness
     from noisekit.train import Recipe as Recipe
     from noisekit.train import load_recipe as load_recipe
     from noisekit.train import resume as resume
+    from noisekit.train import revisit as revisit
     from noisekit.train import run as run
-    from noisekit.train.runs import revisit as revisit
 
 __version__ = "0.1.0"
 
@@ -86,7 +86,7 @@ _HOME = {
     "quantity": "core.vocabulary",
     # data
     "EmpiricalRisk": "core.risk",
-    "freeze": "core.risk",
+    "freeze": "core.data",
     # probes
     "attach": "integrations",
     "gradient_noise": "probes",

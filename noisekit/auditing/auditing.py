@@ -24,9 +24,12 @@ from noisekit.auditing.problem import (
     error_of_signs,
 )
 from noisekit.auditing.report import AuditReport, AuditRow, AuditVerdict
+from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.risk import Batch, BatchNormPolicy, LossFn, Normaliser
+from noisekit.core.risk import LossFn
 from noisekit.curvature.random_vectors import entropy_generator
 
 _DENSE = "dense Hessian"

@@ -16,7 +16,7 @@ from torch import nn
 
 from noisekit.auditing.problem import AuditQuantity, Question
 from noisekit.core.batches import Batch
-from noisekit.core.data import FrozenBatches
+from noisekit.core.data import HeldBatches
 from noisekit.core.params import select_parameters
 from noisekit.core.randomness import preserve_rng_state
 
@@ -245,7 +245,7 @@ PEERS: tuple[Peer, ...] = (PyHessian(), Curvlinops(), HessianEigenthings())
 class _CountingLoader:
     """The batches, in the place of a DataLoader."""
 
-    def __init__(self, batches: FrozenBatches) -> None:
+    def __init__(self, batches: HeldBatches) -> None:
         self._batches = batches
         self.num_passes = 0
 

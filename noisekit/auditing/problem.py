@@ -8,17 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.batches import map_tensors, tensors_in
-from noisekit.core.data import FrozenBatches
+from noisekit.core.batches import Batch, map_tensors, tensors_in
+from noisekit.core.data import HeldBatches
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns, flatten
 from noisekit.core.results import Estimate
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.eigenvalues.lanczos import top_eigenpairs
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.traces import trace
@@ -51,7 +47,7 @@ class Question:
 
     model: nn.Module
     loss_fn: LossFn
-    batches: FrozenBatches
+    batches: HeldBatches
     bn: BatchNormPolicy
     normaliser: Normaliser | None
     params: ParameterPatterns
@@ -95,7 +91,7 @@ def asked(
     risk = EmpiricalRisk(
         model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
     )
-    held = FrozenBatches(iter(risk.batches))
+    held = HeldBatches(iter(risk.batches))
     return Question(risk.model, loss_fn, held, bn, normaliser, params, risk.reduction)
 
 
@@ -211,7 +207,7 @@ def in_double_precision(question: Question) -> Question:
         question,
         model=copy.deepcopy(question.model).double(),
         loss_fn=loss_fn,
-        batches=FrozenBatches(
+        batches=HeldBatches(
             (map_tensors(widened, x), map_tensors(widened, y))
             for x, y in question.batches
         ),
@@ -243,7 +239,7 @@ def _row(entry: Tensor, risk: EmpiricalRisk) -> Tensor:
     return flatten(parts)
 
 
-def _normaliser_for(weighting: Weighting, batches: FrozenBatches) -> Normaliser:
+def _normaliser_for(weighting: Weighting, batches: HeldBatches) -> Normaliser:
     """Weights as other packages take them: the length of the inputs' first axis."""
     share = 1.0 / len(batches)
     weights = {

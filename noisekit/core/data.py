@@ -3,9 +3,11 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import overload
 
 import torch
+from torch import nn
 
 from noisekit.core.batches import (
     Batch,
@@ -15,14 +17,21 @@ from noisekit.core.batches import (
     take_examples,
     tensors_in,
 )
-from noisekit.core.errors import DataChangedError, EmptyDataError, UsageError
+from noisekit.core.errors import (
+    BatchSizeError,
+    DataChangedError,
+    DeviceMismatchError,
+    EmptyDataError,
+    UsageError,
+)
+from noisekit.core.evaluation_mode import BatchNormPolicy, batch_norms
 from noisekit.core.randomness import preserve_rng_state
 
 MEMORY_BUDGET = 2**30
 _MASK = 2**128 - 1
 
 
-class FrozenBatches(Sequence[Batch]):
+class HeldBatches(Sequence[Batch]):
     """Batches held in memory: the same data, in the same order, on each pass.
 
     Attributes:
@@ -38,11 +47,11 @@ class FrozenBatches(Sequence[Batch]):
     @overload
     def __getitem__(self, index: int) -> Batch: ...
     @overload
-    def __getitem__(self, index: slice) -> "FrozenBatches": ...
-    def __getitem__(self, index: int | slice) -> "Batch | FrozenBatches":
+    def __getitem__(self, index: slice) -> "HeldBatches": ...
+    def __getitem__(self, index: int | slice) -> "Batch | HeldBatches":
         """Return one batch, or some of them, frozen too."""
         if isinstance(index, slice):
-            return FrozenBatches(self._batches[index])
+            return HeldBatches(self._batches[index])
         return self._batches[index]
 
     def __len__(self) -> int:
@@ -76,7 +85,7 @@ class StreamedBatches:
             DataChangedError: After the last batch, if the data differ.
         """
         total = num_examples = num_batches = 0
-        with loader_random_state_kept(self._loader):
+        with preserve_loader_rng_state(self._loader):
             for item in self._loader:
                 batch = as_batch(item)
                 digest = _digest(batch, ordered=self._ordered)
@@ -115,7 +124,7 @@ def freeze(
     *,
     num_examples: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
-) -> FrozenBatches:
+) -> HeldBatches:
     """Return the batches of one pass over ``loader``, held in memory.
 
     The loader's generators and the global random state are given back, so that the
@@ -152,20 +161,20 @@ def freeze(
 
 def read_batches(
     loader: Iterable[Batch], *, num_examples: int | None = None, memory_budget: int
-) -> tuple[FrozenBatches, bool]:
+) -> tuple[HeldBatches, bool]:
     """Return what fits of one pass, and whether that was all that was asked for.
 
     Raises:
         EmptyDataError: If the loader yields no example.
     """
-    if isinstance(loader, FrozenBatches) and num_examples is None:
+    if isinstance(loader, HeldBatches) and num_examples is None:
         return loader, True
     # A loader may fill the same tensors again for each batch; a list cannot.
     copy = not isinstance(loader, Sequence)
     taken: list[Batch] = []
     missing = float("inf") if num_examples is None else num_examples
     used, complete = 0, True
-    with loader_random_state_kept(loader):
+    with preserve_loader_rng_state(loader):
         for item in loader:
             batch = as_batch(item)
             count = count_examples(batch)
@@ -179,7 +188,7 @@ def read_batches(
             missing -= count
             if missing <= 0:
                 break
-    frozen = FrozenBatches(taken)
+    frozen = HeldBatches(taken)
     if complete and frozen.num_examples == 0:
         raise EmptyDataError(
             "needs at least one batch with an example, got none from "
@@ -189,8 +198,73 @@ def read_batches(
     return frozen, complete
 
 
+@dataclass(frozen=True, slots=True)
+class DataRules:
+    """What batches have to be like for a model.
+
+    Attributes:
+        bn: The BatchNorm policy.
+        coupled: Whether the examples of a batch act on each other under it.
+        device: Where the parameters are.
+    """
+
+    bn: BatchNormPolicy
+    coupled: bool
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, bn: BatchNormPolicy, device: torch.device
+    ) -> "DataRules":
+        """Return the rules for a model under a BatchNorm policy."""
+        return cls(bn, bn != "running" and bool(batch_norms(model)), device)
+
+    def check(self, batch: Batch) -> None:
+        """Refuse a batch that the model cannot be measured on.
+
+        Raises:
+            BatchSizeError: If it has one example, which has no batch statistics.
+            DeviceMismatchError: If it is on another device.
+        """
+        if self.coupled and count_examples(batch) == 1:
+            raise BatchSizeError(
+                f"bn={self.bn!r} needs at least 2 examples in each batch, got a batch "
+                "of 1, which has no variance; use another batch size, drop_last=True "
+                "or bn='running'."
+            )
+        for tensor in tensors_in(batch):
+            if tensor.ndim and tensor.device != self.device:
+                raise DeviceMismatchError(
+                    f"model and data need one device, got parameters on "
+                    f"{self.device} and a batch on {tensor.device}; move the "
+                    "model with .to(), or wrap the loader: [(x.to(device), "
+                    "y.to(device)) for x, y in loader]."
+                )
+
+    def read(
+        self, batches: Iterable[Batch], memory_budget: int
+    ) -> HeldBatches | StreamedBatches:
+        """Return the data: in memory where they fit, else to be read on each pass.
+
+        Raises:
+            DataChangedError: If they do not fit and can be read only once.
+        """
+        frozen, complete = read_batches(batches, memory_budget=memory_budget)
+        for batch in frozen:
+            self.check(batch)
+        if complete:
+            return frozen
+        if isinstance(batches, Iterator):
+            raise DataChangedError(
+                "data beyond the memory budget need to be read more than once, got an "
+                f"iterator ({type(batches).__name__}), which can be read once; pass "
+                "the DataLoader itself, or a larger memory_budget=."
+            )
+        return StreamedBatches(batches, ordered=self.bn == "batch")
+
+
 @contextmanager
-def loader_random_state_kept(loader: object) -> Iterator[None]:
+def preserve_loader_rng_state(loader: object) -> Iterator[None]:
     """Give back the global random state and the loader's generators on exit."""
     generators = _generators_of(loader)
     states = [generator.get_state() for generator in generators]

@@ -42,6 +42,14 @@ class Ranks:
         return self.size == 1
 
 
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile`` and ``DistributedDataParallel``."""
+    inner = unwrap_compiled(model)
+    if isinstance(inner, DistributedDataParallel):
+        inner = unwrap_compiled(inner.module)
+    return inner
+
+
 def ranks_of(source: RanksSource) -> Ranks:
     """Return the processes that a model or a group belongs to.
 
@@ -111,3 +119,25 @@ def concatenate_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:
     everything = gather_over_ranks(padded, ranks)
     pairs = zip(everything, counts, strict=True)
     return torch.cat([rows[:count] for rows, count in pairs])
+
+
+def counts_over_ranks(
+    own: tuple[float, int], ranks: Ranks, device: torch.device
+) -> tuple[float, int]:
+    """Return what losses divide by and the number of examples, over all processes."""
+    if ranks.alone:
+        return own
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    counts = torch.tensor(own, dtype=dtype, device=device)
+    total, num_examples = sum_over_ranks(counts, ranks).tolist()
+    return total, round(num_examples)
+
+
+def hash_over_ranks(own: str, ranks: Ranks, device: torch.device) -> str:
+    """Return the hash of all processes' examples from that of this one's."""
+    if ranks.alone:
+        return own
+    digits = torch.tensor(list(bytes.fromhex(own)), device=device)
+    rows = gather_over_ranks(digits, ranks).tolist()
+    total = sum(int.from_bytes(bytes(row), "big") for row in rows)
+    return f"{total % 2**128:032x}"

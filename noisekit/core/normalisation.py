@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.batches import Batch, count_examples, take_examples, tensors_in
+from noisekit.core.data import HeldBatches, StreamedBatches
 from noisekit.core.errors import NormaliserError, UsageError
 
 Reduction = Literal["mean", "sum"]
@@ -161,6 +162,21 @@ def checked_reduction(
     if found:
         return found.pop()
     return "sum" if declared == "sum" else "mean"
+
+
+def telling_batches(
+    batches: HeldBatches | StreamedBatches, normaliser: Normaliser | None
+) -> list[Batch]:
+    """Return the batches on which to check what the loss divides by.
+
+    Raises:
+        NormaliserError: If targets per example differ and no normaliser counts them.
+    """
+    if not isinstance(batches, HeldBatches):
+        return [next(iter(batches))]
+    if normaliser is None:
+        check_targets_alike(batches)
+    return most_telling(batches)
 
 
 def most_telling(batches: Sequence[Batch]) -> list[Batch]:

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch
-from noisekit.core.data import MEMORY_BUDGET, FrozenBatches, freeze
-from noisekit.core.distributed import Ranks, ranks_of, sum_over_ranks
+from noisekit.core.data import MEMORY_BUDGET, DataRules, HeldBatches
+from noisekit.core.distributed import (
+    Ranks,
+    counts_over_ranks,
+    hash_over_ranks,
+    ranks_of,
+    sum_over_ranks,
+    unwrap_model,
+)
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import (
     BatchNormPolicy,
@@ -20,7 +27,6 @@ from noisekit.core.evaluation_mode import (
     check_policy,
     evaluation_mode,
     recalibrated,
-    unwrap_compiled,
 )
 from noisekit.core.normalisation import (
     Normaliser,
@@ -29,6 +35,7 @@ from noisekit.core.normalisation import (
     known_normaliser,
     normaliser_value,
     normaliser_values,
+    telling_batches,
 )
 from noisekit.core.params import (
     ParameterPatterns,
@@ -37,32 +44,10 @@ from noisekit.core.params import (
     select_parameters,
 )
 from noisekit.core.precision import Precision, is_narrower
-from noisekit.core.risk_data import (
-    DataRules,
-    counts_over_ranks,
-    hash_over_ranks,
-    telling_batches,
-    unwrapped,
-)
-from noisekit.core.risk_values import RiskSums, RiskValue, scalar_loss, zero
+from noisekit.core.risk_value import RiskSums, RiskValue, scalar_loss, zero
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-__all__ = [
-    "MEMORY_BUDGET",
-    "Batch",
-    "BatchNormPolicy",
-    "EmpiricalRisk",
-    "FrozenBatches",
-    "LossFn",
-    "Normaliser",
-    "RiskValue",
-    "as_risk",
-    "call_model",
-    "freeze",
-    "unwrap_compiled",
-]
 
 # Outputs and targets are whatever the model returns and the loader gives.
 LossFn = Callable[[Any, Any], Tensor]
@@ -139,7 +124,7 @@ class EmpiricalRisk:
                 is random.
         """
         self.ranks = ranks_of(model if process_group is None else process_group)
-        self.model = unwrapped(model)
+        self.model = unwrap_model(model)
         self.loss_fn = loss_fn
         self.bn: BatchNormPolicy = bn
         check_policy(self.model, bn)
@@ -216,7 +201,7 @@ class EmpiricalRisk:
             NormaliserError: If no target of theirs counts.
         """
         part = copy.copy(self)
-        part.batches = FrozenBatches(batches)
+        part.batches = HeldBatches(batches)
         part.normalisers = normaliser_values(part.batches, self.normaliser)
         part.ranks = Ranks()
         part.total = sum(part.normalisers)
@@ -298,7 +283,7 @@ class EmpiricalRisk:
         Raises:
             DeviceMismatchError: If a batch is on another device.
         """
-        frozen = isinstance(self.batches, FrozenBatches)
+        frozen = isinstance(self.batches, HeldBatches)
         for i, batch in enumerate(self.batches):
             if frozen:
                 count = self.normalisers[i]

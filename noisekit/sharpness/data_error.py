@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from noisekit.core.data import FrozenBatches
+from noisekit.core.data import HeldBatches
 from noisekit.core.distributed import concatenate_over_ranks
 from noisekit.core.params import flatten
 from noisekit.core.results import ErrorSource, Estimate, LogRatio, Status
@@ -26,7 +26,7 @@ def batch_shares(risk: EmpiricalRisk) -> Tensor | None:
     together. Batches of no weight are left out, as in the risk.
     """
     counted = [count for count in risk.normalisers if count > 0]
-    if not isinstance(risk.batches, FrozenBatches):
+    if not isinstance(risk.batches, HeldBatches):
         counted = [math.nan]
     own = torch.tensor(counted, dtype=torch.float64, device=risk.layout.device)
     counts = concatenate_over_ranks(own, risk.ranks).cpu()

@@ -10,18 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from noisekit.core.data import FrozenBatches
+from noisekit.core.batches import Batch
+from noisekit.core.data import HeldBatches
 from noisekit.core.errors import UsageError
-from noisekit.core.evaluation_mode import unwrap_compiled
+from noisekit.core.evaluation_mode import BatchNormPolicy, unwrap_compiled
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.results import Estimate, Interval, Status
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.card.measuring import measure as measure_card
 from noisekit.sharpness.card.registry import measures_called
@@ -109,7 +105,7 @@ def check_invariance(
     if not families:
         raise UsageError("rescalings needs at least one function, got none.")
     # A loader that shuffles would give the measure other batches on each call.
-    data = risk.batches if isinstance(risk.batches, FrozenBatches) else batches
+    data = risk.batches if isinstance(risk.batches, HeldBatches) else batches
 
     def measured(of: nn.Module) -> Estimate:
         with preserve_rng_state():

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from noisekit.core.batches import count_examples, take_examples
+from noisekit.core.data import HeldBatches, freeze
 from noisekit.core.errors import DataChangedError, UsageError
-from noisekit.core.risk import EmpiricalRisk, FrozenBatches, freeze
+from noisekit.core.risk import EmpiricalRisk
 from tests.cases import RAGGED, mlp, seeded
 
 LOSS = nn.CrossEntropyLoss()
@@ -66,7 +67,7 @@ def test_loader_that_fills_one_buffer_again_is_copied() -> None:
 
 def test_slices_are_frozen_too() -> None:
     frozen = freeze(RAGGED)
-    assert isinstance(frozen[:2], FrozenBatches)
+    assert isinstance(frozen[:2], HeldBatches)
     assert frozen[:2].num_examples == 8
     assert torch.equal(frozen[1][0], RAGGED[1][0])
 
@@ -110,7 +111,7 @@ def test_data_beyond_the_budget_give_the_same_risk(shuffle: bool) -> None:
     loader = DataLoader(DATA, batch_size=4, shuffle=shuffle)
     held = EmpiricalRisk(seeded(mlp)(), loss, loader)
     streamed = EmpiricalRisk(seeded(mlp)(), loss, loader, memory_budget=100)
-    assert not isinstance(streamed.batches, FrozenBatches)
+    assert not isinstance(streamed.batches, HeldBatches)
     assert streamed.num_examples == 10
     assert streamed.num_batches == 3
     assert streamed.data_hash == held.data_hash

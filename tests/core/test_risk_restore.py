@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from noisekit.core.risk import EmpiricalRisk, freeze
+from noisekit.core.data import freeze
+from noisekit.core.risk import EmpiricalRisk
 from tests.cases import RAGGED, batch_norm_network, mlp, seeded
 
 LOSS = nn.CrossEntropyLoss()

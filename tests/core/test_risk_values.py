@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from noisekit.core.risk import EmpiricalRisk, call_model, unwrap_compiled
+from noisekit.core.evaluation_mode import call_model, unwrap_compiled
+from noisekit.core.risk import EmpiricalRisk
 from tests.cases import CASES, COUNTS, RAGGED, Case, batch_norm_network, mlp, seeded
 from tests.reference import curvature as reference
 

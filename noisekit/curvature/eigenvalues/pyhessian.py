@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from noisekit.core.batches import Batch
 from noisekit.core.errors import MissingPackageError, UsageError
 from noisekit.core.evaluation_mode import model_arguments
 from noisekit.core.params import flatten
 from noisekit.core.results import ErrorSource, Estimate, Status
-from noisekit.core.risk import Batch, EmpiricalRisk
+from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator
 

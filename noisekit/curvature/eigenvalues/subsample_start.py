@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from noisekit.core.batches import Batch, count_examples, take_examples
-from noisekit.core.data import FrozenBatches
+from noisekit.core.data import HeldBatches
 from noisekit.core.evaluation_mode import batch_norms
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.operators.operator import SymmetricOperator
@@ -22,7 +22,7 @@ def can_be_screened(operator: SymmetricOperator) -> bool:
         return False
     risk = operator.risk
     coupled = risk.bn == "batch" and bool(batch_norms(risk.model))
-    here = risk.ranks.alone and isinstance(risk.batches, FrozenBatches)
+    here = risk.ranks.alone and isinstance(risk.batches, HeldBatches)
     return here and risk.checked and not coupled and risk.num_examples >= MIN_EXAMPLES
 
 

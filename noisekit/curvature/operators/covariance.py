@@ -7,17 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch, count_examples
+from noisekit.core.data import MEMORY_BUDGET
 from noisekit.core.distributed import sum_over_ranks
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError, UsageError
-from noisekit.core.evaluation_mode import batch_norms
+from noisekit.core.evaluation_mode import BatchNormPolicy, batch_norms
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.risk import (
-    MEMORY_BUDGET,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.operators.output_space import (
     OutputProduct,
     OutputSpaceOperator,

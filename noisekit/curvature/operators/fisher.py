@@ -7,17 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch, count_examples
-from noisekit.core.data import StreamedBatches
+from noisekit.core.data import MEMORY_BUDGET, StreamedBatches
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.randomness import stream
-from noisekit.core.risk import (
-    MEMORY_BUDGET,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.operators.likelihoods import (
     Likelihood,
     check_outputs,

@@ -7,16 +7,12 @@ import torch
 from torch import nn
 
 from noisekit.core.batches import Batch, count_examples
-from noisekit.core.data import FrozenBatches
+from noisekit.core.data import MEMORY_BUDGET, HeldBatches
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.risk import (
-    MEMORY_BUDGET,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.operators.hvp_methods import (
     Form,
     finite_difference,
@@ -203,7 +199,7 @@ def _checked_form(form: ProductForm, risk: EmpiricalRisk) -> ProductForm:
         raise UsageError(
             f"form needs to be {known} or 'finite_difference', got {form!r}."
         )
-    if form == "kept" and not isinstance(risk.batches, FrozenBatches):
+    if form == "kept" and not isinstance(risk.batches, HeldBatches):
         raise UsageError(
             "form='kept' needs the data in memory, got more than the memory "
             "budget; raise memory_budget= or use form='auto'."

@@ -12,17 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch, count_examples, take_examples
-from noisekit.core.data import FrozenBatches
+from noisekit.core.data import MEMORY_BUDGET, HeldBatches
 from noisekit.core.distributed import Ranks, sum_over_ranks
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.risk import (
-    MEMORY_BUDGET,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.operators.graph_cache import (
     graph_bytes,
     model_state,
@@ -356,7 +352,7 @@ class RiskOperator(SymmetricOperator):
 
     def _room(self) -> float:
         """Number of examples whose graphs fit into the budget."""
-        if not isinstance(self.risk.batches, FrozenBatches):
+        if not isinstance(self.risk.batches, HeldBatches):
             return 0.0
         with self._evaluating():
             weight, batch = next(self.risk.weighted_batches())

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.results import Estimate, Status
-from noisekit.core.risk import BatchNormPolicy
 from noisekit.core.vocabulary import quantity
 from noisekit.sharpness.card.citations import bibtex
 from noisekit.sharpness.card.registry import GAUGES, MEASURES, Gauge

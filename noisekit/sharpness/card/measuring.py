@@ -9,17 +9,14 @@ from functools import partial
 import torch
 from torch import nn
 
+from noisekit.core.batches import Batch
 from noisekit.core.errors import NoisekitError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.randomness import stream
 from noisekit.core.results import Estimate, Status
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature import HessianOperator
 from noisekit.sharpness.card.card import CardRow, Conditions, SharpnessCard
 from noisekit.sharpness.card.registry import Measure, measures_called

@@ -8,15 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import flatten
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.landscape.interpolation import (
     Interpolation,

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from torch import Tensor, nn
 
+from noisekit.core.batches import Batch
+from noisekit.core.data import MEMORY_BUDGET
 from noisekit.core.errors import UsageError
-from noisekit.core.risk import (
-    MEMORY_BUDGET,
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.sharpness.landscape.points import loss_range, own_state, values_at
 
 if TYPE_CHECKING:

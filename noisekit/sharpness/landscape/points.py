@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from noisekit.core.batches import count_examples
+from noisekit.core.batches import Batch, count_examples
+from noisekit.core.data import MEMORY_BUDGET
 from noisekit.core.evaluation_mode import batch_norms
-from noisekit.core.risk import MEMORY_BUDGET, Batch, EmpiricalRisk
+from noisekit.core.risk import EmpiricalRisk
 
 _MOST_TOGETHER = 32
 """Points in one stack; more do not make it faster."""

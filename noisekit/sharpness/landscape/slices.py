@@ -8,16 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.batches import Batch
+from noisekit.core.data import MEMORY_BUDGET
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.risk import (
-    MEMORY_BUDGET,
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.sharpness.landscape.directions import (
     DirectionKind,
     Directions,

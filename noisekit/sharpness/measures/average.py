@@ -7,16 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import ErrorSource, Estimate, Status
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.random_vectors import entropy_generator, normal_vector
 from noisekit.sharpness.data_error import batch_parts, batch_shares, data_stderr
 from noisekit.sharpness.measures.logits import Logits, with_logits

@@ -6,17 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.batches import count_examples, take_examples
+from noisekit.core.batches import Batch, count_examples, take_examples
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns, flatten
 from noisekit.core.results import Estimate
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import gathered
 from noisekit.sharpness.measures.batch_ratios import mean_of_ratios, ratio_of_means

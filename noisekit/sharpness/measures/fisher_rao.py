@@ -7,17 +7,13 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
-from noisekit.core.normalisation import normaliser_value
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser, normaliser_value
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.operators.likelihoods import (
     Likelihood,
     check_outputs,

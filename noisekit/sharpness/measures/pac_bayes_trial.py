@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.randomness import stream
-from noisekit.core.risk import Batch, EmpiricalRisk
+from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature.random_vectors import normal_vector
 from noisekit.sharpness.data_error import batch_parts, batch_shares, gathered
 from noisekit.sharpness.search.ascent import AscentPlan, ascend

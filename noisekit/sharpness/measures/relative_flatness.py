@@ -6,16 +6,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate, Status
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.quadratic_forms import mean_estimate
 from noisekit.curvature.random_vectors import entropy_generator, sign_vector

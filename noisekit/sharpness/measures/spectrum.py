@@ -7,16 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate, Status
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
 from noisekit.curvature.eigenvalues.pyhessian import pyhessian_top_eigenvalue
 from noisekit.curvature.operators.hessian import HessianOperator

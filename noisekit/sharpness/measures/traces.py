@@ -5,15 +5,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from noisekit.core.batches import Batch
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.operators.ggn import GGNOperator
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from noisekit.core.batches import Batch, count_examples, take_examples
 from noisekit.core.distributed import sum_over_ranks
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
-from noisekit.core.risk import BatchNormPolicy, EmpiricalRisk, LossFn, Normaliser
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import (
     batch_parts,

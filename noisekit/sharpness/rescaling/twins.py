@@ -7,15 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
+from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Normaliser
 from noisekit.core.results import Estimate
-from noisekit.core.risk import (
-    Batch,
-    BatchNormPolicy,
-    EmpiricalRisk,
-    LossFn,
-    Normaliser,
-)
+from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.operators.preconditioned import ScaledOperator
