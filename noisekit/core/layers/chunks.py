@@ -14,6 +14,7 @@ from noisekit.core.layers.linear import LinearRule
 from noisekit.core.layers.per_example import Site, sum_over_rows
 from noisekit.core.layers.replay import ModuleReplay
 from noisekit.core.layers.rule import LayerCall, widen
+from noisekit.core.reductions import sq_norms
 
 
 def chunk_slices(num_examples: int, num_chunks: int) -> tuple[slice, ...]:
@@ -100,7 +101,7 @@ def chunk_sq_norms(
     if left:
         sums = [site.rule.summed_grads(call, left, rows) for rows in chunks]
         flat = [widen(grads[name]) for name in left for grads in sums]
-        norms = torch.stack(torch._foreach_norm(flat)).square_()
+        norms = sq_norms(flat)
         found |= dict(zip(left, norms.view(len(left), -1), strict=True))
     return found
 
@@ -112,7 +113,7 @@ def shared_chunk_sq_norms(
 ) -> Tensor:
     """Return the same of a parameter that several calls add to: cross terms count."""
     sums = [widen(sum_over_rows(contributions, parameter, rows)) for rows in chunks]
-    return torch.stack(torch._foreach_norm(sums)).square_()
+    return sq_norms(sums)
 
 
 def _by_inner_products(call: LayerCall, chunks: Sequence[slice]) -> Tensor | None:

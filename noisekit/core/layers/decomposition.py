@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from noisekit.core.layers.rule import LayerCall, LayerRule, row_slices, row_sq_norms
+from noisekit.core.reductions import sq_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def chunk_pieces(
     found = {}
     for name in names:
         sums = [part[name] for part in parts]
-        norms = torch.stack(torch._foreach_norm(sums)).square_()
+        norms = sq_norms(sums)
         total = sums[0]
         for part in sums[1:]:
             total = total + part

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from noisekit.core import reductions
 from noisekit.core.layers.batch_axis import examples_first
 
 CHUNK_ELEMENTS = 2**21
@@ -78,9 +79,7 @@ def widen(tensor: Tensor) -> Tensor:
 
 def row_sq_norms(tensor: Tensor) -> Tensor:
     """Return the squared norm of every row of ``tensor`` (rows on axis 0)."""
-    rows = widen(tensor).reshape(len(tensor), -1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms.square_()
+    return reductions.row_sq_norms(widen(tensor).reshape(len(tensor), -1))
 
 
 def row_slices(num_examples: int, elements: int) -> Iterator[slice]:

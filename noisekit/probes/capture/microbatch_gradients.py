@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from noisekit.core.layers.rule import widen
+from noisekit.core.reductions import sq_norms
 from noisekit.probes.capture.silence import silenced
 from noisekit.probes.capture.step_record import Norms
 
@@ -120,5 +121,4 @@ class OwnGradients:
 
 
 def _sq_norms(grads: Sequence[Tensor]) -> Tensor:
-    norms = torch._foreach_norm([widen(grad) for grad in grads])
-    return torch.stack(norms).square_()
+    return sq_norms([widen(grad) for grad in grads])

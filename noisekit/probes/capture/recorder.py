@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from noisekit.core.errors import ClosureError, LayerReadError
 from noisekit.core.layers.per_example import Site
 from noisekit.core.layers.rule import widen
+from noisekit.core.reductions import sq_norms
 from noisekit.probes.capture.accumulation import GradientWatch
 from noisekit.probes.capture.backward_graph_tasks import BackwardTasks
 from noisekit.probes.capture.calls import versions_of
@@ -383,12 +384,11 @@ def gradient_sq_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     In float32 or wider: squares of half-precision gradients overflow.
     """
     found = [(i, p.grad) for i, p in enumerate(parameters) if p.grad is not None]
-    norms = torch._foreach_norm([widen(grad) for _, grad in found])
-    sq_norms = torch.stack(norms).square_()
+    norms = sq_norms([widen(grad) for _, grad in found])
     if len(found) == len(parameters):
-        return sq_norms
-    index = torch.tensor([i for i, _ in found], device=sq_norms.device)
-    return sq_norms.new_zeros(len(parameters)).index_copy_(0, index, sq_norms)
+        return norms
+    index = torch.tensor([i for i, _ in found], device=norms.device)
+    return norms.new_zeros(len(parameters)).index_copy_(0, index, norms)
 
 
 def _no_autocast(parameter: nn.Parameter) -> AbstractContextManager[object]:

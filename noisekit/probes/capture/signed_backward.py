@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from noisekit.core.layers.rule import widen
 from noisekit.core.randomness import stream
+from noisekit.core.reductions import sq_norms
 from noisekit.probes.capture.calls import tensors_of
 from noisekit.probes.capture.hooks import ModelHook
 from noisekit.probes.capture.silence import silence, silenced
@@ -136,8 +137,7 @@ class SignedBackward:
             allow_unused=True,
             materialize_grads=True,
         )
-        norms = torch._foreach_norm([widen(g) for g in found])
-        return torch.stack(norms).square_()
+        return sq_norms([widen(g) for g in found])
 
     def _signs(self, count: int) -> Tensor:
         """Draw signs on the host, also from equal generators others on every rank.

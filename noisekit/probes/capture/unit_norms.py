@@ -12,6 +12,7 @@ from noisekit.core.layers.chunks import (
     shared_chunk_sq_norms,
 )
 from noisekit.core.layers.per_example import example_sq_norms, square_sums
+from noisekit.core.reductions import sq_norms
 from noisekit.probes.capture.preconditioner import Preconditioner
 from noisekit.probes.capture.sites import SitePlan
 from noisekit.probes.capture.step_record import CapturedCall, ForwardPass
@@ -78,7 +79,7 @@ class UnitNorms:
                 return None
             grad = parameter.grad
             scaled.append(torch.zeros_like(scale) if grad is None else grad * scale)
-        return torch.stack(torch._foreach_norm(scaled)).square_()
+        return sq_norms(scaled)
 
     def _norm_layer(self, calls: Sequence[CapturedCall]) -> bool:
         """Whether the calls are wanted as those of a normalisation layer."""

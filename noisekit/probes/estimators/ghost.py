@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from noisekit.core.errors import BatchSizeError
 from noisekit.core.evaluation_mode import preserve_model_state
+from noisekit.core.layers.rule import widen
+from noisekit.core.reductions import sq_norms
 from noisekit.core.risk import LossFn
 from noisekit.noise.moments import GradientMoments
 from noisekit.probes.capture.recorder import Recorder
@@ -194,4 +196,4 @@ def narrow(
 
 
 def _sq_norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(tensors))).square().sum()
+    return sq_norms([widen(tensor) for tensor in tensors]).sum()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.layers.rule import widen
+from noisekit.core.reductions import inner_product, sq_norms
 from noisekit.noise.step_quantity import StepQuantity
 
 
@@ -82,9 +83,8 @@ class Movement:
         if reason or not origin:
             return reason or "the parameters before the step were not seen"
         now = [widen(parameter.detach()) for parameter in self._parameters]
-        norms = torch.stack(torch._foreach_norm(torch._foreach_sub(now, origin)))
-        total = torch.linalg.vector_norm(norms)
-        return StepQuantity(torch.cat((total.reshape(1), norms)))
+        squares = sq_norms(torch._foreach_sub(now, origin))
+        return StepQuantity(torch.cat((squares.sum().reshape(1), squares)).sqrt_())
 
     def _cosine(self) -> StepQuantity | str:
         if not self._seen:
@@ -103,5 +103,4 @@ class Movement:
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """``<a, b>``, ``|a|²`` and ``|b|²``."""
-    a, b = a.reshape(-1), b.reshape(-1)
-    return torch.stack((torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)))
+    return torch.stack([inner_product(*pair) for pair in ((a, b), (a, a), (b, b))])
