@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from noisekit.train.recipes.catalogue import ExperimentEntry, analyses, experiments
-from noisekit.train.recipes.cost import Cost
+from noisekit.train.sweeps.cost import Cost
 from noisekit.train.sweeps.run_status import status
 
 

@@ -141,9 +141,9 @@ def resume(directory: RunsArgument, workers: WorkersOption = None) -> None:
     """Finish the runs of DIR that were stopped or failed, then report."""
     from noisekit.cli.progress import SweepProgress
     from noisekit.train.sweeps import sweep
-    from noisekit.train.sweeps.run_status import status as standings
+    from noisekit.train.sweeps.run_status import status as run_progress
 
-    num_left = sum(not row.complete for row in standings(directory))
+    num_left = sum(not row.complete for row in run_progress(directory))
     with SweepProgress(num_left) as progress:
         sweep.resume(directory, workers=workers, progress=progress)
     _report(directory, None)
@@ -267,7 +267,7 @@ def _print_cost(
 ) -> None:
     from noisekit.cli.listing import cost_table
     from noisekit.cli.request import load
-    from noisekit.train.recipes.cost import estimate_cost
+    from noisekit.train.sweeps.cost import estimate_cost
 
     loaded = load(recipe, profile, settings, seeds=seeds, device=device)
     cost = estimate_cost(loaded, workers=workers)

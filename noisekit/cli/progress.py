@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from noisekit.train.sweeps.progress import ProgressEvent
+from noisekit.train.runs.progress import ProgressEvent
 
 _ENDED = frozenset({"done", "failed", "diverged"})
 _LINE_EVERY_SECONDS = 10.0

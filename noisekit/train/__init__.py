@@ -12,13 +12,13 @@ from noisekit.train.recipes.catalogue import (
     find_recipe,
     write_starter_recipe,
 )
-from noisekit.train.recipes.cost import Cost, estimate_cost
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.recipe import Recipe
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.runs.progress import Progress, ProgressEvent
 from noisekit.train.runs.revisit import Revisited, revisit
-from noisekit.train.sweeps.progress import Progress, ProgressEvent
-from noisekit.train.sweeps.run_status import RunStanding, recorded_recipe, status
+from noisekit.train.sweeps.cost import Cost, estimate_cost
+from noisekit.train.sweeps.run_status import RunProgress, recorded_recipe, status
 from noisekit.train.sweeps.sweep import resume, run
 
 __all__ = [
@@ -31,8 +31,8 @@ __all__ = [
     "ProgressEvent",
     "Recipe",
     "Revisited",
+    "RunProgress",
     "RunSpec",
-    "RunStanding",
     "TensorPair",
     "analyses",
     "build_model",

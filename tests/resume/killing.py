@@ -18,9 +18,9 @@ import torch
 
 from noisekit.records import Manifest, RunDirectory
 from noisekit.train.data.datasets import load_data
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.loop import train_run
-from noisekit.train.sweeps.progress import ProgressEvent
+from noisekit.train.runs.progress import ProgressEvent
 
 
 def in_child(work: Callable[[], None]) -> int:

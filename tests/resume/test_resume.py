@@ -10,7 +10,7 @@ import pytest
 from pydantic import JsonValue
 
 from noisekit.records import TABLES, RunDirectory, RunStatus
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 from tests.train.run_specs import run_spec
 
 SECTIONS: dict[str, dict[str, JsonValue]] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from noisekit.records import Manifest, RunDirectory
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 
 _BASE: dict[str, JsonValue] = {
     "recipe": "toy",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from noisekit.core.randomness import stream
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 
 
 class BatchOrder:

@@ -15,8 +15,8 @@ from noisekit.core.errors import DataFileError, UsageError
 from noisekit.core.randomness import stream
 from noisekit.train.data.data_sources import SOURCES, locate
 from noisekit.train.data.idx import read_idx
-from noisekit.train.recipes.section import Split
 from noisekit.train.recipes.subjects import DataSpec
+from noisekit.train.section import Split
 
 _GAUSSIAN_FEATURES = 20
 _GAUSSIAN_CLASSES = 4

@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from noisekit.core.vocabulary import QUANTITIES
+from noisekit.train.recipes.measure_spec import ALWAYS_RECORDED, MeasureSpec
 from noisekit.train.recipes.probe_spec import OF_EXAMPLES
 from noisekit.train.recipes.recipe_errors import Fault, not_one_of
-from noisekit.train.recipes.specs import (
-    ALWAYS_RECORDED,
-    MeasureSpec,
+from noisekit.train.recipes.run_spec import (
     RunSections,
     SnapshotSpec,
 )

@@ -16,6 +16,7 @@ from noisekit.train.recipes.consistency import (
     estimator_faults,
     run_faults,
 )
+from noisekit.train.recipes.measure_spec import MeasureSpec
 from noisekit.train.recipes.probe_spec import ProbeSpec
 from noisekit.train.recipes.recipe import RUN_SECTIONS, ArmSpec, ContrastSpec, Recipe
 from noisekit.train.recipes.recipe_errors import (
@@ -25,16 +26,14 @@ from noisekit.train.recipes.recipe_errors import (
     sentence,
     shown,
 )
-from noisekit.train.recipes.section import Section
-from noisekit.train.recipes.specs import (
-    MeasureSpec,
+from noisekit.train.recipes.run_spec import (
     OptimizerSpec,
     RunSections,
     SnapshotSpec,
     TrainingSpec,
 )
 from noisekit.train.recipes.subjects import DataSpec, ModelSpec
-from noisekit.train.runs.tables import (
+from noisekit.train.recipes.tables import (
     Table,
     contains,
     merged,
@@ -43,6 +42,7 @@ from noisekit.train.runs.tables import (
     spread,
     with_settings,
 )
+from noisekit.train.section import Section
 
 FORMAT = 1
 """Newest shape of a recipe file that this version reads."""

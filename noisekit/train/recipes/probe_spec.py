@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from noisekit.train.recipes.section import NonNegativeInt, PositiveInt, Section
+from noisekit.train.section import NonNegativeInt, PositiveInt, Section
 
 EstimatorChoice = Literal[
     "auto",

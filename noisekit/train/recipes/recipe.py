@@ -8,15 +8,15 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 from noisekit.core.errors import UsageError
 from noisekit.stats.contrasts import Contrast
 from noisekit.train.recipes.recipe_errors import schema_faults
-from noisekit.train.recipes.section import (
+from noisekit.train.recipes.run_spec import ComputeSpec, RunSections, RunSpec
+from noisekit.train.recipes.tables import Table, short_names, stated, with_settings
+from noisekit.train.section import (
     Name,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
 )
-from noisekit.train.recipes.specs import ComputeSpec, RunSections, RunSpec
-from noisekit.train.runs.tables import Table, short_names, stated, with_settings
 
 RUN_SECTIONS = frozenset(RunSections.model_fields)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from noisekit.train.recipes.section import (
+from noisekit.train.section import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,

@@ -12,7 +12,7 @@ import torch
 from noisekit.core.errors import CheckpointError, RunDirectoryError
 from noisekit.records import load_tensors, save_tensors
 from noisekit.records.files import sync_directory
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.state import Captured
 
 _FILE = re.compile(r"update-(\d{9})\.safetensors")

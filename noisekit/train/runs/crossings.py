@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from noisekit.train.recipes.specs import StalledSpec
+from noisekit.train.recipes.run_spec import StalledSpec
 
 Crossing = Literal["above", "candidate", "pending", "sustained", "passed"]
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from noisekit.core.params import flatten
 from noisekit.train.data.datasets import TensorPair
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,13 @@ from noisekit.core.errors import StorageError
 from noisekit.records import RunDirectory, RunStatus
 from noisekit.train.data.datasets import DataSplits, TensorPair, load_data
 from noisekit.train.models import build_model
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.checkpoint import remove_checkpoints
 from noisekit.train.runs.environment import begin, computing
 from noisekit.train.runs.measure import measure_run
+from noisekit.train.runs.progress import Phase, Progress, ProgressReporter, no_progress
 from noisekit.train.runs.state import TrainState
 from noisekit.train.runs.training import Training
-from noisekit.train.sweeps.progress import Phase, Progress, Teller, silent
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -52,20 +52,22 @@ def train_run(
         run: Its directory.
         progress: Called at each sign of life.
     """
-    tell = Teller(spec.run_id, progress or silent)
+    report = ProgressReporter(spec.run_id, progress or no_progress)
     with run.lock(), computing(spec.compute) as threads:
         if not run.manifest.status.complete:
-            with _failure_on_record(run, tell):
-                _complete(spec, run, threads=threads, tell=tell)
+            with _failure_on_record(run, report):
+                _complete(spec, run, threads=threads, report=report)
         # Only now: a run that is not complete would start anew without one.
         remove_checkpoints(run.checkpoints)
     manifest = run.manifest
     ended: Phase = "done" if manifest.status is RunStatus.DONE else "diverged"
-    tell(ended, spec.max_updates, spec.max_updates, manifest.reason)
+    report(ended, spec.max_updates, spec.max_updates, manifest.reason)
     return RunOutcome(spec.run_id, manifest.status, manifest.reason, manifest.costs)
 
 
-def _complete(spec: RunSpec, run: RunDirectory, *, threads: int, tell: Teller) -> None:
+def _complete(
+    spec: RunSpec, run: RunDirectory, *, threads: int, report: ProgressReporter
+) -> None:
     splits = load_data(spec.data)
     begin(run, splits)
     data = _on_device(splits, spec)
@@ -76,11 +78,13 @@ def _complete(spec: RunSpec, run: RunDirectory, *, threads: int, tell: Teller) -
         seed=spec.seed,
     ).to(spec.compute.device, _DTYPES[spec.compute.dtype])
     state = TrainState.start(spec, model)
-    with Training(spec, run, data, state=state, tell=tell, threads=threads) as training:
+    with Training(
+        spec, run, data, state=state, report=report, threads=threads
+    ) as training:
         training.run_to_the_end()
-    measuring_costs = measure_run(spec, run, model, data=data, tell=tell)
+    measuring_costs = measure_run(spec, run, model, data=data, report=report)
     for name in run.seal():
-        tell("measure", 1, 1, f"sealed {name}")
+        report("measure", 1, 1, f"sealed {name}")
     status = RunStatus.DIVERGED if state.diverged else RunStatus.DONE
     costs = {**state.costs(), **measuring_costs}
     run.write_manifest(
@@ -102,7 +106,7 @@ def _on_device(splits: DataSplits, spec: RunSpec) -> dict[str, TensorPair]:
 
 
 @contextmanager
-def _failure_on_record(run: RunDirectory, tell: Teller) -> Iterator[None]:
+def _failure_on_record(run: RunDirectory, report: ProgressReporter) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -111,5 +115,5 @@ def _failure_on_record(run: RunDirectory, tell: Teller) -> Iterator[None]:
         with suppress(StorageError):
             failed = replace(run.manifest, status=RunStatus.FAILED, reason=reason)
             run.write_manifest(failed)
-        tell("failed", 0, 1, reason)
+        report("failed", 0, 1, reason)
         raise

@@ -8,7 +8,8 @@ from torch import nn
 from noisekit.records import RunDirectory
 from noisekit.records.writer import Cell
 from noisekit.train.data.datasets import TensorPair
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.runs.progress import ProgressReporter
 from noisekit.train.runs.snapshot_measurements import (
     FILL_EXAMPLES,
     OUTCOMES,
@@ -16,7 +17,6 @@ from noisekit.train.runs.snapshot_measurements import (
     Task,
 )
 from noisekit.train.runs.state import Row
-from noisekit.train.sweeps.progress import Teller
 
 
 def measure_run(
@@ -25,7 +25,7 @@ def measure_run(
     model: nn.Module,
     *,
     data: Mapping[str, TensorPair],
-    tell: Teller,
+    report: ProgressReporter,
 ) -> dict[str, float]:
     """Measure what the recipe asks for at each snapshot that was taken.
 
@@ -38,7 +38,7 @@ def measure_run(
         run: Its directory.
         model: A model to load the weights into.
         data: The data by split, on the model's device.
-        tell: Told of each task.
+        report: Receives one event per task.
 
     Returns:
         What measuring took: ``measure_seconds``, ``num_matvecs``, ``num_grads``.
@@ -56,11 +56,11 @@ def measure_run(
                 found = bench.measure(task)
                 # Examples first: it is the other row that marks the task as done.
                 examples.append_together(found.examples)
-                tell("measure", number - 1, len(tasks), "examples are durable")
+                report("measure", number - 1, len(tasks), "examples are durable")
                 results.append_together(found.measurements)
                 rows += found.measurements
             what = f"{task.measure} at {task.snapshot}"
-            tell("measure", number, len(tasks), what)
+            report("measure", number, len(tasks), what)
     return _costs(rows)
 
 

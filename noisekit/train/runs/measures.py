@@ -11,7 +11,8 @@ from noisekit.probes import gradient_noise
 from noisekit.sharpness import SHARPNESS_MEASURES
 from noisekit.sharpness.card.subject import Measured, MeasureSettings, Subject
 from noisekit.sharpness.measures.stability import SGDRule
-from noisekit.train.recipes.specs import MeasureSpec, OptimizerSpec, RunSpec
+from noisekit.train.recipes.measure_spec import MeasureSpec
+from noisekit.train.recipes.run_spec import OptimizerSpec, RunSpec
 
 __all__ = ["MEASURES", "Measure", "Measured", "Subject", "snapshot_subject"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from noisekit.train.recipes.specs import OptimizerSpec, RunSections, ScheduleSpec
+from noisekit.train.recipes.run_spec import OptimizerSpec, RunSections, ScheduleSpec
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 

@@ -13,7 +13,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy, batch_norms
 from noisekit.records import Runs
 from noisekit.train.data.datasets import DataSplits, TensorPair, load_data
 from noisekit.train.models import build_model
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 
 _CHUNK = 4096
 """Examples per batch when a whole split is measured; bounds the memory of one pass."""

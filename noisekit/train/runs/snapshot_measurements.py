@@ -18,8 +18,8 @@ from noisekit.probes import example_sq_norms
 from noisekit.records import RunDirectory
 from noisekit.records.files import plain
 from noisekit.train.data.datasets import TensorPair
-from noisekit.train.recipes.section import Split
-from noisekit.train.recipes.specs import MeasureName, RunSpec
+from noisekit.train.recipes.measure_spec import MeasureName
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.evaluate import correct_examples
 from noisekit.train.runs.measures import (
     MEASURES,
@@ -29,6 +29,7 @@ from noisekit.train.runs.measures import (
 )
 from noisekit.train.runs.snapshots import load_weights
 from noisekit.train.runs.state import Row
+from noisekit.train.section import Split
 
 OUTCOMES: Mapping[str, Split] = {
     "train_outcomes": "train",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from noisekit.records import load_tensors, save_tensors
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.evaluate import Evaluation
 from noisekit.train.runs.state import Candidate, Row, TrainState
 

@@ -11,7 +11,7 @@ from noisekit.core.errors import CheckpointError
 from noisekit.core.params import flatten
 from noisekit.core.randomness import stream_seed
 from noisekit.probes import Probe
-from noisekit.train.recipes.specs import RunSpec, loss_snapshot
+from noisekit.train.recipes.run_spec import RunSpec, loss_snapshot
 from noisekit.train.runs.crossings import LossCrossing, StallWatch
 from noisekit.train.runs.optimizers import build_optimizer
 

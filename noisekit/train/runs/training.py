@@ -17,10 +17,11 @@ from noisekit.probes import Probe, attach
 from noisekit.records import RunDirectory
 from noisekit.train.data.batch_order import BatchOrder
 from noisekit.train.data.datasets import TensorPair
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.checkpoint import load_checkpoint, save_checkpoint
 from noisekit.train.runs.evaluate import Evaluation, evaluate, evaluation_steps
 from noisekit.train.runs.optimizers import learning_rate_at
+from noisekit.train.runs.progress import ProgressReporter
 from noisekit.train.runs.recording import Recorder
 from noisekit.train.runs.snapshots import (
     candidate,
@@ -36,7 +37,6 @@ from noisekit.train.runs.state import (
     capture,
     restore,
 )
-from noisekit.train.sweeps.progress import Teller
 
 _MAX_UNCHECKED = 256
 """Updates after which batch losses are looked at, whatever else is due."""
@@ -55,14 +55,14 @@ class Training:
         data: Mapping[str, TensorPair],
         *,
         state: TrainState,
-        tell: Teller,
+        report: ProgressReporter,
         threads: int,
     ) -> None:
         self._spec = spec
         self._run = run
         self._data = data
         self._state = state
-        self._tell = tell
+        self._report = report
         self._threads = threads
         self._start = state.vector()
         self._order = BatchOrder(
@@ -217,7 +217,7 @@ class Training:
     def _record_evaluation(self) -> None:
         state, found = self._state, self._evaluation()
         self._recorder.append("evaluations", {**self._position(), **found.scores})
-        self._tell(
+        self._report(
             "train",
             state.step,
             self._spec.max_updates,
@@ -298,12 +298,12 @@ class Training:
         """Save the state; its rows are durable before it is."""
         state, spec = self._state, self._spec
         state.num_rows = self._recorder.flush()
-        self._tell("train", state.step, spec.max_updates, "rows are durable")
+        self._report("train", state.step, spec.max_updates, "rows are durable")
         captured = capture(state, self._probe)
         save_checkpoint(
             self._run.checkpoints, captured, spec=spec, threads=self._threads
         )
-        self._tell("train", state.step, spec.max_updates, "checkpoint saved")
+        self._report("train", state.step, spec.max_updates, "checkpoint saved")
 
     def _has_rows_of(self, captured: Captured) -> bool:
         """Whether the tables still have the rows that belong to a checkpoint."""

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from noisekit.core.errors import NoisekitError, RunFailedError, RunLockedError
 from noisekit.records import Manifest, RunDirectory, RunStatus
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.loop import train_run
-from noisekit.train.sweeps.progress import Progress, ProgressEvent, silent
+from noisekit.train.runs.progress import Progress, ProgressEvent, no_progress
 
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -52,17 +52,17 @@ class JobOutcome:
     reason: str = ""
 
 
-def execute(job: Job, *, progress: Progress = silent) -> JobOutcome:
+def execute(job: Job, *, progress: Progress = no_progress) -> JobOutcome:
     """Start or resume one run in this process; an error becomes a failed outcome."""
     spec = job.spec
     told: set[str] = set()
 
-    def tell(event: ProgressEvent) -> None:
+    def report(event: ProgressEvent) -> None:
         told.add(event.phase)
         progress(event)
 
     try:
-        outcome = train_run(spec, RunDirectory.open(job.path), progress=tell)
+        outcome = train_run(spec, RunDirectory.open(job.path), progress=report)
     except Exception as error:  # whatever it is, the other runs go on
         failed = _failed(job, _reason(error), error=error)
         if "failed" not in told:
@@ -72,14 +72,14 @@ def execute(job: Job, *, progress: Progress = silent) -> JobOutcome:
 
 
 def execute_here(
-    jobs: Sequence[Job], *, progress: Progress = silent
+    jobs: Sequence[Job], *, progress: Progress = no_progress
 ) -> list[JobOutcome]:
     """Execute runs one after the other in this process."""
     return [execute(job, progress=progress) for job in jobs]
 
 
 def execute_in_processes(
-    jobs: Sequence[Job], *, workers: int, threads: int, progress: Progress = silent
+    jobs: Sequence[Job], *, workers: int, threads: int, progress: Progress = no_progress
 ) -> list[JobOutcome]:
     """Execute runs in spawned processes, at most ``workers`` at the same time.
 

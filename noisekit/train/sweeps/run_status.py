@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from noisekit.core.errors import RunDirectoryError, RunLockedError
 from noisekit.records import RunDirectory, RunStatus, exclusive_lock, read_set
 from noisekit.train.recipes.recipe import Recipe
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 
 
 @dataclass(frozen=True, slots=True)
-class RunStanding:
+class RunProgress:
     """How far one run is.
 
     Attributes:
@@ -63,17 +63,17 @@ def recorded_recipe(set_dir: Path | str) -> Recipe:
         ) from error
 
 
-def status(set_dir: Path | str) -> list[RunStanding]:
+def status(set_dir: Path | str) -> list[RunProgress]:
     """Return how far each run of a set is, also while others are at work on it."""
     path = Path(set_dir)
     return [
-        _standing(spec, path / "runs" / spec.run_id)
+        _run_progress(spec, path / "runs" / spec.run_id)
         for spec in recorded_recipe(path).run_specs()
     ]
 
 
-def _standing(spec: RunSpec, path: Path) -> RunStanding:
-    bare = RunStanding(spec.run_id, "missing", 0, spec.max_updates, 0, "")
+def _run_progress(spec: RunSpec, path: Path) -> RunProgress:
+    bare = RunProgress(spec.run_id, "missing", 0, spec.max_updates, 0, "")
     if not path.exists():
         return bare
     try:
@@ -81,8 +81,8 @@ def _standing(spec: RunSpec, path: Path) -> RunStanding:
         steps = run.read("evaluations").rows["step"]
         measured = run.read("measurements").rows["snapshot"]
     except RunDirectoryError as error:
-        return RunStanding(spec.run_id, "damaged", 0, spec.max_updates, 0, str(error))
-    return RunStanding(
+        return RunProgress(spec.run_id, "damaged", 0, spec.max_updates, 0, str(error))
+    return RunProgress(
         run_id=spec.run_id,
         status=_status(run),
         updates=pc.max(steps).as_py() or 0,

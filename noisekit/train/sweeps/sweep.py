@@ -23,15 +23,15 @@ from noisekit.records.provenance import software_versions
 from noisekit.train.data.datasets import DataSplits, load_data
 from noisekit.train.models import build_model
 from noisekit.train.recipes.recipe import Recipe
-from noisekit.train.recipes.specs import RunSpec
-from noisekit.train.runs.tables import Table, differences
+from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.recipes.tables import Table, differences
+from noisekit.train.runs.progress import Progress, no_progress
 from noisekit.train.sweeps.executors import (
     Job,
     JobOutcome,
     execute_here,
     execute_in_processes,
 )
-from noisekit.train.sweeps.progress import Progress, silent
 from noisekit.train.sweeps.run_status import recorded_recipe
 
 _LISTED = 5
@@ -71,7 +71,9 @@ def run(
     path.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(path / "lock", what=f"the set of runs {path}"):
         _write_recipe(path, recipe, data)
-        return _finish(path, recipe, workers, silent if progress is None else progress)
+        return _finish(
+            path, recipe, workers, no_progress if progress is None else progress
+        )
 
 
 def resume(
@@ -92,7 +94,9 @@ def resume(
     recipe = recorded_recipe(path)
     _check_machine(recipe, allow_download=False)
     with exclusive_lock(path / "lock", what=f"the set of runs {path}"):
-        return _finish(path, recipe, workers, silent if progress is None else progress)
+        return _finish(
+            path, recipe, workers, no_progress if progress is None else progress
+        )
 
 
 def _check_place(path: Path, recipe: Recipe) -> None:

@@ -13,11 +13,12 @@ from noisekit.core.vocabulary import QUANTITIES
 from noisekit.stats.contrasts import Contrast
 from noisekit.train.recipes.catalogue import experiments
 from noisekit.train.recipes.loading import load_recipe
+from noisekit.train.recipes.measure_spec import ALWAYS_RECORDED, MeasureName
 from noisekit.train.recipes.recipe import Recipe
-from noisekit.train.recipes.specs import ALWAYS_RECORDED, MeasureName, RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.recipes.subjects import ModelSpec
+from noisekit.train.recipes.tables import merged
 from noisekit.train.runs.measures import MEASURES
-from noisekit.train.runs.tables import merged
 
 MINIMAL = """
 format = 1

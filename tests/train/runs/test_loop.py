@@ -16,10 +16,10 @@ from noisekit.core.randomness import stream
 from noisekit.records import RunDirectory, Runs, RunStatus, open_runs
 from noisekit.train.data.datasets import load_data
 from noisekit.train.models import build_model
-from noisekit.train.recipes.specs import RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.loop import train_run
+from noisekit.train.runs.progress import ProgressEvent
 from noisekit.train.runs.snapshots import load_weights
-from noisekit.train.sweeps.progress import ProgressEvent
 from tests.reference.training import mean_loss_and_error, train_by_hand
 from tests.train.run_specs import new_run, run_spec
 

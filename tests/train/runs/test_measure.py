@@ -14,8 +14,8 @@ from noisekit.sharpness import SHARPNESS_MEASURES
 from noisekit.train.data.datasets import TensorPair, load_data
 from noisekit.train.models import build_model
 from noisekit.train.runs.loop import train_run
+from noisekit.train.runs.progress import ProgressEvent
 from noisekit.train.runs.snapshots import load_weights
-from noisekit.train.sweeps.progress import ProgressEvent
 from tests.train.run_specs import new_run, run_spec
 
 EVERYTHING = [

@@ -13,9 +13,9 @@ import pytest
 
 from noisekit.core.errors import RunFailedError
 from noisekit.records import RunDirectory, Runs
-from noisekit.train import executors, sweep
 from noisekit.train.recipes.loading import load_recipe
-from noisekit.train.sweeps.progress import ProgressEvent
+from noisekit.train.runs.progress import ProgressEvent
+from noisekit.train.sweeps import executors, sweep
 from noisekit.train.sweeps.run_status import status
 
 TINY = Path(__file__).parents[1] / "tiny.toml"

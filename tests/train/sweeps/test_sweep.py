@@ -15,8 +15,8 @@ from noisekit.core.errors import (
 from noisekit.records import exclusive_lock, read_set
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.recipe import Recipe
+from noisekit.train.runs.progress import ProgressEvent
 from noisekit.train.sweeps import sweep
-from noisekit.train.sweeps.progress import ProgressEvent
 from noisekit.train.sweeps.run_status import recorded_recipe, status
 
 TINY = Path(__file__).parents[1] / "tiny.toml"

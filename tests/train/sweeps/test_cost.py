@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from noisekit.train.recipes import cost
-from noisekit.train.recipes.cost import duration, estimate_cost
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.probe_spec import ProbeSpec
+from noisekit.train.sweeps import cost
+from noisekit.train.sweeps.cost import duration, estimate_cost
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 

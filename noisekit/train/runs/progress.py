@@ -1,4 +1,4 @@
-"""What a run tells while it works."""
+"""Progress events of a run, and who receives them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Phase = Literal["train", "measure", "done", "failed", "diverged"]
 
 @dataclass(frozen=True, slots=True)
 class ProgressEvent:
-    """One sign of life of a run.
+    """One progress event of a run.
 
     Attributes:
         run_id: The run.
@@ -29,22 +29,22 @@ class ProgressEvent:
 Progress = Callable[[ProgressEvent], None]
 
 
-def silent(event: ProgressEvent) -> None:
-    """Take no notice."""
+def no_progress(event: ProgressEvent) -> None:
+    """Ignore progress events."""
 
 
 @dataclass(frozen=True, slots=True)
-class Teller:
-    """Tells of one run.
+class ProgressReporter:
+    """Reports the progress of one run.
 
     Attributes:
         run_id: The run.
-        listener: Who is told.
+        listener: Receives the events.
     """
 
     run_id: str
     listener: Progress
 
     def __call__(self, phase: Phase, done: int, total: int, detail: str = "") -> None:
-        """Tell one thing."""
+        """Send one event."""
         self.listener(ProgressEvent(self.run_id, phase, done, total, detail))

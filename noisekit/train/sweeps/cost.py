@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from noisekit.train.data.datasets import load_data
 from noisekit.train.models import build_model
+from noisekit.train.recipes.measure_spec import MeasureSpec
 from noisekit.train.recipes.probe_spec import ProbeSpec
 from noisekit.train.recipes.recipe import Recipe
-from noisekit.train.recipes.specs import MeasureSpec, RunSpec
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.environment import computing
 
 _TIMING_SECONDS = 2.0
