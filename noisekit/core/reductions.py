@@ -43,10 +43,10 @@ def row_sq_norms(rows: Tensor) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
         return norms.square_()
     whole = m // _BLOCK * _BLOCK
-    blocks = rows[:, :whole].unflatten(1, (-1, _BLOCK))  # (n, m // B, B)
-    parts = torch.linalg.vector_norm(blocks, dim=2).square_()
+    blocks = rows[:, :whole].reshape(len(rows), -1, _BLOCK)  # (n, m // B, B)
+    parts: Tensor = torch.linalg.vector_norm(blocks, dim=2)
     rest: Tensor = torch.linalg.vector_norm(rows[:, whole:], dim=1)
-    return parts.sum(1).add_(rest.square_())
+    return parts.square_().sum(1) + rest.square_()
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
