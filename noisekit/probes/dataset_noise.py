@@ -216,7 +216,7 @@ def only_pass(recorder: Recorder) -> ForwardPass:
         LayerReadError: If there was another number, or it could not be read.
     """
     record = recorder.take(stepped=False)
-    faults = [fault for p in record.passes for fault in p.faults]
+    faults = [f for p in record.passes for f in (*p.faults, *p.unread.values())]
     if faults or len(record.passes) != 1 or not record.passes[0].sq_norms:
         reason = faults[0] if faults else "its own forward was not called once"
         raise LayerReadError(

@@ -165,6 +165,7 @@ class ForwardCapture:
         if self._plan.refresh():
             self._hook_sites()
         self.active = ForwardPass(batch_size_of((args, kwargs), self._batch_dim))
+        self.active.unread.update(self._plan.left_out)
         if self._wanted.examples:
             self.active.faults.extend(self._obstacles())
             self._inputs = (args, kwargs)

@@ -146,23 +146,24 @@ class Replacement:
         """Whether parts of the gradient are wanted that do not come cheaper alone."""
         if len(args) != 1 or not isinstance(args[0], Tensor):
             return False
-        wanted, shape = self._units.wanted, args[0].shape
+        request, shape = self._units.request, args[0].shape
+        formed = bool(request.per_example or request.num_chunks)
         if isinstance(site.rule, LinearRule):
             # One position per example: norms come cheaper from inner products.
-            return len(shape) > 2 and bool(wanted & {"per_example", "chunks"})
+            return len(shape) > 2 and formed
         batched = len(site.rule.example_axes(site.module, shape)) > 0
-        return batched and bool(wanted & {"per_example", "chunks"})
+        return batched and formed
 
     def _read(self, layer: _Layer, call: LayerCall) -> dict[str, Tensor] | None:
         """The gradients, and at the captured call the norms that are wanted now."""
-        wanted, rule, captured = self._units.wanted, layer.site.rule, layer.captured
+        request, rule, captured = self._units.request, layer.site.rule, layer.captured
         assert captured is not None
-        if "per_example" in wanted:
-            squares = self._units.with_squares or "preconditioned" in wanted
+        if request.per_example:
+            squares = request.squares or request.preconditioned
             pieces = example_pieces(rule, call, layer.names, square_sums=squares)
             captured.keep(pieces)
-        elif "chunks" in wanted:
-            chunks = chunk_slices(call.num_examples, self._units.options.num_chunks)
+        elif request.num_chunks:
+            chunks = chunk_slices(call.num_examples, request.num_chunks)
             pieces = chunk_pieces(rule, call, layer.names, chunks)
             captured.chunk_norms = {name: p.sq_norms for name, p in pieces.items()}
         else:

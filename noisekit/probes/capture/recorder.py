@@ -37,6 +37,9 @@ from noisekit.probes.capture.step_record import (
 from noisekit.probes.capture.targets import eagerly
 from noisekit.probes.capture.unit_norms import UnitNorms
 
+_MOST_FAILURES = 3
+"""Readings in which replaying the whole model may fail before it is given up."""
+
 
 class Recorder:
     """Hooks a model and gathers what its backward passes tell about the examples.
@@ -183,8 +186,12 @@ class Recorder:
 
     def on_unreadable(self, site: Site, forward_pass: ForwardPass, reason: str) -> None:
         """Read the site's parameters at a larger module from the next pass on."""
-        forward_pass.faults.append(f"{site.path or 'the model'}: {reason}")
-        self.plan.widen(self.plan.indices_of(site))
+        fault, indices = f"{site.path or 'the model'}: {reason}", []
+        for index in self.plan.indices_of(site):
+            forward_pass.unread.setdefault(index, fault)
+            indices.append(index)
+        if not self.plan.widen(indices):
+            self.plan.leave_out(indices, fault, after=_MOST_FAILURES)
 
     def _enter(self) -> BackwardTasks:
         """Notice the first hook of a backward pass, before anything is accumulated."""
@@ -228,12 +235,16 @@ class Recorder:
         ]
         if not calls and any(forward_pass.num_calls for forward_pass in passes):
             self.plan.widen([index])
-        if any(forward_pass.faults for forward_pass in passes):
+        if not passes or any(p.faults or index in p.unread for p in passes):
             return
         fault = self._fault(calls, passes, index)
-        if fault:
-            for forward_pass in passes:
+        unread = fault or _fault_of(calls, self.names[index])
+        for forward_pass in passes:
+            if fault:
                 forward_pass.faults.append(fault)
+            elif unread:
+                forward_pass.unread[index] = unread
+        if unread:
             return
         try:
             with (
@@ -249,21 +260,16 @@ class Recorder:
     def _fault(
         self, calls: list[CapturedCall], passes: list[ForwardPass], index: int
     ) -> str:
-        """Why the captured calls do not tell this parameter's norms, if so."""
-        name = self.names[index]
+        """Why the passes tell nothing of their examples, if so."""
         if any(p.twice - {self._tasks.task} for p in passes):
             return (
                 "the gradient was differentiated once more, as for a gradient penalty, "
                 "whose part in it no layer's call tells"
             )
-        if not calls:
-            return f"no call of the module that owns {name} reached the loss"
         if len(passes) > 1:
             return f"{len(passes)} forward passes went into one backward pass"
         if index in passes[0].read or any(c.released for c in calls):
             return "two backward passes went through one forward pass"
-        if any(c.versions != versions_of(c.call) for c in calls):
-            return f"an input of {calls[0].site.path} was written to after its use"
         return ""
 
     def _compute(self, index: int, calls: list[CapturedCall]) -> None:
@@ -358,16 +364,18 @@ class Recorder:
         """Widen the sites whose contributions do not add up, or give up on them."""
         failed = [i for i, p in enumerate(self.parameters) if id(p) in failures]
         if not failed:
-            if not any(p.faults for p in self._record.passes):
+            left_out = self.plan.left_out.keys()
+            passes = self._record.passes
+            if not any(p.faults or p.unread.keys() - left_out for p in passes):
                 self.verified = self._has_held = True
             return
         names = some_of([self.names[i] for i in failed])
         fault = f"per-example gradients did not add up to the gradient of {names}"
         for forward_pass in self._record.passes:
-            forward_pass.faults.append(fault)
+            forward_pass.unread |= dict.fromkeys(failed, fault)
         self.verified = not self.plan.widen(failed)
         if self.verified:
-            self._forward.refusal = fault
+            self.plan.leave_out(failed, fault)
         # Where it has held before, training goes on; its readings say what is wrong.
         if self.verified and not self._has_held:
             raise ClosureError(
@@ -376,6 +384,15 @@ class Recorder:
                 "gradient penalty or a hook that changes gradients does this; use the "
                 "optimiser's weight_decay, or leave these parameters out with params=."
             )
+
+
+def _fault_of(calls: Sequence[CapturedCall], name: str) -> str:
+    """Why the calls do not account for a parameter's gradient, if so."""
+    if not calls:
+        return f"no call of the module that owns {name} reached the loss"
+    if any(captured.versions != versions_of(captured.call) for captured in calls):
+        return f"an input of {calls[0].site.path} was written to after its use"
+    return ""
 
 
 def gradient_sq_norms(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -1,5 +1,6 @@
 """Where a model's parameters are read, and where instead once that has failed."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -31,6 +32,7 @@ class SitePlan:
     Attributes:
         sites: Where the parameters are read now.
         stale: Whether there are changes that wait for ``refresh``.
+        left_out: By index of a parameter that is read nowhere any more: why.
     """
 
     def __init__(
@@ -39,15 +41,19 @@ class SitePlan:
         self._model = model
         self._parameters = dict(parameters)
         self._replayed: dict[int, str] = {}
+        self._failures: Counter[int] = Counter()
+        self.left_out: dict[int, str] = {}
         self.stale = False
         self._assign()
 
     def _assign(self) -> None:
         parameters = list(self._parameters.values())
-        plain = [p for i, p in enumerate(parameters) if i not in self._replayed]
+        elsewhere = self._replayed.keys() | self.left_out.keys()
+        plain = [p for i, p in enumerate(parameters) if i not in elsewhere]
         groups: dict[str, list[nn.Parameter]] = {}
         for index, path in self._replayed.items():
-            groups.setdefault(path, []).append(parameters[index])
+            if index not in self.left_out:
+                groups.setdefault(path, []).append(parameters[index])
         assigned = []
         for site in assign_sites(self._model, plain):
             if isinstance(site.rule, ModuleReplay) and site.path in groups:
@@ -82,6 +88,8 @@ class SitePlan:
         widened = False
         for index in indices:
             sites = self._sites_of[index]
+            if not sites:
+                continue
             if index in self._replayed and self._replayed[index] != sites[0].path:
                 continue  # widened before in this pass
             if not sites[0].path and isinstance(sites[0].rule, ModuleReplay):
@@ -90,6 +98,20 @@ class SitePlan:
             self._replayed[index] = enclosing_path(self._model, paths)
             widened = self.stale = True
         return widened
+
+    def leave_out(self, indices: Sequence[int], reason: str, *, after: int = 1) -> None:
+        """Stop reading parameters that have failed at the whole model.
+
+        Args:
+            indices: The parameters.
+            reason: Why they cannot be read.
+            after: Failures, this one included, from which on they are left out.
+        """
+        self._failures.update(indices)
+        for index in indices:
+            if self._failures[index] >= after and index not in self.left_out:
+                self.left_out[index] = reason
+                self.stale = True
 
     @property
     def replayed(self) -> dict[str, str]:
@@ -123,5 +145,5 @@ class SitePlan:
                 for site in sites
             }
             shared = ", shared" if len(sites) > 1 else ""
-            found[name] = " and ".join(sorted(ways)) + shared
+            found[name] = " and ".join(sorted(ways)) + shared or "not read"
         return found

@@ -64,6 +64,7 @@ class ForwardPass:
         signed_norms: ``|sum s_i u_i|²`` with random signs, one vector per draw.
         inner_products: ``<u_i, v>`` by parameter, where a direction ``v`` was given.
         faults: Why per-example readings do not exist here.
+        unread: By parameter index: why the pass tells nothing of that parameter.
         own_faults: Why the micro-batch's own gradient is not to be had.
         signed_faults: Why there are no readings with random signs.
         twice: Runs of the autograd engine that kept the graph of its gradient.
@@ -87,6 +88,7 @@ class ForwardPass:
     signed_norms: list[Tensor] = field(default_factory=list)
     inner_products: list[Tensor] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    unread: dict[int, str] = field(default_factory=dict)
     own_faults: list[str] = field(default_factory=list)
     signed_faults: list[str] = field(default_factory=list)
     ghost_faults: list[str] = field(default_factory=list)
@@ -167,6 +169,7 @@ class StepRecord:
         gradient: Squared norm of ``.grad`` per parameter after the last of them.
         scaled_gradient: The same of ``P .grad``, with the optimiser's preconditioner.
         faults: Why the gradient is not this step's alone.
+        num_discarded: Backward passes whose gradient was zeroed without a step.
         signal: Sum over a parameter's entries of squared mean over variance, and the
             number of entries ``(2, Q)``.
     """
@@ -175,11 +178,13 @@ class StepRecord:
     gradient: Tensor | None = None
     scaled_gradient: Tensor | None = None
     faults: list[str] = field(default_factory=list)
+    num_discarded: int = 0
     signal: Tensor | None = None
 
     def start(self, before: Before) -> None:
         """Begin a backward pass; where ``.grad`` was emptied, begin the step anew."""
         if before is Before.EMPTY:
+            self.num_discarded += bool(self.passes)
             self.passes, self.gradient, self.faults = [], None, []
         elif before is Before.NOT_ZEROED:
             self.faults.append("gradients of the step before were not zeroed")

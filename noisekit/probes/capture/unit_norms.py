@@ -1,6 +1,7 @@
 """Squared norms of the units' gradients, from a parameter's captured calls."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +17,44 @@ from noisekit.core.reductions import sq_norms
 from noisekit.probes.capture.preconditioner import Preconditioner
 from noisekit.probes.capture.sites import SitePlan
 from noisekit.probes.capture.step_record import CapturedCall, ForwardPass
-from noisekit.probes.estimators.choice import EstimatorOptions
 
 _NORM_LAYERS = "normalisation"
 
 
-class UnitNorms:
-    """Reads one parameter after another, for every estimator that is wanted.
+@dataclass(slots=True)
+class UnitRequest:
+    """Which units' squared norms the next passes are read for.
 
     Attributes:
-        wanted: Names of the estimators to read in the next passes.
-        options: How finely they read.
-        preconditioner: What the optimiser multiplies gradients by, if that is wanted.
-        with_squares: Whether element-wise squares are wanted beside an estimator's.
+        per_example: ``|u_i|²`` of every example.
+        row_share: Share of the examples that is drawn at random; 0 for none.
+        num_chunks: Parts of the batch whose ``|sum u_i|²`` is read; 0 for none.
+        norm_layers: ``|u_i|²`` of every example, of normalisation layers alone.
+        preconditioned: ``sum |P u_i|²`` with the optimizer's preconditioner ``P``.
+        squares: ``sum u_i²`` element by element.
+    """
+
+    per_example: bool = False
+    row_share: float = 0.0
+    num_chunks: int = 0
+    norm_layers: bool = False
+    preconditioned: bool = False
+    squares: bool = False
+
+
+class UnitNorms:
+    """Computes the squared norms of the units that are requested, by parameter.
+
+    Attributes:
+        request: What the next passes are read for.
+        preconditioner: What the optimizer multiplies gradients by, if that is wanted.
+        generator: Draws the rows; never PyTorch's global one.
     """
 
     def __init__(self, plan: SitePlan, parameters: Sequence[nn.Parameter]) -> None:
-        self.wanted: frozenset[str] = frozenset({"per_example"})
-        self.options = EstimatorOptions()
+        self.request = UnitRequest(per_example=True)
         self.preconditioner: Preconditioner | None = None
-        self.with_squares = False
+        self.generator = torch.Generator().manual_seed(0)
         self._plan = plan
         self._parameters = parameters
 
@@ -48,17 +67,17 @@ class UnitNorms:
             ``|u_i|²`` of every example, where they were computed; the closure check
             always has them.
         """
-        forward_pass, wanted = calls[0].forward_pass, self.wanted
+        forward_pass, request = calls[0].forward_pass, self.request
         forward_pass.read.add(index)
         every = None
-        if "per_example" in wanted or closure or self._norm_layer(calls):
+        if request.per_example or closure or self._norm_layer(calls):
             every = self._sq_norms(index, calls)
             forward_pass.sq_norms[index] = every
-        if "rows" in wanted:
+        if request.row_share:
             forward_pass.row_norms[index] = self._row_sq_norms(index, calls)
-        if "chunks" in wanted:
+        if request.num_chunks:
             forward_pass.chunk_norms[index] = self._chunk_sq_norms(index, calls)
-        if "preconditioned" in wanted:
+        if request.preconditioned:
             self._read_scaled(index, calls)
         return every
 
@@ -70,7 +89,7 @@ class UnitNorms:
     def scaled_sq_norms(self) -> Tensor | None:
         """Return ``|P .grad|²`` per parameter; ``None`` where ``P`` is not known."""
         preconditioner = self.preconditioner
-        if preconditioner is None or "preconditioned" not in self.wanted:
+        if preconditioner is None or not self.request.preconditioned:
             return None
         scaled = []
         for index, parameter in enumerate(self._parameters):
@@ -83,27 +102,27 @@ class UnitNorms:
 
     def _norm_layer(self, calls: Sequence[CapturedCall]) -> bool:
         """Whether the calls are wanted as those of a normalisation layer."""
-        return "norm_layers" in self.wanted and is_norm_layer(calls[0].site.rule.name)
+        return self.request.norm_layers and is_norm_layer(calls[0].site.rule.name)
 
     def _sq_norms(self, index: int, calls: Sequence[CapturedCall]) -> Tensor:
         parameter = self._parameters[index]
         if len(calls) == 1:
             among = self._plan.sole_names(calls[0].site)
-            if self.with_squares or "preconditioned" in self.wanted:
+            if self.request.squares or self.request.preconditioned:
                 calls[0].read_squares(among)
             return calls[0].sq_norms_of(parameter, among)
         return example_sq_norms([(c.site, c.call) for c in calls], parameter)
 
     def chunks_of(self, captured: CapturedCall) -> tuple[slice, ...]:
         """Return the examples of each chunk, where chunks are read."""
-        if "chunks" not in self.wanted:
+        if not self.request.num_chunks:
             return ()
-        return chunk_slices(captured.call.num_examples, self.options.num_chunks)
+        return chunk_slices(captured.call.num_examples, self.request.num_chunks)
 
     def _chunk_sq_norms(self, index: int, calls: Sequence[CapturedCall]) -> Tensor:
         """Of every chunk; those of one call's parameters are computed together."""
         parameter, first = self._parameters[index], calls[0]
-        chunks = chunk_slices(first.call.num_examples, self.options.num_chunks)
+        chunks = chunk_slices(first.call.num_examples, self.request.num_chunks)
         if len(calls) > 1:
             contributions = [(captured.site, captured.call) for captured in calls]
             return shared_chunk_sq_norms(contributions, parameter, chunks)
@@ -126,8 +145,8 @@ class UnitNorms:
         """The examples that are read of a pass, drawn once, in their order."""
         if forward_pass.rows is None:
             count = forward_pass.num_examples or 0
-            num_rows = max(1, round(self.options.row_share * count))
-            drawn = torch.randperm(count, generator=self.options.generator)
+            num_rows = max(1, round(self.request.row_share * count))
+            drawn = torch.randperm(count, generator=self.generator)
             chosen = drawn[:num_rows].sort().values
             forward_pass.rows = chosen.to(like.device, non_blocking=True)
         return forward_pass.rows

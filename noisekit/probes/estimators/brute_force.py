@@ -43,8 +43,8 @@ def read_by_probe(
     """Return what a probe's hooks read of one batch at frozen weights."""
     scale = float(risk.num_examples) ** 2
     with recording(risk, params) as recorder:
-        recorder.units.wanted = frozenset({"per_example", "rows", "chunks"})
-        recorder.units.options = EstimatorOptions(num_chunks=_CHUNKS)
+        options = EstimatorOptions(num_chunks=_CHUNKS)
+        recorder.units.request = options.request({"per_example", "rows", "chunks"})
         recorder.signed = SignedBackward(
             risk.model,
             recorder.parameters,

@@ -1,11 +1,13 @@
 """The ways to estimate gradient noise, what each needs, and which one is asked for."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 
 from noisekit.core.errors import UsageError
+from noisekit.probes.capture.unit_norms import UnitRequest
 
 EstimatorName = Literal[
     "per_example",
@@ -97,6 +99,16 @@ class EstimatorOptions:
         """The estimators among them that read layer calls, "auto" as per-example."""
         names = {"per_example" if name == "auto" else name for name in self.names}
         return OF_CALLS & names
+
+    def request(self, names: Collection[str]) -> UnitRequest:
+        """Return what of the layers' calls the estimators ``names`` need."""
+        return UnitRequest(
+            per_example="per_example" in names,
+            row_share=self.row_share if "rows" in names else 0.0,
+            num_chunks=self.num_chunks if "chunks" in names else 0,
+            norm_layers="norm_layers" in names,
+            preconditioned="preconditioned" in names,
+        )
 
     def calibrates(self, num_readings: int) -> bool:
         """Whether the next reading is a full one, for calibration."""

@@ -90,7 +90,7 @@ def _accumulation(evidence: Evidence) -> StepNoise | str:
     if faults:
         return faults[0]
     if len(passes) * evidence.num_ranks < 2:
-        reasons = [fault for p in passes for fault in p.faults]
+        reasons = [fault for p in passes for fault in (*p.faults, *p.unread.values())]
         needs = f"noise of micro-batches needs 2 in a step, got {len(passes)}"
         return f"{reasons[0]}, and {needs}" if reasons else needs
     seen = [[index for indices, _ in p.own_norms for index in indices] for p in passes]

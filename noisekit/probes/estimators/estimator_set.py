@@ -80,7 +80,7 @@ class NoiseReaders:
     def _set_up(self, recorder: Recorder) -> None:
         """Give a recorder what the estimators need beside its own hooks."""
         names = self.options.names
-        recorder.units.options = self.options
+        recorder.units.generator = self.options.generator
         if "preconditioned" in names:
             recorder.units.preconditioner = Preconditioner(
                 self._optimizer, recorder.parameters
@@ -110,7 +110,7 @@ class NoiseReaders:
         wants.gradient = wanted
         wants.examples = wanted and bool(of_calls or "random_signs" in names)
         wants.inputs = wanted and (self.ghosts is not None or self._counts_inputs)
-        recorder.units.wanted = frozenset(of_calls)
+        recorder.units.request = self.options.request(of_calls)
         own = bool({"accumulation", "ranks"} & names) or (
             "auto" in names and (self._may_couple or bool(recorder.opaque))
         )

@@ -126,7 +126,7 @@ class StepNoise:
 
 def call_fault(evidence: Evidence, found: Callable[[ForwardPass], object]) -> str:
     """Why layers' calls tell nothing, if so; ``found`` is what they must have left."""
-    faults = [fault for p in evidence.passes for fault in p.faults]
+    faults = [f for p in evidence.passes for f in (*p.faults, *p.unread.values())]
     if faults:
         return faults[0]
     if not all(found(p) for p in evidence.passes):

@@ -131,7 +131,7 @@ def call_fault(record: StepRecord, *, fewest: int = 2) -> str:
         return record.faults[0] if record.faults else UNSEEN
     if any(not p.num_examples for p in record.passes):
         return "the model's input has no tensor with a batch axis"
-    faults = [fault for p in record.passes for fault in p.faults]
+    faults = [f for p in record.passes for f in (*p.faults, *p.unread.values())]
     if faults or not all(p.read for p in record.passes):
         return faults[0] if faults else "no layer's call was captured in this step"
     if record.num_examples < fewest:

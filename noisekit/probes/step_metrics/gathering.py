@@ -103,11 +103,12 @@ class StepQuantities:
         self._wanted, names = wanted, set(self._names)
         recorder = self._recorder
         self._by_products.wanted = wanted and bool(names & OF_CALLS)
-        recorder.units.with_squares = wanted and bool(names & OF_SQUARES)
+        request = recorder.units.request
+        request.squares = wanted and bool(names & OF_SQUARES)
         if wanted and names & OF_CALLS:
             recorder.wanted.examples = True
         if wanted and "orthogonality_test" in names:
-            recorder.units.wanted |= {"per_example"}
+            request.per_example = True
         if self._hessian is not None:
             due = num_readings % self._options.hessian_every == 0
             self._hessian.wanted = wanted and due

@@ -79,7 +79,7 @@ class ByProducts:
         record.signal = None
         if not self.wanted or not self._squares or not passes:
             return
-        if any(p.faults or not p.num_examples for p in passes):
+        if any(p.faults or p.unread or not p.num_examples for p in passes):
             return
         squares = passes[0].gathered.square_sums
         for forward_pass in passes[1:]:
