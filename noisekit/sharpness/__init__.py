@@ -1,7 +1,7 @@
 """How sharp a minimum is: eigenvalues, boxes, balls, noise, lines, rescaled twins."""
 
 from noisekit.sharpness.card.card import CardRow, Conditions, SharpnessCard
-from noisekit.sharpness.card.measuring import measure, measure_of
+from noisekit.sharpness.card.measuring import measure
 from noisekit.sharpness.card.registry import MEASURES as SHARPNESS_MEASURES
 from noisekit.sharpness.card.registry import Measure
 from noisekit.sharpness.card.subject import MeasureSettings
@@ -23,39 +23,29 @@ from noisekit.sharpness.landscape.slices import LossSlice, loss_slice, loss_slic
 from noisekit.sharpness.measures.average import (
     AverageSharpness,
     average_sharpness,
-    average_sharpness_of,
 )
 from noisekit.sharpness.measures.batch import (
     BatchSharpness,
     batch_sharpness,
-    batch_sharpness_of,
     step_sharpness,
-    step_sharpness_of,
 )
 from noisekit.sharpness.measures.epsilon import (
     EpsilonSharpness,
     epsilon_sharpness,
-    epsilon_sharpness_of,
 )
-from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm, fisher_rao_norm_of
+from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm
 from noisekit.sharpness.measures.pac_bayes import (
     PacBayesFlatness,
     pac_bayes_flatness,
-    pac_bayes_flatness_of,
     pac_bayes_sharpness,
-    pac_bayes_sharpness_of,
 )
 from noisekit.sharpness.measures.relative_flatness import (
     relative_flatness,
-    relative_flatness_of,
 )
 from noisekit.sharpness.measures.spectrum import (
     gauge_fixed_lambda_max,
-    gauge_fixed_lambda_max_of,
     lambda_max,
-    lambda_max_of,
     lambda_min,
-    lambda_min_of,
 )
 from noisekit.sharpness.measures.stability import (
     SGDRule,
@@ -64,18 +54,13 @@ from noisekit.sharpness.measures.stability import (
 )
 from noisekit.sharpness.measures.traces import (
     effective_dimension,
-    effective_dimension_of,
     hessian_frobenius_norm,
-    hessian_frobenius_norm_of,
     hessian_trace,
-    hessian_trace_of,
     weighted_hessian_trace,
-    weighted_hessian_trace_of,
 )
 from noisekit.sharpness.measures.worst_case import (
     WorstCaseSharpness,
     worst_case_sharpness,
-    worst_case_sharpness_of,
 )
 from noisekit.sharpness.rescaling.chains import FreeScale, free_scales
 from noisekit.sharpness.rescaling.free_rescalings import free_rescalings
@@ -122,42 +107,28 @@ __all__ = [
     "Valley",
     "WorstCaseSharpness",
     "average_sharpness",
-    "average_sharpness_of",
     "batch_sharpness",
-    "batch_sharpness_of",
     "check_invariance",
     "connecting_curve",
     "edge_of_stability_ratio",
     "effective_dimension",
-    "effective_dimension_of",
     "epsilon_sharpness",
-    "epsilon_sharpness_of",
     "fisher_rao_norm",
-    "fisher_rao_norm_of",
     "free_rescalings",
     "free_scales",
     "gauge_fixed_lambda_max",
-    "gauge_fixed_lambda_max_of",
     "hessian_frobenius_norm",
-    "hessian_frobenius_norm_of",
     "hessian_trace",
-    "hessian_trace_of",
     "interpolate",
     "interpolate_of",
     "lambda_max",
-    "lambda_max_of",
     "lambda_min",
-    "lambda_min_of",
     "loss_slice",
     "loss_slice_of",
     "measure",
-    "measure_of",
     "pac_bayes_flatness",
-    "pac_bayes_flatness_of",
     "pac_bayes_sharpness",
-    "pac_bayes_sharpness_of",
     "relative_flatness",
-    "relative_flatness_of",
     "rescale_layers",
     "rescale_neurons",
     "rescaled_twin",
@@ -166,10 +137,7 @@ __all__ = [
     "sharpened_twin_of",
     "stability_threshold",
     "step_sharpness",
-    "step_sharpness_of",
     "track_sharpness",
     "weighted_hessian_trace",
-    "weighted_hessian_trace_of",
     "worst_case_sharpness",
-    "worst_case_sharpness_of",
 ]

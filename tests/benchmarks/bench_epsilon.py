@@ -16,7 +16,7 @@ from problems import LOSS, problem
 from torch import Tensor
 
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness import EpsilonSharpness, epsilon_sharpness_of
+from noisekit.sharpness import EpsilonSharpness, epsilon_sharpness
 
 
 def plain_gradient(risk: EmpiricalRisk) -> Tensor:
@@ -35,7 +35,7 @@ def searches(epsilon: float) -> dict[str, Callable[[EmpiricalRisk], EpsilonSharp
     def search(**options: object) -> Callable[[EmpiricalRisk], EpsilonSharpness]:
         def run(risk: EmpiricalRisk) -> EpsilonSharpness:
             generator = torch.Generator().manual_seed(0)
-            return epsilon_sharpness_of(
+            return epsilon_sharpness(
                 risk, epsilon=epsilon, generator=generator, **options
             )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.measures.average import average_sharpness, average_sharpness_of
+from noisekit.sharpness.measures.average import average_sharpness
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
 from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled, seeded
 
@@ -103,7 +103,7 @@ def test_intervals_over_draws_cover_as_often_as_they_say() -> None:
     want = 0.2**2 * float(hessian.trace()) / 2
     generator = seeded(7)
     covered = sum(
-        average_sharpness_of(risk, sigma=0.2, num_draws=16, generator=generator)
+        average_sharpness(risk, sigma=0.2, num_draws=16, generator=generator)
         .estimate.interval()
         .contains(want)
         for _ in range(300)
@@ -142,7 +142,7 @@ def test_intervals_over_data_cover_as_often_as_they_say() -> None:
 
     def measured(batches: list) -> tuple[float, float]:
         risk = EmpiricalRisk(Slopes(), half_squares, batches, check=False)
-        got = average_sharpness_of(risk, sigma=0.1, num_draws=3, generator=seeded(3))
+        got = average_sharpness(risk, sigma=0.1, num_draws=3, generator=seeded(3))
         assert got.data_stderr is not None
         return got.value, got.data_stderr
 
@@ -197,7 +197,7 @@ def test_losses_that_are_not_finite_are_told() -> None:
     assert got.estimate.status is Status.NOT_RESOLVED
     assert got.data_stderr is None
     risk = EmpiricalRisk(Point(-weights), logarithm, data, check=False)
-    got = average_sharpness_of(risk, sigma=0.01)
+    got = average_sharpness(risk, sigma=0.01)
     assert math.isnan(got.value)
     assert got.estimate.status is Status.DIVERGED
 

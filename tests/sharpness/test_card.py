@@ -22,7 +22,6 @@ from noisekit.sharpness import (
     fisher_rao_norm,
     lambda_max,
     measure,
-    measure_of,
     worst_case_sharpness,
 )
 from noisekit.sharpness.card.citations import CITATIONS
@@ -432,7 +431,7 @@ def test_model_is_given_back() -> None:
     before = state_of(model)
     random = torch.random.get_rng_state()
     risk = EmpiricalRisk(model, LOSS, SMALL_BATCHES)
-    measure_of(risk, measures=MEASURES, settings=QUICK, generator=seeded())
+    measure(risk, measures=MEASURES, settings=QUICK, generator=seeded())
     assert state_of(model) == before
     assert torch.equal(torch.random.get_rng_state(), random)
 
@@ -472,7 +471,7 @@ def test_data_that_are_read_again_have_values_but_no_error_over_batches() -> Non
     names = ["lambda_max", "worst_case_sharpness", "average_sharpness"]
     settings = MeasureSettings(num_draws=4, ascent_steps=3)
     got, want = (
-        measure_of(data, measures=names, settings=settings, generator=seeded())
+        measure(data, measures=names, settings=settings, generator=seeded())
         for data in (risk, EmpiricalRisk(rectified(), LOSS, SMALL_BATCHES))
     )
     for row, other in zip(got.rows, want.rows, strict=True):

@@ -9,9 +9,9 @@ from torch import nn
 
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.data_error import curvature_parts
-from noisekit.sharpness.measures.average import average_sharpness_of
+from noisekit.sharpness.measures.average import average_sharpness
 from noisekit.sharpness.measures.batch import batch_sharpness
-from noisekit.sharpness.measures.worst_case import worst_case_sharpness_of
+from noisekit.sharpness.measures.worst_case import worst_case_sharpness
 from tests.cases import CASES, Case
 from tests.reference import curvature as reference
 from tests.sharpness.quadratics import seeded
@@ -58,7 +58,7 @@ def test_one_step_is_the_rise_of_the_whole_loss(case: Case) -> None:
     )
     step = torch.from_numpy(0.05 * gradient / np.linalg.norm(gradient))
     want = loss_at(case, step) - loss_at(case, 0 * step)
-    got = worst_case_sharpness_of(risk_of(case), rho=0.05)
+    got = worst_case_sharpness(risk_of(case), rho=0.05)
     assert got.value == pytest.approx(want, rel=1e-8)
     torch.testing.assert_close(got.displacement, step, rtol=1e-8, atol=1e-12)
 
@@ -77,7 +77,7 @@ def test_noise_and_curvature_are_of_the_whole_loss(case: Case) -> None:
         reduction=case.reduction,
     )
     risk = risk_of(case)
-    got = average_sharpness_of(risk, sigma=1e-4, num_draws=2, generator=seeded())
+    got = average_sharpness(risk, sigma=1e-4, num_draws=2, generator=seeded())
     generator, rises = seeded(), []
     for _ in range(2):
         noise = 1e-4 * torch.randn(len(gradient), generator=generator).numpy()

@@ -16,20 +16,20 @@ from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import GGNOperator, HessianOperator
 from noisekit.sharpness.data_error import data_stderr, gradient_errors, over_data
-from noisekit.sharpness.measures.pac_bayes import pac_bayes_flatness_of
-from noisekit.sharpness.measures.relative_flatness import relative_flatness_of
+from noisekit.sharpness.measures.pac_bayes import pac_bayes_flatness
+from noisekit.sharpness.measures.relative_flatness import relative_flatness
 from noisekit.sharpness.measures.spectral_sums import (
     dimension_with_data_error,
     frobenius_with_data_error,
 )
-from noisekit.sharpness.measures.spectrum import lambda_min_of
+from noisekit.sharpness.measures.spectrum import lambda_min
 from noisekit.sharpness.measures.traces import (
-    effective_dimension_of,
-    hessian_frobenius_norm_of,
-    hessian_trace_of,
-    weighted_hessian_trace_of,
+    effective_dimension,
+    hessian_frobenius_norm,
+    hessian_trace,
+    weighted_hessian_trace,
 )
-from noisekit.sharpness.measures.worst_case import worst_case_sharpness_of
+from noisekit.sharpness.measures.worst_case import worst_case_sharpness
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified
 from tests.sharpness.quadratics import seeded
@@ -75,15 +75,12 @@ def coverage(
 
 
 def _flatness(risk: EmpiricalRisk, generator: torch.Generator) -> Estimate:
-    with HessianOperator.from_risk(risk) as hessian:
-        found = relative_flatness_of(
-            hessian, num_matvecs=8, generator=generator, data_error=True
-        )
+    found = relative_flatness(risk, num_matvecs=8, generator=generator, data_error=True)
     return found["weight"]
 
 
 def _noise(risk: EmpiricalRisk, generator: torch.Generator) -> Estimate:
-    found = pac_bayes_flatness_of(
+    found = pac_bayes_flatness(
         risk, criterion="loss", tol=0.1, num_draws=16, generator=generator
     )
     return over_data(found.estimate, found.data_stderr, risk)
@@ -92,19 +89,19 @@ def _noise(risk: EmpiricalRisk, generator: torch.Generator) -> Estimate:
 SQUARES = SPREAD.square()
 SUMS: dict[str, tuple[Callable[..., Estimate], float]] = {
     "trace": (
-        lambda risk, generator: hessian_trace_of(
+        lambda risk, generator: hessian_trace(
             risk, num_matvecs=9, generator=generator, data_error=True
         ),
         float(SQUARES.sum()),
     ),
     "weighted_trace": (
-        lambda risk, generator: weighted_hessian_trace_of(
+        lambda risk, generator: weighted_hessian_trace(
             risk, num_matvecs=8, generator=generator, data_error=True
         ),
         float(SQUARES @ WEIGHTS.square()),
     ),
     "frobenius_norm": (
-        lambda risk, generator: hessian_frobenius_norm_of(
+        lambda risk, generator: hessian_frobenius_norm(
             risk, num_matvecs=12, generator=generator, data_error=True
         ),
         float(SQUARES.norm()),
@@ -114,7 +111,7 @@ SUMS: dict[str, tuple[Callable[..., Estimate], float]] = {
         float(WEIGHTS.square().sum() * SQUARES.sum()),
     ),
     "effective_dimension": (
-        lambda risk, generator: effective_dimension_of(
+        lambda risk, generator: effective_dimension(
             risk,
             shift=2.0,
             num_probes=8,
@@ -125,9 +122,7 @@ SUMS: dict[str, tuple[Callable[..., Estimate], float]] = {
         float((SQUARES / (SQUARES + 2)).sum()),
     ),
     "lambda_min": (
-        lambda risk, generator: lambda_min_of(
-            risk, generator=generator, data_error=True
-        ),
+        lambda risk, generator: lambda_min(risk, generator=generator, data_error=True),
         0.25,
     ),
     "pac_bayes_flatness": (_noise, float(SQUARES.sum()) / 0.2),
@@ -231,7 +226,7 @@ def test_interval_of_worst_case_sharpness(batch_size: int | None) -> None:
     """
 
     def measured(risk: EmpiricalRisk) -> tuple[float, float, float]:
-        found = worst_case_sharpness_of(
+        found = worst_case_sharpness(
             risk, rho=0.2, steps=1 if batch_size else 8, batch_size=batch_size
         )
         if batch_size is None:
@@ -264,12 +259,11 @@ def test_interval_of_relative_flatness_over_probes() -> None:
     want = reference.relative_flatness_of_matrix(
         model[2].weight.detach(), hessian[36:54, 36:54]
     )
-    with HessianOperator.from_risk(risk) as operator:
-        share = coverage(
-            lambda generator: relative_flatness_of(
-                operator, num_matvecs=24, generator=generator
-            )["2.weight"],
-            want,
-            150,
-        )
+    share = coverage(
+        lambda generator: relative_flatness(risk, num_matvecs=24, generator=generator)[
+            "2.weight"
+        ],
+        want,
+        150,
+    )
     assert 0.90 <= share <= 0.985

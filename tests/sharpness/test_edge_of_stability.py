@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.measures.batch import batch_sharpness
-from noisekit.sharpness.measures.spectrum import lambda_max, lambda_max_of
+from noisekit.sharpness.measures.spectrum import lambda_max
 from noisekit.sharpness.measures.stability import (
     SGDRule,
     edge_of_stability_ratio,
@@ -56,12 +56,12 @@ def test_full_batch_training_settles_at_the_threshold(options: dict) -> None:
     model = network(16)
     rule = SGDRule(**options)
     risk = EmpiricalRisk(model, LOSS, data)
-    start = lambda_max_of(risk, generator=seeded())
+    start = lambda_max(risk, generator=seeded())
     optimizer = torch.optim.SGD(model.parameters(), **options)
     ratios = []
     for step in range(2600):
         if step >= 1400 and step % 60 == 0:
-            top = lambda_max_of(risk, tol=1e-2, generator=seeded())
+            top = lambda_max(risk, tol=1e-2, generator=seeded())
             ratios.append(edge_of_stability_ratio(top, rule).value)
         optimizer.zero_grad()
         LOSS(model(data[0][0]), data[0][1]).backward()

@@ -11,7 +11,6 @@ from noisekit.core.results import Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.measures.epsilon import (
     epsilon_sharpness,
-    epsilon_sharpness_of,
 )
 from noisekit.sharpness.search.vertices import SearchMethod
 from tests.reference import sharpness as reference
@@ -146,7 +145,7 @@ def test_intervals_over_data_cover_as_often_as_they_say() -> None:
         model = Point(torch.zeros(2, dtype=torch.float64))
         batches = [(part, part) for part in parts]
         risk = EmpiricalRisk(model, noisy, batches, check=False)
-        got = epsilon_sharpness_of(risk, epsilon=0.3, max_iter=1, generator=seeded())
+        got = epsilon_sharpness(risk, epsilon=0.3, max_iter=1, generator=seeded())
         assert got.data_stderr is not None
         return got.value, got.data_stderr
 
@@ -165,9 +164,9 @@ def test_check_reports_what_lbfgsb_found() -> None:
     """
     hessian, point = coupled(40, 2)
     risk = EmpiricalRisk(Point(point + 1e-3), Quadratic(hessian), at_rest(point))
-    plain = epsilon_sharpness_of(risk, max_iter=1, generator=seeded())
-    checked = epsilon_sharpness_of(risk, max_iter=1, check=True, generator=seeded())
-    paper = epsilon_sharpness_of(risk, max_iter=1, method="lbfgsb", generator=seeded())
+    plain = epsilon_sharpness(risk, max_iter=1, generator=seeded())
+    checked = epsilon_sharpness(risk, max_iter=1, check=True, generator=seeded())
+    paper = epsilon_sharpness(risk, max_iter=1, method="lbfgsb", generator=seeded())
     assert plain.check_value is None
     assert checked.value == plain.value
     assert checked.check_value == pytest.approx(paper.value, rel=0.05)
@@ -184,7 +183,7 @@ def test_generator_decides_and_is_recorded() -> None:
     risk = EmpiricalRisk(Point(point), Quadratic(hessian), at_rest(point))
 
     def measured(seed: int) -> float:
-        got = epsilon_sharpness_of(risk, subspace_dim=4, generator=seeded(seed))
+        got = epsilon_sharpness(risk, subspace_dim=4, generator=seeded(seed))
         assert got.seed == seed
         assert got.subspace_dim == 4
         assert got.column_scaling == "standard normal"
@@ -193,7 +192,7 @@ def test_generator_decides_and_is_recorded() -> None:
     before = torch.get_rng_state()
     assert measured(1) == measured(1)
     assert measured(1) != measured(2)
-    fresh = [epsilon_sharpness_of(risk, subspace_dim=4).seed for _ in range(2)]
+    fresh = [epsilon_sharpness(risk, subspace_dim=4).seed for _ in range(2)]
     assert fresh[0] != fresh[1]
     assert torch.equal(before, torch.get_rng_state())
 
@@ -260,7 +259,7 @@ def test_loss_that_is_not_finite_at_the_point() -> None:
     hessian = torch.eye(2, dtype=torch.float64)
     ones = torch.ones(2, dtype=torch.float64)
     risk = EmpiricalRisk(Point(weights), Quadratic(hessian), at_rest(ones), check=False)
-    got = epsilon_sharpness_of(risk)
+    got = epsilon_sharpness(risk)
     assert math.isnan(got.value)
     assert got.estimate.status is Status.DIVERGED
     assert "at the point itself" in got.detail
@@ -300,7 +299,7 @@ def test_model_is_given_back_also_after_an_exception(
     epsilon_sharpness(model, whole, batches, method=method, subspace_dim=subspace_dim)
     risk = EmpiricalRisk(model, Failing(3), batches, check=False)
     with pytest.raises(RuntimeError, match="the loss failed"):
-        epsilon_sharpness_of(risk, method=method, subspace_dim=subspace_dim)
+        epsilon_sharpness(risk, method=method, subspace_dim=subspace_dim)
     assert torch.equal(model.weights, weights)
     assert model.weights.data_ptr() == storage
     assert torch.equal(model.weights.grad, torch.ones(5, dtype=torch.float64))

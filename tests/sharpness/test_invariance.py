@@ -14,8 +14,8 @@ from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.invariance import as_estimate, check_invariance
 from noisekit.sharpness.invariance_report import Invariance, InvarianceReport
-from noisekit.sharpness.measures.spectrum import lambda_max_of
-from noisekit.sharpness.measures.traces import weighted_hessian_trace_of
+from noisekit.sharpness.measures.spectrum import lambda_max
+from noisekit.sharpness.measures.traces import weighted_hessian_trace
 from noisekit.sharpness.rescaling.free_rescalings import free_rescalings
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, built
@@ -189,7 +189,7 @@ def test_a_noisy_measure_is_not_resolved_unless_it_repeats_itself() -> None:
 
     def probes(model: nn.Module, generator: torch.Generator) -> Estimate:
         risk = EmpiricalRisk(model, LOSS, ragged())
-        return weighted_hessian_trace_of(risk, num_matvecs=16, generator=generator)
+        return weighted_hessian_trace(risk, num_matvecs=16, generator=generator)
 
     fresh = check(lambda m, f, b: probes(m, ongoing))
     assert not fresh.repeatable
@@ -506,7 +506,7 @@ def test_a_measure_by_its_residual_bound() -> None:
     """
 
     def by_lanczos(model: nn.Module, loss_fn: Callable, batches: object) -> Estimate:
-        return lambda_max_of(EmpiricalRisk(model, loss_fn, batches), tol=1e-3)
+        return lambda_max(EmpiricalRisk(model, loss_fn, batches), tol=1e-3)
 
     got = check(by_lanczos)
     assert got.verdict is Invariance.NOT_INVARIANT

@@ -17,7 +17,6 @@ from noisekit.curvature.random_vectors import normal_vector
 from noisekit.sharpness.data_error import data_stderr
 from noisekit.sharpness.measures.pac_bayes import (
     pac_bayes_flatness,
-    pac_bayes_flatness_of,
     pac_bayes_sharpness,
 )
 from noisekit.sharpness.measures.pac_bayes_trial import RiseTrial
@@ -98,7 +97,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     want = float(hessian.trace()) / (2 * 0.1)
     generator = seeded(3)
     covered = sum(
-        pac_bayes_flatness_of(
+        pac_bayes_flatness(
             risk, criterion="loss", num_draws=12, tol=0.02, generator=generator
         )
         .estimate.interval()

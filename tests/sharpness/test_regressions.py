@@ -9,20 +9,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.measures.average import average_sharpness_of
-from noisekit.sharpness.measures.batch import batch_sharpness, batch_sharpness_of
-from noisekit.sharpness.measures.epsilon import epsilon_sharpness, epsilon_sharpness_of
-from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm, fisher_rao_norm_of
+from noisekit.sharpness.measures.average import average_sharpness
+from noisekit.sharpness.measures.batch import batch_sharpness
+from noisekit.sharpness.measures.epsilon import epsilon_sharpness
+from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm
 from noisekit.sharpness.measures.pac_bayes import (
     pac_bayes_flatness,
-    pac_bayes_flatness_of,
     pac_bayes_sharpness,
 )
-from noisekit.sharpness.measures.spectrum import lambda_max, lambda_max_of
-from noisekit.sharpness.measures.traces import hessian_trace_of
+from noisekit.sharpness.measures.spectrum import lambda_max
+from noisekit.sharpness.measures.traces import hessian_trace
 from noisekit.sharpness.measures.worst_case import (
     worst_case_sharpness,
-    worst_case_sharpness_of,
 )
 from tests.processes import run_in_processes
 from tests.reference import sharpness as reference
@@ -149,18 +147,18 @@ def spread_over(rank: int, world_size: int) -> dict[str, list[float]]:
 
 def measured(risk: EmpiricalRisk) -> dict[str, list[float]]:
     """Values of every measure, with their errors over the batches."""
-    box = epsilon_sharpness_of(risk, generator=seeded())
-    ball = worst_case_sharpness_of(risk, steps=3, generator=seeded())
-    groups = worst_case_sharpness_of(risk, batch_size=2, generator=seeded())
-    noise = average_sharpness_of(risk, sigma=0.1, num_draws=3, generator=seeded())
-    top = lambda_max_of(risk, tol=1e-6, generator=seeded(), data_error=True)
-    trace = hessian_trace_of(risk, num_matvecs=9, generator=seeded(), data_error=True)
-    fisher = fisher_rao_norm_of(risk)
+    box = epsilon_sharpness(risk, generator=seeded())
+    ball = worst_case_sharpness(risk, steps=3, generator=seeded())
+    groups = worst_case_sharpness(risk, batch_size=2, generator=seeded())
+    noise = average_sharpness(risk, sigma=0.1, num_draws=3, generator=seeded())
+    top = lambda_max(risk, tol=1e-6, generator=seeded(), data_error=True)
+    trace = hessian_trace(risk, num_matvecs=9, generator=seeded(), data_error=True)
+    fisher = fisher_rao_norm(risk)
     plain, few = (
-        batch_sharpness_of(risk, num_batches=number, generator=seeded())
+        batch_sharpness(risk, num_batches=number, generator=seeded())
         for number in (None, 5)
     )
-    flat = pac_bayes_flatness_of(
+    flat = pac_bayes_flatness(
         risk, num_draws=3, target=0.05, criterion="loss", generator=seeded()
     )
     numbers = {

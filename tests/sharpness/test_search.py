@@ -8,7 +8,6 @@ from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.measures.epsilon import (
     EpsilonSharpness,
     epsilon_sharpness,
-    epsilon_sharpness_of,
 )
 from noisekit.sharpness.search.boxes import RandomSubspace
 from noisekit.sharpness.search.vertices import SearchMethod
@@ -101,8 +100,8 @@ def test_iterations_left_at_a_local_maximum_are_spent_elsewhere() -> None:
     """
     hessian, point = coupled(10, 0)
     risk = EmpiricalRisk(Point(point), Quadratic(hessian), at_rest(point))
-    few = epsilon_sharpness_of(risk, max_iter=4, generator=seeded())
-    many = epsilon_sharpness_of(risk, max_iter=300, generator=seeded())
+    few = epsilon_sharpness(risk, max_iter=4, generator=seeded())
+    many = epsilon_sharpness(risk, max_iter=300, generator=seeded())
     top = reference.highest_corner(
         lambda x: Quadratic(hessian)(x[None], point[None]),
         point,
@@ -129,7 +128,7 @@ def test_no_point_is_evaluated_twice() -> None:
 
     batches = [(point[None], point[None])]
     risk = EmpiricalRisk(Point(point), watching, batches, check=False)
-    epsilon_sharpness_of(risk, max_iter=40, generator=seeded())
+    epsilon_sharpness(risk, max_iter=40, generator=seeded())
     assert len(visited) == len(set(visited)) == 41
 
 
@@ -145,7 +144,7 @@ def test_a_jump_that_goes_too_far_is_cut() -> None:
         return 1 + 1.5 * t + 2.15 * t**2 - 1.45 * t**3 - 2 * t**4
 
     risk = EmpiricalRisk(Point(ORIGIN), between, at_rest(ORIGIN))
-    got = epsilon_sharpness_of(risk, generator=seeded())
+    got = epsilon_sharpness(risk, generator=seeded())
     assert got.value >= 100 * 0.98 / 2
 
 
@@ -160,7 +159,7 @@ def test_a_dead_end_is_left() -> None:
         return 1 + moved - 1e6 * moved**2 + 10 * (moved < -8e-4)
 
     risk = EmpiricalRisk(Point(ORIGIN), ridge, at_rest(ORIGIN))
-    got = epsilon_sharpness_of(risk, max_iter=10, generator=seeded())
+    got = epsilon_sharpness(risk, max_iter=10, generator=seeded())
     assert got.value > 400
 
 
@@ -210,7 +209,7 @@ def test_max_iter_is_the_budget_and_extra_iterations_only_tell(
     risk = EmpiricalRisk(Point(point), Quadratic(hessian), at_rest(point))
 
     def measured(extra_iterations: int) -> EpsilonSharpness:
-        return epsilon_sharpness_of(
+        return epsilon_sharpness(
             risk,
             method=method,
             max_iter=1,
@@ -233,5 +232,5 @@ def test_vertex_search_costs_one_gradient_per_iteration() -> None:
     """
     hessian, point = coupled(6, 0)
     risk = EmpiricalRisk(Point(point), Quadratic(hessian), at_rest(point))
-    assert epsilon_sharpness_of(risk).num_grads == 11
-    assert epsilon_sharpness_of(risk, restarts=2).num_grads == 11 + 2 * 11
+    assert epsilon_sharpness(risk).num_grads == 11
+    assert epsilon_sharpness(risk, restarts=2).num_grads == 11 + 2 * 11

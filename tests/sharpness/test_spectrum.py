@@ -10,21 +10,14 @@ from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature.operators.ggn import GGNOperator
 from noisekit.sharpness.measures.spectrum import (
     gauge_fixed_lambda_max,
-    gauge_fixed_lambda_max_of,
     lambda_max,
-    lambda_max_of,
     lambda_min,
-    lambda_min_of,
 )
 from noisekit.sharpness.measures.traces import (
     effective_dimension,
-    effective_dimension_of,
     hessian_frobenius_norm,
-    hessian_frobenius_norm_of,
     hessian_trace,
-    hessian_trace_of,
     weighted_hessian_trace,
-    weighted_hessian_trace_of,
 )
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS
@@ -88,8 +81,8 @@ def test_extreme_eigenvalues_are_those_of_the_dense_hessian() -> None:
     risk = EmpiricalRisk(plain(), LOSS, ragged())
     assert values[0] < -1e-3
     for got, want in (
-        (lambda_max_of(risk, tol=1e-5, generator=seeded()), float(values[-1])),
-        (lambda_min_of(risk, tol=1e-5, generator=seeded()), float(values[0])),
+        (lambda_max(risk, tol=1e-5, generator=seeded()), float(values[-1])),
+        (lambda_min(risk, tol=1e-5, generator=seeded()), float(values[0])),
     ):
         assert got.value == pytest.approx(want, rel=1e-4)
         assert got.bound is not None
@@ -119,11 +112,11 @@ def test_public_functions_are_those_of_their_risks() -> None:
     """
     risk = EmpiricalRisk(plain(), LOSS, ragged(), params="2.*")
     for public, of_risk in (
-        (lambda_min, lambda_min_of),
-        (hessian_trace, hessian_trace_of),
-        (hessian_frobenius_norm, hessian_frobenius_norm_of),
-        (effective_dimension, effective_dimension_of),
-        (weighted_hessian_trace, weighted_hessian_trace_of),
+        (lambda_min, lambda_min),
+        (hessian_trace, hessian_trace),
+        (hessian_frobenius_norm, hessian_frobenius_norm),
+        (effective_dimension, effective_dimension),
+        (weighted_hessian_trace, weighted_hessian_trace),
     ):
         want = of_risk(risk, generator=seeded())
         got = public(plain(), LOSS, ragged(), params="2.*", generator=seeded())
@@ -137,8 +130,8 @@ def test_pyhessian_gives_the_same_answer() -> None:
     """
     want = float(torch.linalg.eigvalsh(dense_hessian(plain()))[-1])
     risk = EmpiricalRisk(plain(), LOSS, ragged())
-    got = lambda_max_of(risk, method="pyhessian", tol=1e-6, generator=seeded())
-    ours = lambda_max_of(risk, tol=1e-6, generator=seeded())
+    got = lambda_max(risk, method="pyhessian", tol=1e-6, generator=seeded())
+    ours = lambda_max(risk, tol=1e-6, generator=seeded())
     assert got.value == pytest.approx(want, rel=1e-3)
     assert got.num_matvecs != ours.num_matvecs
 
@@ -151,8 +144,8 @@ def test_traces_lie_within_their_error() -> None:
     hessian = dense_hessian(plain())
     weights = reference.flat_weights(plain())
     risk = EmpiricalRisk(plain(), LOSS, ragged())
-    got = hessian_trace_of(risk, num_matvecs=40, generator=seeded())
-    weighted = weighted_hessian_trace_of(risk, num_matvecs=200, generator=seeded())
+    got = hessian_trace(risk, num_matvecs=40, generator=seeded())
+    weighted = weighted_hessian_trace(risk, num_matvecs=200, generator=seeded())
     for estimate, want in (
         (got, float(hessian.trace())),
         (weighted, float(weights**2 @ hessian.diag())),
@@ -171,12 +164,12 @@ def test_norm_and_dimension_lie_within_their_errors() -> None:
     negative eigenvalues do not count directions.
     """
     risk = EmpiricalRisk(plain(), LOSS, ragged())
-    norm = hessian_frobenius_norm_of(risk, num_matvecs=300, generator=seeded())
+    norm = hessian_frobenius_norm(risk, num_matvecs=300, generator=seeded())
     assert abs(norm.value - float(dense_hessian(plain()).norm())) < 4 * norm.stderr
     assert 10 * norm.stderr < norm.value
     with GGNOperator.from_risk(risk) as gauss_newton:
         values = torch.linalg.eigvalsh(gauss_newton.to_dense())
-    dimension = effective_dimension_of(
+    dimension = effective_dimension(
         risk, shift=0.05, num_probes=60, num_steps=57, generator=seeded()
     )
     want = float((values / (values + 0.05)).sum())
@@ -190,7 +183,7 @@ def test_budget_that_is_too_small_is_told() -> None:
     Catches: an unconverged value that looks like a converged one.
     """
     risk = EmpiricalRisk(plain(), LOSS, ragged())
-    for method in (lambda_max_of, lambda_min_of):
+    for method in (lambda_max, lambda_min):
         got = method(risk, tol=1e-8, max_matvecs=3, generator=seeded())
         assert got.status is Status.NOT_CONVERGED
         assert got.num_matvecs == 3
@@ -249,9 +242,9 @@ def test_gauge_fixed_value_does_not_see_the_length_of_rows(bn: str) -> None:
         shorter[1].running_var.div_(16)
     risks = [EmpiricalRisk(m, LOSS, ragged(), bn=bn) for m in (model, shorter)]
     fixed = [
-        gauge_fixed_lambda_max_of(r, tol=1e-6, generator=seeded()).value for r in risks
+        gauge_fixed_lambda_max(r, tol=1e-6, generator=seeded()).value for r in risks
     ]
-    raw = [lambda_max_of(r, tol=1e-6, generator=seeded()).value for r in risks]
+    raw = [lambda_max(r, tol=1e-6, generator=seeded()).value for r in risks]
     assert risks[0].value() == pytest.approx(risks[1].value(), rel=1e-4)
     assert fixed[0] == pytest.approx(fixed[1], rel=1e-3)
     assert raw[1] > 1.1 * raw[0]

@@ -12,7 +12,6 @@ from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.measures.worst_case import (
     worst_case_sharpness,
-    worst_case_sharpness_of,
 )
 from noisekit.sharpness.search.balls import BallNorm
 from tests.reference import sharpness as reference
@@ -356,7 +355,7 @@ def test_losses_that_are_not_finite_are_told() -> None:
     assert got.estimate.status is Status.NOT_RESOLVED
     assert got.detail == "the loss is not finite at a point of the ball"
     risk = EmpiricalRisk(Point(-weights), logarithm, data, check=False)
-    got = worst_case_sharpness_of(risk, rho=0.5)
+    got = worst_case_sharpness(risk, rho=0.5)
     assert math.isnan(got.value)
     assert got.estimate.status is Status.DIVERGED
     assert got.detail == "the loss at the point itself is nan"

@@ -16,7 +16,7 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.randomness import stream
 from noisekit.core.results import Estimate, Status
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature import HessianOperator
 from noisekit.sharpness.card.card import CardRow, Conditions, SharpnessCard
 from noisekit.sharpness.card.registry import Measure, measures_called
@@ -40,16 +40,16 @@ ON_EVERY_CARD = ("lambda_min", "grad_norm")
 
 
 def measure(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     measures: str | Iterable[str] = DEFAULT_MEASURES,
     settings: MeasureSettings | None = None,
     optimizer: SGDRule | torch.optim.Optimizer | None = None,
     data_error: bool = True,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> SharpnessCard:
@@ -60,10 +60,10 @@ def measure(
     cannot be had gives a row with its status and reason, and the others still come.
     Each measure has a random stream of its own, so that asking for more changes none.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         measures: Names of measures; an unknown one is answered with all there are.
             The gradient's norm and the smallest eigenvalue are on every card.
         settings: Radii, steps and tolerances; the usual ones by default.
@@ -73,43 +73,13 @@ def measure(
             as many products again for the Frobenius norm and as many for the effective
             dimension. Others come at no cost. Batches need to be random groups.
         generator: Gives the seed of all random streams; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters to measure; all by default.
-
-    Raises:
-        UsageError: If a measure is unknown.
-    """
-    chosen = measures_called(measures)
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return measure_of(
-        risk,
-        measures=[entry.name for entry in chosen],
-        settings=settings,
-        optimizer=optimizer,
-        data_error=data_error,
-        generator=generator,
-    )
-
-
-def measure_of(
-    risk: EmpiricalRisk,
-    *,
-    measures: str | Iterable[str] = DEFAULT_MEASURES,
-    settings: MeasureSettings | None = None,
-    optimizer: SGDRule | torch.optim.Optimizer | None = None,
-    data_error: bool = True,
-    generator: torch.Generator | None = None,
-) -> SharpnessCard:
-    """Return the sharpness card of a risk; see :func:`measure`.
 
     Raises:
         UsageError: If a measure is unknown.
     """
     names = (measures,) if isinstance(measures, str) else tuple(measures)
     chosen = measures_called((*names, *ON_EVERY_CARD))
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     settings = settings or MeasureSettings()
     seed = _seed(generator)
     with HessianOperator.from_risk(risk) as hessian:

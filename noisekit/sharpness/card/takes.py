@@ -10,15 +10,15 @@ from noisekit.core.results import Estimate, Status
 from noisekit.curvature import GGNOperator, pyhessian_top_eigenvalue
 from noisekit.sharpness.card.subject import Detail, Measured, Subject
 from noisekit.sharpness.data_error import gradient_errors
-from noisekit.sharpness.measures.average import AverageSharpness, average_sharpness_of
-from noisekit.sharpness.measures.batch import batch_sharpness_of
-from noisekit.sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness_of
-from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm_of
+from noisekit.sharpness.measures.average import AverageSharpness, average_sharpness
+from noisekit.sharpness.measures.batch import batch_sharpness
+from noisekit.sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness
+from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm
 from noisekit.sharpness.measures.logits import Logits
 from noisekit.sharpness.measures.pac_bayes import (
     PacBayesFlatness,
-    pac_bayes_flatness_of,
-    pac_bayes_sharpness_of,
+    pac_bayes_flatness,
+    pac_bayes_sharpness,
 )
 from noisekit.sharpness.measures.relative_flatness import flatness_with_data_error
 from noisekit.sharpness.measures.spectral_sums import (
@@ -34,7 +34,7 @@ from noisekit.sharpness.measures.stability import (
 )
 from noisekit.sharpness.measures.worst_case import (
     WorstCaseSharpness,
-    worst_case_sharpness_of,
+    worst_case_sharpness,
 )
 
 _MOSTLY_NOISE = 0.5
@@ -180,7 +180,7 @@ def take_epsilon_sharpness(subject: Subject) -> Iterator[Measured]:
     settings = subject.settings
     for dim in dict.fromkeys((None, settings.subspace_dim)):
         for epsilon in settings.epsilon:
-            found = epsilon_sharpness_of(
+            found = epsilon_sharpness(
                 subject.risk,
                 epsilon=epsilon,
                 subspace_dim=dim,
@@ -239,7 +239,7 @@ def _worst_cases(
     settings = subject.settings
     rho = settings.adaptive_rho if adaptive else settings.rho
     for steps in dict.fromkeys((1, settings.ascent_steps)):
-        found = worst_case_sharpness_of(
+        found = worst_case_sharpness(
             subject.risk,
             rho=rho,
             adaptive=adaptive,
@@ -255,7 +255,7 @@ def _worst_cases(
 def take_m_sharpness(subject: Subject) -> Iterator[Measured]:
     """Yield worst-case sharpness averaged over groups of examples."""
     settings = subject.settings
-    found = worst_case_sharpness_of(
+    found = worst_case_sharpness(
         subject.risk,
         rho=settings.rho,
         batch_size=settings.group_size,
@@ -307,7 +307,7 @@ def _average(
 ) -> Measured:
     settings = subject.settings
     sigma = settings.adaptive_sigma if adaptive else settings.sigma
-    found: AverageSharpness = average_sharpness_of(
+    found: AverageSharpness = average_sharpness(
         subject.risk,
         sigma=sigma,
         adaptive=adaptive,
@@ -331,7 +331,7 @@ def _average(
 def take_pac_bayes_flatness(subject: Subject) -> Iterator[Measured]:
     """Yield flatness under noise, plain and magnitude-aware."""
     for aware in (False, True):
-        found = pac_bayes_flatness_of(
+        found = pac_bayes_flatness(
             subject.risk,
             target=subject.settings.flatness_target,
             criterion=subject.settings.flatness_criterion,
@@ -345,7 +345,7 @@ def take_pac_bayes_flatness(subject: Subject) -> Iterator[Measured]:
 def take_pac_bayes_sharpness(subject: Subject) -> Iterator[Measured]:
     """Yield flatness under ascent, plain and magnitude-aware."""
     for aware in (False, True):
-        found = pac_bayes_sharpness_of(
+        found = pac_bayes_sharpness(
             subject.risk,
             target=subject.settings.flatness_target,
             criterion=subject.settings.flatness_criterion,
@@ -371,13 +371,13 @@ def _flatness(name: str, found: PacBayesFlatness) -> Measured:
 
 def take_fisher_rao_norm(subject: Subject) -> Iterator[Measured]:
     """Yield the squared Fisher-Rao norm."""
-    found = fisher_rao_norm_of(subject.risk, likelihood=subject.settings.likelihood)
+    found = fisher_rao_norm(subject.risk, likelihood=subject.settings.likelihood)
     yield Measured("fisher_rao_norm", found)
 
 
 def take_batch_sharpness(subject: Subject) -> Iterator[Measured]:
     """Yield batch sharpness, by both ways to average."""
-    found = batch_sharpness_of(
+    found = batch_sharpness(
         subject.risk,
         batch_size=subject.settings.batch_size,
         generator=subject.streams("batch_sharpness"),

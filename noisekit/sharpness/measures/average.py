@@ -13,7 +13,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import ErrorSource, Estimate, Status
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.random_vectors import entropy_generator, normal_vector
 from noisekit.sharpness.data_error import batch_parts, batch_shares, data_stderr
 from noisekit.sharpness.measures.logits import Logits, with_logits
@@ -70,9 +70,9 @@ class AverageSharpness:
 
 
 def average_sharpness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     sigma: float = 0.01,
     adaptive: bool = False,
@@ -81,7 +81,7 @@ def average_sharpness(
     antithetic: bool = True,
     logits: Logits = "raw",
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> AverageSharpness:
@@ -94,10 +94,10 @@ def average_sharpness(
     ``sigma`` is a standard deviation, not a variance. Adaptive values with ``eta=0``
     do not change under rescalings that keep a ReLU network's function.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         sigma: Standard deviation of the noise, in units of each weight.
         adaptive: Whether the noise is in proportion to each weight's size.
         eta: Added to the unit of every weight.
@@ -106,9 +106,6 @@ def average_sharpness(
             the gradient adds then cancels, also out of the error.
         logits: ``"raw"``, or centred and of ``"unit_norm"`` or ``"unit_std"``.
         generator: Source of the noise; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters that move; all by default.
 
     Returns:
         The mean rise [loss], which may be negative, with its error over draws and over
@@ -122,37 +119,7 @@ def average_sharpness(
     Source:
         Andriushchenko et al. 2023, arXiv:2302.07011, for the adaptive form.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return average_sharpness_of(
-        risk,
-        sigma=sigma,
-        adaptive=adaptive,
-        eta=eta,
-        num_draws=num_draws,
-        antithetic=antithetic,
-        logits=logits,
-        generator=generator,
-    )
-
-
-def average_sharpness_of(
-    risk: EmpiricalRisk,
-    *,
-    sigma: float = 0.01,
-    adaptive: bool = False,
-    eta: float = 0.0,
-    num_draws: int = 16,
-    antithetic: bool = True,
-    logits: Logits = "raw",
-    generator: torch.Generator | None = None,
-) -> AverageSharpness:
-    """Return the average-case sharpness of a risk; see :func:`average_sharpness`.
-
-    Raises:
-        UsageError: If an argument is out of range.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     _refuse_bad_arguments(sigma, num_draws)
     drawn = entropy_generator(generator)
     risk = risk.in_precision(torch.float32)

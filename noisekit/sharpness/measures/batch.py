@@ -12,7 +12,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns, flatten
 from noisekit.core.results import Estimate
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import gathered
 from noisekit.sharpness.measures.batch_ratios import mean_of_ratios, ratio_of_means
@@ -58,14 +58,14 @@ class BatchSharpness:
 
 
 def batch_sharpness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     batch_size: int | None = None,
     num_batches: int | None = None,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> BatchSharpness:
@@ -78,17 +78,13 @@ def batch_sharpness(
     counted. Trained by SGD of that batch size it settles about ``2 / lr``; see
     :func:`stability_threshold` for momentum.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar, as it is trained on.
-        batches: Pairs ``(inputs, targets)``, each a batch as in training, or larger
-            ones with ``batch_size``.
         batch_size: Make random batches of so many examples out of each given one.
         num_batches: Most batches to use, the first ones; all by default.
         generator: Source of those; by default a fresh one.
-        bn: What BatchNorm normalises with; training sees ``"batch"``.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters; all by default.
 
     Returns:
         The mean of the ratios and the ratio of the means, each with its error over
@@ -101,26 +97,7 @@ def batch_sharpness(
     Source:
         Andreyev and Beneventano 2024, arXiv:2412.20553.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return batch_sharpness_of(
-        risk, batch_size=batch_size, num_batches=num_batches, generator=generator
-    )
-
-
-def batch_sharpness_of(
-    risk: EmpiricalRisk,
-    *,
-    batch_size: int | None = None,
-    num_batches: int | None = None,
-    generator: torch.Generator | None = None,
-) -> BatchSharpness:
-    """Return the batch sharpness on a risk's batches; see :func:`batch_sharpness`.
-
-    Raises:
-        UsageError: If an argument is out of range.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     return _along_steps(
         risk,
         lambda gradient: gradient,
@@ -129,16 +106,17 @@ def batch_sharpness_of(
 
 
 def step_sharpness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     optimizer: torch.optim.Optimizer,
     batch_size: int | None = None,
     num_batches: int | None = None,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
+    params: ParameterPatterns = None,
 ) -> BatchSharpness:
     r"""Return the curvature of batch losses along the steps that an optimiser takes.
 
@@ -148,17 +126,14 @@ def step_sharpness(
     per unit of learning rate. Weight decay is part of ``g`` and ``H``. Without
     momentum this is batch sharpness. The optimiser is read, never stepped.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar, as it is trained on.
-        batches: Pairs ``(inputs, targets)``, each a batch as in training, or larger
-            ones with ``batch_size``.
         optimizer: A ``torch.optim.SGD`` with one rule for all groups.
         batch_size: Make random batches of so many examples out of each given one.
         num_batches: Most batches to use, the first ones; all by default.
         generator: Source of those; by default a fresh one.
-        bn: What BatchNorm normalises with; training sees ``"batch"``.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
 
     Returns:
         The mean of the ratios and the ratio of the means, each with its error over
@@ -171,29 +146,7 @@ def step_sharpness(
     Source:
         Andreyev et al. 2026, arXiv:2604.14108.
     """
-    risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
-    return step_sharpness_of(
-        risk,
-        optimizer=optimizer,
-        batch_size=batch_size,
-        num_batches=num_batches,
-        generator=generator,
-    )
-
-
-def step_sharpness_of(
-    risk: EmpiricalRisk,
-    *,
-    optimizer: torch.optim.Optimizer,
-    batch_size: int | None = None,
-    num_batches: int | None = None,
-    generator: torch.Generator | None = None,
-) -> BatchSharpness:
-    """Return the step sharpness on a risk's batches; see :func:`step_sharpness`.
-
-    Raises:
-        UsageError: If an argument is out of range, or the optimiser is not SGD.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     rule = SGDRule.of(optimizer)
     velocity = _velocity(risk, optimizer)
 

@@ -14,7 +14,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import batch_parts, data_stderr_at
 from noisekit.sharpness.search.boxes import Box, FullSpace, RandomSubspace
@@ -92,9 +92,9 @@ class EpsilonSharpness:
 
 
 def epsilon_sharpness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     epsilon: float = 1e-3,
     subspace_dim: int | None = None,
@@ -104,7 +104,7 @@ def epsilon_sharpness(
     extra_iterations: int = 0,
     check: bool = False,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> EpsilonSharpness:
@@ -119,10 +119,10 @@ def epsilon_sharpness(
     under rescalings that keep a ReLU network's function, and where the gradient at
     ``x`` is not zero a part of it is no curvature at all: see ``first_order_share``.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; its weights, mode and buffers are given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar above -1.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         epsilon: Size of the box; the paper uses 1e-3 and 5e-4.
         subspace_dim: Number of random standard-normal columns (the paper's 100);
             ``None`` searches the full space.
@@ -136,10 +136,6 @@ def epsilon_sharpness(
         check: Search by L-BFGS-B as well and report what it found.
         generator: Source of the columns and of random starts; by default a fresh one,
             whose seed the result has.
-        bn: What BatchNorm normalises with. Statistics that are recalibrated are those
-            at ``x``; they do not follow the weights through the box.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters that move; all by default.
 
     Returns:
         The sharpness [%] and what it was found with. A point of the box where the loss
@@ -152,39 +148,7 @@ def epsilon_sharpness(
     Source:
         Keskar et al. 2017, arXiv:1609.04836, metric 2.1 and section 2.2.2.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return epsilon_sharpness_of(
-        risk,
-        epsilon=epsilon,
-        subspace_dim=subspace_dim,
-        max_iter=max_iter,
-        method=method,
-        restarts=restarts,
-        extra_iterations=extra_iterations,
-        check=check,
-        generator=generator,
-    )
-
-
-def epsilon_sharpness_of(
-    risk: EmpiricalRisk,
-    *,
-    epsilon: float = 1e-3,
-    subspace_dim: int | None = None,
-    max_iter: int = 10,
-    method: SearchMethod = "vertex",
-    restarts: int = 0,
-    extra_iterations: int = 0,
-    check: bool = False,
-    generator: torch.Generator | None = None,
-) -> EpsilonSharpness:
-    """Return the epsilon-sharpness of a risk; see :func:`epsilon_sharpness`.
-
-    Raises:
-        UsageError: If an argument is out of range, or the loss is not above -1.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     plan = SearchPlan(
         method=method,
         max_iter=max_iter,

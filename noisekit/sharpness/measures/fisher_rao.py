@@ -13,7 +13,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser, normaliser_value
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.operators.likelihoods import (
     Likelihood,
     check_outputs,
@@ -24,12 +24,12 @@ from noisekit.sharpness.data_error import gathered, mean_over_batches
 
 
 def fisher_rao_norm(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     likelihood: Likelihood | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> Estimate:
@@ -46,15 +46,11 @@ def fisher_rao_norm(
     gradients. Rescalings of layers or neurons that keep a ReLU network's function do
     not change it.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model, with outputs ``(n, classes, ...)`` where they are logits.
-        loss_fn: Tells the likelihood, where it is one of PyTorch's, and how targets
-            count: ignored ones not, others by their class weight.
-        batches: Pairs ``(inputs, targets)``.
         likelihood: ``"categorical"`` or ``"gaussian"``; by default that of the loss.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters in ``w``; all by default.
 
     Returns:
         The mean [loss], with its standard error over examples.
@@ -65,20 +61,7 @@ def fisher_rao_norm(
     Source:
         Liang et al. 2019, arXiv:1711.01530.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return fisher_rao_norm_of(risk, likelihood=likelihood)
-
-
-def fisher_rao_norm_of(
-    risk: EmpiricalRisk, *, likelihood: Likelihood | None = None
-) -> Estimate:
-    """Return the squared Fisher-Rao norm of a risk; see :func:`fisher_rao_norm`.
-
-    Raises:
-        UsageError: If the likelihood is unknown, or outputs do not fit it.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     chosen = likelihood or likelihood_of(risk.loss_fn)
     if chosen is None or chosen not in get_args(Likelihood):
         raise UsageError(

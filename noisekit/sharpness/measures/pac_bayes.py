@@ -14,7 +14,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import ErrorSource, Estimate, LogRatio, Status
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import WithDataError, data_stderr
 from noisekit.sharpness.jackknife import jackknife
@@ -77,9 +77,9 @@ class PacBayesFlatness:
 
 
 def pac_bayes_flatness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     target: float = 0.1,
     criterion: Criterion = "error",
@@ -87,7 +87,7 @@ def pac_bayes_flatness(
     num_draws: int = 16,
     tol: float = 0.01,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> PacBayesFlatness:
@@ -100,19 +100,16 @@ def pac_bayes_flatness(
     The size is found by bisection on the same draws throughout, so that the rise is a
     function of it; it is bracketed first.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``.
         target: The rise that is allowed.
         criterion: ``"error"``, the share of misclassified examples, or ``"loss"``.
         magnitude_aware: Whether noise is in proportion to each weight.
         num_draws: Draws of the noise.
         tol: Relative width of the last bracket of ``sigma``.
         generator: Source of the noise; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters that move; all by default.
 
     Returns:
         ``1/sigma²`` with its standard error over draws, by the slope of the rise, and
@@ -125,35 +122,7 @@ def pac_bayes_flatness(
     Source:
         Jiang et al. 2020, arXiv:1912.02178, appendix.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return pac_bayes_flatness_of(
-        risk,
-        target=target,
-        criterion=criterion,
-        magnitude_aware=magnitude_aware,
-        num_draws=num_draws,
-        tol=tol,
-        generator=generator,
-    )
-
-
-def pac_bayes_flatness_of(
-    risk: EmpiricalRisk,
-    *,
-    target: float = 0.1,
-    criterion: Criterion = "error",
-    magnitude_aware: bool = False,
-    num_draws: int = 16,
-    tol: float = 0.01,
-    generator: torch.Generator | None = None,
-) -> PacBayesFlatness:
-    """Return a risk's flatness under noise; see :func:`pac_bayes_flatness`.
-
-    Raises:
-        UsageError: If an argument is out of range, or there is no error rate.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     _refuse_bad_arguments(target, tol, criterion)
     if num_draws < 2:
         raise UsageError(
@@ -178,9 +147,9 @@ def pac_bayes_flatness_of(
 
 
 def pac_bayes_sharpness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     target: float = 0.1,
     criterion: Criterion = "error",
@@ -189,7 +158,7 @@ def pac_bayes_sharpness(
     restarts: int = 0,
     tol: float = 0.01,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> PacBayesFlatness:
@@ -202,10 +171,10 @@ def pac_bayes_sharpness(
     point is taken that projected ascent of the *loss* finds, so that ``alpha`` is an
     upper bound and the value a lower one.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``.
         target: The rise that is allowed.
         criterion: ``"error"``, the share of misclassified examples, or ``"loss"``.
         magnitude_aware: Whether displacements are in proportion to each weight.
@@ -213,9 +182,6 @@ def pac_bayes_sharpness(
         restarts: Further ascents, each from a random corner.
         tol: Relative width of the last bracket of ``alpha``.
         generator: Source of random starts; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters that move; all by default.
 
     Returns:
         ``1/alpha²`` as a lower bound; half the width of the last bracket is
@@ -228,37 +194,7 @@ def pac_bayes_sharpness(
     Source:
         Jiang et al. 2020, arXiv:1912.02178, appendix.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return pac_bayes_sharpness_of(
-        risk,
-        target=target,
-        criterion=criterion,
-        magnitude_aware=magnitude_aware,
-        steps=steps,
-        restarts=restarts,
-        tol=tol,
-        generator=generator,
-    )
-
-
-def pac_bayes_sharpness_of(
-    risk: EmpiricalRisk,
-    *,
-    target: float = 0.1,
-    criterion: Criterion = "error",
-    magnitude_aware: bool = False,
-    steps: int = 10,
-    restarts: int = 0,
-    tol: float = 0.01,
-    generator: torch.Generator | None = None,
-) -> PacBayesFlatness:
-    """Return a risk's flatness under ascent; see :func:`pac_bayes_sharpness`.
-
-    Raises:
-        UsageError: If an argument is out of range, or there is no error rate.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     _refuse_bad_arguments(target, tol, criterion)
     plan = AscentPlan(steps=steps, restarts=restarts)
     drawn = entropy_generator(generator)

@@ -12,7 +12,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate, Status
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.quadratic_forms import mean_estimate
 from noisekit.curvature.random_vectors import entropy_generator, sign_vector
@@ -26,13 +26,13 @@ from noisekit.sharpness.measures.spectral_sums import mean_weights, parts_of_not
 
 
 def relative_flatness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     num_matvecs: int = 32,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
     data_error: bool = False,
@@ -51,15 +51,13 @@ def relative_flatness(
     channels times everything else. Despite the name, larger is sharper. Rescaling
     whole layers does not change it; rescaling single neurons does.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`; of the parameters, those of at least two axes
+    are measured.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         num_matvecs: Random probes, one Hessian product each.
         generator: Source of the signs; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns; those of at least two axes are measured.
         data_error: Whether to count in how far other data of the same kind would move
             it, from the batches' parts of the same products, at no extra cost.
 
@@ -73,36 +71,14 @@ def relative_flatness(
     Source:
         Petzka et al. 2021, arXiv:2001.00939, definition 3.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     with HessianOperator.from_risk(risk) as hessian:
-        return relative_flatness_of(
-            hessian,
-            num_matvecs=num_matvecs,
-            generator=generator,
-            data_error=data_error,
+        found = flatness_with_data_error(
+            hessian, num_matvecs=num_matvecs, generator=entropy_generator(generator)
         )
-
-
-def relative_flatness_of(
-    hessian: HessianOperator,
-    *,
-    num_matvecs: int = 32,
-    generator: torch.Generator | None = None,
-    data_error: bool = False,
-) -> Mapping[str, Estimate]:
-    """Return the relative flatness by a Hessian; see :func:`relative_flatness`.
-
-    Raises:
-        UsageError: If there is no weight matrix, or fewer than 2 products.
-    """
-    found = flatness_with_data_error(
-        hessian, num_matvecs=num_matvecs, generator=entropy_generator(generator)
-    )
     return MappingProxyType(
         {
-            name: over_data(estimate, stderr if data_error else None, hessian.risk)
+            name: over_data(estimate, stderr if data_error else None, risk)
             for name, (estimate, stderr) in found.items()
         }
     )

@@ -13,7 +13,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate, Status
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
 from noisekit.curvature.eigenvalues.pyhessian import pyhessian_top_eigenvalue
 from noisekit.curvature.operators.hessian import HessianOperator
@@ -32,15 +32,15 @@ EigenMethod = Literal["lanczos", "pyhessian"]
 
 
 def lambda_max(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     method: EigenMethod = "lanczos",
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
     data_error: bool = False,
@@ -52,17 +52,14 @@ def lambda_max(
     BatchNorm have one that falls with their squared norm. Compare it at equal
     training loss only.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         method: ``"lanczos"``, or ``"pyhessian"`` for that package's power iteration.
         tol: Wanted relative accuracy.
         max_matvecs: Most Hessian-vector products to spend.
         generator: Source of the random start; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters; all by default.
         data_error: Whether to measure how far other data of the same kind would move
             it, from ``v' H_b v`` of each batch, at about one more product.
 
@@ -75,33 +72,7 @@ def lambda_max(
     Raises:
         UsageError: If ``method`` is unknown or another argument is out of range.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return lambda_max_of(
-        risk,
-        method=method,
-        tol=tol,
-        max_matvecs=max_matvecs,
-        generator=generator,
-        data_error=data_error,
-    )
-
-
-def lambda_max_of(
-    risk: EmpiricalRisk,
-    *,
-    method: EigenMethod = "lanczos",
-    tol: float = 1e-3,
-    max_matvecs: int | None = None,
-    generator: torch.Generator | None = None,
-    data_error: bool = False,
-) -> Estimate:
-    """Return the largest Hessian eigenvalue of a risk; see :func:`lambda_max`.
-
-    Raises:
-        UsageError: If ``method`` is unknown, or gives no vector for ``data_error``.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     if method == "pyhessian" and data_error:
         raise UsageError(
             "data_error needs method='lanczos', got 'pyhessian', of which no "
@@ -125,14 +96,14 @@ def lambda_max_of(
 
 
 def lambda_min(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
     data_error: bool = False,
@@ -142,43 +113,20 @@ def lambda_min(
     Clearly below zero it says that the point is no minimum. ``tol`` is relative to
     the norm of the Hessian, so a value of that order is not told from zero.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         tol: Wanted accuracy, relative to the norm of the Hessian.
         max_matvecs: Most Hessian-vector products to spend.
         generator: Source of the random start; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters; all by default.
         data_error: Whether to measure how far other data of the same kind would move
             it, at about one more product; see :func:`lambda_max`.
 
     Returns:
         The eigenvalue [loss/param²], with its residual as ``bound``.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return lambda_min_of(
-        risk,
-        tol=tol,
-        max_matvecs=max_matvecs,
-        generator=generator,
-        data_error=data_error,
-    )
-
-
-def lambda_min_of(
-    risk: EmpiricalRisk,
-    *,
-    tol: float = 1e-3,
-    max_matvecs: int | None = None,
-    generator: torch.Generator | None = None,
-    data_error: bool = False,
-) -> Estimate:
-    """Return the smallest Hessian eigenvalue of a risk; see :func:`lambda_min`."""
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     with HessianOperator.from_risk(risk) as hessian:
         pairs = top_eigenpairs(
             hessian, which="SA", tol=tol, max_matvecs=max_matvecs, generator=generator
@@ -189,14 +137,14 @@ def lambda_min_of(
 
 
 def gauge_fixed_lambda_max(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
     data_error: bool = False,
@@ -215,16 +163,13 @@ def gauge_fixed_lambda_max(
     With ``bn="batch"`` the constant that BatchNorm adds to the variance is taken as
     scaled along with the row.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: A model with BatchNorm.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         tol: Wanted relative accuracy.
         max_matvecs: Most Hessian-vector products to spend.
         generator: Source of the random start; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters; all by default.
         data_error: Whether to measure how far other data of the same kind would move
             it, at about one more product; see :func:`lambda_max`.
 
@@ -238,32 +183,7 @@ def gauge_fixed_lambda_max(
     Source:
         van Laarhoven 2017, arXiv:1706.05350, section 2, for the dependence on length.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return gauge_fixed_lambda_max_of(
-        risk,
-        tol=tol,
-        max_matvecs=max_matvecs,
-        generator=generator,
-        data_error=data_error,
-    )
-
-
-def gauge_fixed_lambda_max_of(
-    risk: EmpiricalRisk,
-    *,
-    tol: float = 1e-3,
-    max_matvecs: int | None = None,
-    generator: torch.Generator | None = None,
-    data_error: bool = False,
-) -> Estimate:
-    """Return a risk's eigenvalue at unit rows; see :func:`gauge_fixed_lambda_max`.
-
-    Raises:
-        UsageError: If no weights feed a BatchNorm, a row is zero, or the rescaled
-            network has not the same function.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     found, stderr = gauge_fixed_with_data_error(
         risk,
         tol=tol,

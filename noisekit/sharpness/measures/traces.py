@@ -10,7 +10,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.operators.ggn import GGNOperator
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator
@@ -24,13 +24,13 @@ from noisekit.sharpness.measures.spectral_sums import (
 
 
 def hessian_trace(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     num_matvecs: int = 32,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
     data_error: bool = False,
@@ -40,15 +40,12 @@ def hessian_trace(
     Negative curvature counts against positive. It is not invariant under rescalings
     that keep a ReLU network's function; :func:`weighted_hessian_trace` is.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         num_matvecs: Random probes, one Hessian product each.
         generator: Source of the random signs; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters; all by default.
         data_error: Whether to count in how far other data of the same kind would move
             it, from the batches' parts of the same products, at no extra cost.
 
@@ -59,22 +56,7 @@ def hessian_trace(
     Raises:
         UsageError: If fewer than 2 products are given.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return hessian_trace_of(
-        risk, num_matvecs=num_matvecs, generator=generator, data_error=data_error
-    )
-
-
-def hessian_trace_of(
-    risk: EmpiricalRisk,
-    *,
-    num_matvecs: int = 32,
-    generator: torch.Generator | None = None,
-    data_error: bool = False,
-) -> Estimate:
-    """Return the trace of a risk's Hessian; see :func:`hessian_trace`."""
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     with HessianOperator.from_risk(risk) as hessian:
         found, stderr = trace_with_data_error(
             hessian, num_matvecs=num_matvecs, generator=entropy_generator(generator)
@@ -83,13 +65,13 @@ def hessian_trace_of(
 
 
 def weighted_hessian_trace(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     num_matvecs: int = 32,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
     data_error: bool = False,
@@ -99,15 +81,12 @@ def weighted_hessian_trace(
     Rescalings of layers or neurons that keep a ReLU network's function do not change
     it, since they scale a weight and its curvature inversely.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         num_matvecs: Random probes, one Hessian product each.
         generator: Source of the random signs; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters; all by default.
         data_error: Whether to count in how far other data of the same kind would move
             it, from the batches' parts of the same products, at no extra cost.
 
@@ -118,22 +97,7 @@ def weighted_hessian_trace(
     Raises:
         UsageError: If fewer than 2 products are given.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return weighted_hessian_trace_of(
-        risk, num_matvecs=num_matvecs, generator=generator, data_error=data_error
-    )
-
-
-def weighted_hessian_trace_of(
-    risk: EmpiricalRisk,
-    *,
-    num_matvecs: int = 32,
-    generator: torch.Generator | None = None,
-    data_error: bool = False,
-) -> Estimate:
-    """Return the weighted trace of a risk; see :func:`weighted_hessian_trace`."""
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     with HessianOperator.from_risk(risk) as hessian:
         found, stderr = weighted_trace_with_data_error(
             hessian, num_matvecs=num_matvecs, generator=entropy_generator(generator)
@@ -142,28 +106,25 @@ def weighted_hessian_trace_of(
 
 
 def hessian_frobenius_norm(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     num_matvecs: int = 32,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
     data_error: bool = False,
 ) -> Estimate:
     r"""Return :math:`\|H\|_F`, the root of the sum of squared Hessian eigenvalues.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         num_matvecs: Random probes, one Hessian product each.
         generator: Source of the random signs; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters; all by default.
         data_error: Whether to count in how far other data of the same kind would move
             it, to first order, at about the same cost again.
 
@@ -174,22 +135,7 @@ def hessian_frobenius_norm(
     Raises:
         UsageError: If fewer than 2 products are given.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return hessian_frobenius_norm_of(
-        risk, num_matvecs=num_matvecs, generator=generator, data_error=data_error
-    )
-
-
-def hessian_frobenius_norm_of(
-    risk: EmpiricalRisk,
-    *,
-    num_matvecs: int = 32,
-    generator: torch.Generator | None = None,
-    data_error: bool = False,
-) -> Estimate:
-    """Return the norm of a risk's Hessian; see :func:`hessian_frobenius_norm`."""
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     with HessianOperator.from_risk(risk) as hessian:
         found, stderr = frobenius_with_data_error(
             hessian,
@@ -201,15 +147,15 @@ def hessian_frobenius_norm_of(
 
 
 def effective_dimension(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     shift: float = 1e-2,
     num_probes: int = 8,
     num_steps: int = 20,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
     data_error: bool = False,
@@ -219,18 +165,15 @@ def effective_dimension(
     The eigenvalues are those of the Gauss-Newton matrix, which has no negative ones;
     of the Hessian the sum is not a count.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar, convex in the outputs.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         shift: ``z``: curvature that counts as a half [loss/param²], such as a weight
             decay. Only values at the same shift can be compared.
         num_probes: Random vectors.
         num_steps: Most products for each.
         generator: Source of the vectors; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters; all by default.
         data_error: Whether to count in how far other data of the same kind would move
             it, to first order, at about the same cost again.
 
@@ -245,29 +188,7 @@ def effective_dimension(
     Source:
         MacKay 1992, "Bayesian interpolation"; Maddox et al. 2020, arXiv:2003.02139.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return effective_dimension_of(
-        risk,
-        shift=shift,
-        num_probes=num_probes,
-        num_steps=num_steps,
-        generator=generator,
-        data_error=data_error,
-    )
-
-
-def effective_dimension_of(
-    risk: EmpiricalRisk,
-    *,
-    shift: float = 1e-2,
-    num_probes: int = 8,
-    num_steps: int = 20,
-    generator: torch.Generator | None = None,
-    data_error: bool = False,
-) -> Estimate:
-    """Return the effective dimension of a risk; see :func:`effective_dimension`."""
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     with GGNOperator.from_risk(risk) as gauss_newton:
         found, stderr = dimension_with_data_error(
             gauss_newton,

@@ -14,7 +14,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import (
     batch_parts,
@@ -94,9 +94,9 @@ class WorstCaseSharpness:
 
 
 def worst_case_sharpness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     rho: float = 0.05,
     norm: BallNorm = "l2",
@@ -107,7 +107,7 @@ def worst_case_sharpness(
     batch_size: int | None = None,
     logits: Logits = "raw",
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> WorstCaseSharpness:
@@ -124,10 +124,10 @@ def worst_case_sharpness(
     Adaptive values with ``eta=0`` do not change under rescalings of layers or neurons
     that keep a ReLU network's function; with ``eta`` above 0 they do a little.
 
+    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
-        model: The model; given back bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         rho: Radius; SAM uses 0.05, ASAM 0.5 with ``adaptive``.
         norm: ``"l2"``, or ``"linf"`` for the largest entry.
         adaptive: Whether a weight moves in proportion to its size. A weight of zero
@@ -141,9 +141,6 @@ def worst_case_sharpness(
         logits: ``"raw"``, or centred and of ``"unit_norm"`` or ``"unit_std"``, so that
             a network cannot look flat by large outputs.
         generator: Source of random points; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters that move; all by default.
 
     Returns:
         The sharpness [loss] and what it was found with. A point of the ball where the
@@ -158,41 +155,7 @@ def worst_case_sharpness(
         2021, arXiv:2102.11600, for ``eta``; Andriushchenko et al. 2023,
         arXiv:2302.07011, for adaptive balls and normalised logits.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    return worst_case_sharpness_of(
-        risk,
-        rho=rho,
-        norm=norm,
-        adaptive=adaptive,
-        eta=eta,
-        steps=steps,
-        restarts=restarts,
-        batch_size=batch_size,
-        logits=logits,
-        generator=generator,
-    )
-
-
-def worst_case_sharpness_of(
-    risk: EmpiricalRisk,
-    *,
-    rho: float = 0.05,
-    norm: BallNorm = "l2",
-    adaptive: bool = False,
-    eta: float = 0.0,
-    steps: int = 1,
-    restarts: int = 0,
-    batch_size: int | None = None,
-    logits: Logits = "raw",
-    generator: torch.Generator | None = None,
-) -> WorstCaseSharpness:
-    """Return the worst-case sharpness of a risk; see :func:`worst_case_sharpness`.
-
-    Raises:
-        UsageError: If an argument is out of range.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     plan = AscentPlan(steps=steps, restarts=restarts)
     drawn = entropy_generator(generator)
     risk = risk.in_precision(torch.float32)
