@@ -15,7 +15,14 @@ from noisekit.figures.noise import noise_over_training
 from noisekit.figures.plot import FORMATS, Plot, writable_folder, write_table
 from noisekit.figures.ratios import descriptive_ratios, paired_ratios
 from noisekit.figures.slices import loss_lines, loss_surface
-from noisekit.figures.theme import ONE_COLUMN, TWO_COLUMNS, ArmStyle, arm_styles, themed
+from noisekit.figures.theme import (
+    ONE_COLUMN,
+    TWO_COLUMNS,
+    ArmStyle,
+    arm_styles,
+    snapshot_words,
+    themed,
+)
 from noisekit.figures.training import training_curves
 from noisekit.figures.tuning import rate_tuning
 
@@ -38,6 +45,7 @@ __all__ = [
     "paired_ratios",
     "rate_tuning",
     "sharpness_against_loss",
+    "snapshot_words",
     "spectral_density",
     "themed",
     "training_curves",

@@ -12,7 +12,6 @@ from matplotlib.patches import Patch, Rectangle
 from pandas import DataFrame
 
 from noisekit.core.errors import EmptyDataError
-from noisekit.core.results import Interval
 from noisekit.core.vocabulary import quantity
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
@@ -24,27 +23,28 @@ from noisekit.figures.theme import (
     plain_log_ticks,
     themed,
 )
-from noisekit.stats import ContrastResult, Verdict
+from noisekit.stats import ContrastResult, Verdict, contrast_titles
 
-_KINDS = ("95", "90", "adjusted")
 _ROW = 0.42
 """Height of one contrast [inch]."""
 
 
 @themed()
 def contrast_forest(
-    results: Sequence[ContrastResult], *, name: str = "contrasts"
+    results: Sequence[ContrastResult],
+    *,
+    arms: Mapping[str, str] | None = None,
+    name: str = "contrasts",
 ) -> Plot:
-    """Draw the effect of each contrast with its intervals, margin and verdict.
+    """Draw the effect of each contrast with its interval, margin and verdict.
 
-    Thin bar: 95 % interval, which decides *larger* and *smaller*; thick bar: 90 %
-    interval, which decides *equivalent* by lying inside the shaded margin; whiskers:
-    the interval adjusted for the number of primary contrasts. Each quantity has an
-    axis, a log axis for ratios; differences of fractions are in points. Primary
-    contrasts are filled. A contrast without an effect keeps its row and says so.
+    The bar is the interval that decides. Each quantity has an axis, a log axis for
+    ratios; differences of fractions are in points. Primary contrasts are filled. A
+    contrast without an effect keeps its row and is labelled so.
 
     Args:
         results: From ``judge``, in the order in which they are read.
+        arms: The name under which each arm is shown; by default the recipe's.
         name: Stem of the files.
 
     Returns:
@@ -58,7 +58,10 @@ def contrast_forest(
             f"figure {name!r} needs at least one judged contrast, got none; runs that "
             "claim nothing have no forest plot."
         )
-    table = DataFrame([_row(result) for result in results])
+    titles = contrast_titles([result.contrast for result in results])
+    table = DataFrame(
+        [_row(result, titles[result.contrast.name], arms or {}) for result in results]
+    )
     groups = list(dict.fromkeys(table["axis"]))
     counts = [int((table["axis"] == group).sum()) for group in groups]
     size = (TWO_COLUMNS, 0.35 + sum(0.62 + _ROW * count for count in counts))
@@ -68,13 +71,22 @@ def contrast_forest(
         _draw_group(ax, table[table["axis"] == group], group)
     _add_legend(figure)
     caption = (
-        "Contrasts fixed before the runs. Point: effect, paired by seed; thin bar: "
-        "95 % interval, thick bar: 90 % interval, whiskers: interval adjusted for the "
-        "number of primary contrasts; shaded: the margin inside which a difference is "
-        "too small to matter. Filled points are primary, open ones descriptive."
-        f"{_without_effect(table)}"
+        "Contrasts stated before the runs. Point: effect, paired by seed; bar: the "
+        f"interval that decides{_levels(results)}; shaded: the margin inside which a "
+        "difference is too small to matter. Filled points are primary, open ones "
+        f"descriptive.{_without_effect(table)}"
     )
-    return Plot(figure, table.drop(columns=["axis"]), name, caption)
+    return Plot(figure, table.drop(columns=["axis", "arms"]), name, caption)
+
+
+def _levels(results: Sequence[ContrastResult]) -> str:
+    levels = {r.contrast.primary: 100 * r.interval.level for r in results}
+    words = [
+        f"{levels[primary]:.3g} % for {kind} contrasts"
+        for primary, kind in ((True, "primary"), (False, "descriptive"))
+        if primary in levels
+    ]
+    return f" ({', '.join(words)})"
 
 
 def _without_effect(table: DataFrame) -> str:
@@ -85,9 +97,15 @@ def _without_effect(table: DataFrame) -> str:
     return f" Left out: {points} without a finite pair."
 
 
-def _row(result: ContrastResult) -> dict[str, object]:
+def _row(
+    result: ContrastResult, title: str, arms: Mapping[str, str]
+) -> dict[str, object]:
     contrast = result.contrast
     ratio = contrast.scale == "ratio"
+    treatment, reference = (
+        arms.get(arm, arm.replace("_", " "))
+        for arm in (contrast.treatment, contrast.reference)
+    )
     known = quantity(contrast.quantity)
     factor, axis = 1.0, f"{known.label}, ratio"
     if not ratio:
@@ -95,10 +113,11 @@ def _row(result: ContrastResult) -> dict[str, object]:
         factor = 100.0 if points else 1.0
         unit = "points" if points else known.unit
         axis = f"{known.label}, difference" + (f" [{unit}]" if unit else "")
-    margin = contrast.margin * factor
+    interval = result.interval
+    low, high = contrast.margin_ends
     return {
         "contrast": contrast.name,
-        "label": _label(contrast.description or contrast.name.replace("_", " ")),
+        "label": title,
         "quantity": contrast.quantity,
         "treatment": contrast.treatment,
         "reference": contrast.reference,
@@ -106,30 +125,18 @@ def _row(result: ContrastResult) -> dict[str, object]:
         "primary": contrast.primary,
         "scale": contrast.scale,
         "axis": axis,
+        "arms": f"{treatment} {'over' if ratio else 'minus'} {reference}",
         "effect": result.effect * factor,
-        **_ends("95", result.interval, factor),
-        **_ends("90", result.interval_90, factor),
-        **_ends("adjusted", result.adjusted_interval, factor),
-        "margin_low": 1 / margin if ratio else -margin,
-        "margin_high": margin,
+        "low": interval.low * factor if interval.bounded else math.nan,
+        "high": interval.high * factor if interval.bounded else math.nan,
+        "level": interval.level,
+        "margin_low": low * factor,
+        "margin_high": high * factor,
         "num_pairs": result.num_pairs,
-        "p_value": result.p_value,
-        "p_adjusted": result.p_adjusted,
+        "error_over": result.error_over,
+        "p_no_effect": result.p_value,
         "verdict": str(result.verdict),
         "reason": result.reason,
-    }
-
-
-def _label(words: str) -> str:
-    return words[:1].upper() + words[1:]
-
-
-def _ends(level: str, interval: Interval, factor: float) -> dict[str, float]:
-    low, high = interval.low * factor, interval.high * factor
-    known = interval.bounded
-    return {
-        f"low_{level}": low if known else math.nan,
-        f"high_{level}": high if known else math.nan,
     }
 
 
@@ -151,9 +158,7 @@ def _draw_group(ax: Axes, rows: DataFrame, group: str) -> None:
 
 
 def _names(row: Mapping[Hashable, object]) -> str:
-    over = "over" if row["scale"] == "ratio" else "minus"
-    arms = f"{row['treatment']} {over} {row['reference']}".replace("_", " ")
-    return "\n".join((textwrap.fill(str(row["label"]), 44), arms))
+    return "\n".join(textwrap.fill(str(row[key]), 44) for key in ("label", "arms"))
 
 
 def _draw_contrast(ax: Axes, y: int, row: Mapping[Hashable, object]) -> None:
@@ -162,13 +167,8 @@ def _draw_contrast(ax: Axes, y: int, row: Mapping[Hashable, object]) -> None:
     corner = (number["margin_low"], y - 0.38)
     ax.add_patch(Rectangle(corner, width, 0.76, color=ZONE, lw=0, zorder=1))
     if math.isfinite(number["effect"]):
-        for level, line_width in (("adjusted", 0.6), ("95", 1.2), ("90", 3.0)):
-            if level == "adjusted" and not row["primary"]:
-                continue
-            ends = [number[f"low_{level}"], number[f"high_{level}"]]
-            ax.plot(ends, [y, y], color=INK, lw=line_width, solid_capstyle="butt")
-            if level == "adjusted":
-                ax.plot(ends, [y, y], "|", color=INK, ms=5, mew=0.8)
+        ends = [number["low"], number["high"]]
+        ax.plot(ends, [y, y], color=INK, lw=1.4, solid_capstyle="butt")
         fill = INK if row["primary"] else "white"
         ax.plot(number["effect"], y, "o", mfc=fill, mec=INK, ms=5, mew=0.9, zorder=4)
     for text, offset, weight, color in (
@@ -191,22 +191,21 @@ def _draw_contrast(ax: Axes, y: int, row: Mapping[Hashable, object]) -> None:
 def _verdict_words(verdict: str) -> str:
     if verdict == Verdict.NOT_JUDGED:
         return "no verdict"
-    return verdict.replace("_", " ")
+    return verdict
 
 
 def _numbers(number: Mapping[Hashable, float], *, log: bool) -> str:
     if not math.isfinite(number["effect"]):
         return "no effect"
     write = in_three_digits if log else "{:+.2f}".format
-    effect, low, high = (write(number[key]) for key in ("effect", "low_95", "high_95"))
-    if math.isnan(number["low_95"]):
+    effect, low, high = (write(number[key]) for key in ("effect", "low", "high"))
+    if math.isnan(number["low"]):
         return effect
     return f"{effect} [{low}, {high}]"
 
 
 def _limits(rows: DataFrame, *, log: bool) -> tuple[float, float]:
-    intervals = [f"{side}_{kind}" for side in ("low", "high") for kind in _KINDS]
-    columns = ["effect", "margin_low", "margin_high", *intervals]
+    columns = ["effect", "margin_low", "margin_high", "low", "high"]
     values = [v for v in rows[columns].to_numpy().ravel() if math.isfinite(v)]
     low, high = min(values), max(values)
     if log:
@@ -221,9 +220,7 @@ def _add_legend(figure: Figure) -> None:
     handles = [
         Line2D([], [], **point, label="primary"),  # type: ignore[arg-type]
         Line2D([], [], **point, mfc="white", label="descriptive"),  # type: ignore[arg-type]
-        Line2D([], [], color=INK, lw=1.0, label="95 % interval"),
-        Line2D([], [], color=INK, lw=3.0, label="90 % interval"),
-        Line2D([], [], color=INK, lw=0.6, marker="|", ms=5, label="adjusted"),
+        Line2D([], [], color=INK, lw=1.4, label="interval that decides"),
         Patch(color=ZONE, lw=0, label="within the margin"),
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=6)
+    figure.legend(handles=handles, loc="outside upper left", ncols=4)

@@ -4,7 +4,7 @@ Nothing here changes Matplotlib's global settings beyond a ``with`` block.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -120,30 +120,47 @@ def styles_of(labels: Mapping[str, str]) -> dict[str, ArmStyle]:
 def arm_styles(runs: DataFrame) -> dict[str, ArmStyle]:
     """Return a style per arm, in the order in which figures show them.
 
-    Make it once, from the table of runs, and hand it to every figure: then an arm
-    looks the same in all of them. Where ``batch_size`` and ``learning_rate`` tell
-    the arms apart they are the label and give the order, smallest first; else the
-    label is the arm's name, in the order of the table.
+    Make it once, from the table of runs, and pass it to every figure, so that an arm
+    looks the same in all of them. Its ``label`` is the name of the arm in all text,
+    too: batch size and learning rate where these are all that the arms differ in, and
+    then the smallest come first; else the arm's own name, in the order of the table.
 
     Args:
-        runs: Table with the column ``arm``, and the arms' factors where known.
+        runs: Table with the column ``arm``, and the arms' factors where known, in front
+            of ``run_id``.
     """
     first = runs.drop_duplicates("arm").set_index("arm", drop=False)
-    factors = ["batch_size", "learning_rate"]
-    if set(factors) <= set(runs.columns):
+    factors = [name for name in _FACTOR_WORDS if name in first.columns]
+    if factors and not _differ_otherwise(first):
         first = first.sort_values(factors, kind="stable")
-        told = {str(arm): _factor_label(first.loc[arm]) for arm in first["arm"]}
-        if len(set(told.values())) == len(told) and all(told.values()):
-            return styles_of({arm: str(text) for arm, text in told.items()})
+        labels = {
+            str(arm): _factor_label(first.loc[arm], factors) for arm in first.index
+        }
+        if len(set(labels.values())) == len(labels) and all(labels.values()):
+            return styles_of(labels)
     arms = [str(arm) for arm in runs["arm"].drop_duplicates()]
     return styles_of({arm: arm.replace("_", " ") for arm in arms})
 
 
-def _factor_label(row: Mapping[str, float]) -> str | None:
-    batch_size, rate = float(row["batch_size"]), float(row["learning_rate"])
-    if not (math.isfinite(batch_size) and math.isfinite(rate)):
-        return None
-    return f"batch {batch_size:g}, rate {rate:g}"
+_FACTOR_WORDS = {"batch_size": "batch", "learning_rate": "rate"}
+
+
+def _differ_otherwise(first: DataFrame) -> bool:
+    """Whether arms differ in more than batch size and rate, such as in the network."""
+    columns = list(first.columns)
+    factors = columns[: columns.index("run_id")] if "run_id" in columns else []
+    return any(
+        first[name].astype(str).nunique() > 1
+        for name in factors
+        if name not in _FACTOR_WORDS
+    )
+
+
+def _factor_label(row: Mapping[Hashable, float], factors: Sequence[str]) -> str:
+    values = {name: float(row[name]) for name in factors}
+    if not all(map(math.isfinite, values.values())):
+        return ""
+    return ", ".join(f"{_FACTOR_WORDS[name]} {v:g}" for name, v in values.items())
 
 
 def panels(

@@ -1,6 +1,6 @@
-"""What stands on the page, in order, ready for the template."""
+"""The content of the page, in order, ready for the template."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -10,15 +10,8 @@ from markupsafe import Markup
 
 from noisekit.core.vocabulary import Quantity
 from noisekit.figures import FORMATS
-from noisekit.report.formatting import (
-    Cell,
-    ContrastRow,
-    contrast_row,
-    glossary,
-    in_words,
-    names_of,
-    table_cells,
-)
+from noisekit.report.contrast_words import ContrastRow, contrast_rows
+from noisekit.report.formatting import Cell, glossary, table_cells
 from noisekit.report.inline_svg import inline_svg
 from noisekit.report.results import AnalysisResult, Provenance, Rule, Table
 from noisekit.report.typography import typeset
@@ -36,7 +29,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class FigureView:
-    """A figure as it stands on the page."""
+    """A figure of the page."""
 
     anchor: str
     number: int
@@ -47,7 +40,7 @@ class FigureView:
 
 @dataclass(frozen=True, slots=True)
 class TableView:
-    """A table as it stands on the page."""
+    """A table of the page."""
 
     anchor: str
     number: int | None
@@ -60,15 +53,16 @@ class TableView:
 
 @dataclass(frozen=True, slots=True)
 class Article:
-    """One analysis as it stands on the page."""
+    """One analysis of the page."""
 
     anchor: str
     question: str
-    answer: str
+    answer: tuple[str, ...]
     rules: tuple[Rule, ...]
     warnings: tuple[str, ...]
     primary: tuple[ContrastRow, ...]
     descriptive: tuple[ContrastRow, ...]
+    primary_level: str
     figures: tuple[FigureView, ...]
     tables: tuple[TableView, ...]
 
@@ -76,6 +70,11 @@ class Article:
     def broken(self) -> tuple[Rule, ...]:
         """The rules that do not hold."""
         return tuple(rule for rule in self.rules if not rule.met)
+
+    @property
+    def met(self) -> tuple[Rule, ...]:
+        """The rules that hold."""
+        return tuple(rule for rule in self.rules if rule.met)
 
     @property
     def contrasts(self) -> tuple[ContrastRow, ...]:
@@ -104,17 +103,17 @@ def page_of(
         provenance: Where the numbers come from.
         beside: Folder of the report, in which linked files are looked for.
     """
-    names = names_of(results, provenance.arms)
     figures, tables = count(1), count(1)
     articles = tuple(
         Article(
             anchor=f"analysis-{place}",
             question=result.question or result.name,
-            answer=typeset(result.answer),
-            rules=tuple(_rules(result.rules, names)),
+            answer=tuple(map(typeset, result.answer.splitlines())),
+            rules=tuple(map(_rule, result.rules)),
             warnings=tuple(map(typeset, result.warnings)),
             primary=_contrasts(result, provenance, primary=True),
             descriptive=_contrasts(result, provenance, primary=False),
+            primary_level=_primary_level(result),
             figures=tuple(_figures(result, figures, beside)),
             tables=tuple(_tables(result, tables, provenance, beside)),
         )
@@ -130,19 +129,25 @@ def page_of(
     )
 
 
-def _rules(rules: Iterable[Rule], names: Mapping[str, str]) -> Iterator[Rule]:
-    for rule in rules:
-        yield Rule(in_words(rule.name, names), rule.met, in_words(rule.detail, names))
+def _rule(rule: Rule) -> Rule:
+    return Rule(typeset(rule.name), rule.met, typeset(rule.detail))
 
 
 def _contrasts(
     result: AnalysisResult, provenance: Provenance, *, primary: bool
 ) -> tuple[ContrastRow, ...]:
+    rows = contrast_rows(result.contrasts, provenance.arms)
     return tuple(
-        contrast_row(item, provenance.arms)
-        for item in result.contrasts
+        row
+        for row, item in zip(rows, result.contrasts, strict=True)
         if item.contrast.primary is primary
     )
+
+
+def _primary_level(result: AnalysisResult) -> str:
+    """Return the level of the primary intervals; empty where there is none."""
+    levels = [i.interval.level for i in result.contrasts if i.contrast.primary]
+    return f"{100 * levels[0]:.3g} %" if levels else ""
 
 
 def _figures(

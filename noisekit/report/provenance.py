@@ -6,6 +6,7 @@ import tomli_w
 
 from noisekit.figures import arm_styles
 from noisekit.records import Runs
+from noisekit.report.recipe_view import title
 from noisekit.report.results import Provenance, Table
 
 _COSTS = {
@@ -25,10 +26,8 @@ def provenance_of(runs: Runs, *, analysis_seconds: float | None = None) -> Prove
         analysis_seconds: Wall time of analysing and drawing [s], if measured.
     """
     first = runs.directories[0].manifest
-    name, profile = runs.recipe.get("name"), runs.recipe.get("profile")
-    title = " · ".join(str(part) for part in (name, profile) if part)
     return Provenance(
-        title=title or first.run_id,
+        title=title(runs),
         arms={arm: style.label for arm, style in arm_styles(runs.runs).items()},
         runs=_run_table(runs),
         recipe=tomli_w.dumps(_without_none(runs.recipe)) if runs.recipe else "",
@@ -36,7 +35,7 @@ def provenance_of(runs: Runs, *, analysis_seconds: float | None = None) -> Prove
         versions=dict(first.versions),
         host=dict(first.host),
         costs=_costs(runs, analysis_seconds),
-        commands=_commands(name, profile),
+        commands=_commands(runs.recipe.get("name"), runs.recipe.get("profile")),
         faults=tuple(runs.faults),
     )
 

@@ -56,7 +56,7 @@ class AnalysisResult:
     Attributes:
         name: Name of the analysis.
         question: What was asked.
-        answer: The answer in a sentence or two; says so where there is none.
+        answer: The answer, a line a statement; says so where there is none.
         rules: Rules of a fair test, met or broken.
         contrasts: Contrasts with effects and verdicts.
         plots: Figures, the most telling first.

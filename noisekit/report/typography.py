@@ -26,6 +26,7 @@ _UPRIGHT = {
     "parallel": "∥",
     "top": "⊤",
 }
+_NAMES = ("Hessian", "Fisher")
 _ACCENTS = {"bar": "\u0304", "hat": "\u0302", "tilde": "\u0303"}
 _POWER = re.compile(r"(?<![\w.])([-−]?\d+(?:\.\d+)?)e([+-]\d+)(?!\w)")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
@@ -58,11 +59,6 @@ def fixed(value: float, places: int) -> str:
     return f"{value:+,.{places}f}".replace("-", _MINUS)
 
 
-def p_value(value: float) -> str:
-    """Return a p-value; a very small one as the bound that is worth reading."""
-    return "< 0.001" if value < 1e-3 else number(value, digits=2)
-
-
 def typeset(text: str) -> str:
     """Return ``text`` with true minus signs and powers of ten, which do not break."""
     powers = _POWER.sub(_power_of_ten, text)
@@ -77,6 +73,13 @@ def spaced(name: str) -> str:
 def sentence_case(text: str) -> str:
     """Return ``text`` with its first letter as a capital; a symbol stays as it is."""
     return text[:1].upper() + text[1:] if text[:1].isascii() else text
+
+
+def lower_first(text: str) -> str:
+    """Return ``text`` as it stands inside a sentence; names such as PyHessian stay."""
+    word = text.split(" ", 1)[0]
+    is_name = not word[1:].islower() or word in _NAMES
+    return text if is_name else text[:1].lower() + text[1:]
 
 
 def symbol(mathtext: str) -> Markup:

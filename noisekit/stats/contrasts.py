@@ -1,34 +1,64 @@
-"""Contrasts named before looking, their data by seed, and their results."""
+"""Contrasts stated before the runs, their data by seed, and their results."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from noisekit.core.errors import UsageError
-from noisekit.core.results import Interval
+from noisekit.core.results import Estimate, Interval
 from noisekit.core.vocabulary import QUANTITIES
-from noisekit.stats.hypothesis import Scale, margin_fault
+from noisekit.stats.effects import Scale, margin_fault
 
 
 class Verdict(StrEnum):
-    """What the data say about one contrast."""
+    """Where the interval of a contrast lies, against no effect and the margin."""
 
     LARGER = "larger"
-    """The 95 % interval lies above the margin."""
+    """Beyond the margin, on the upper side."""
     SMALLER = "smaller"
-    """The 95 % interval lies below the margin on the other side."""
+    """Beyond the margin, on the lower side."""
+    LARGER_WITHIN_MARGIN = "larger within the margin"
+    """Above no effect, and inside the margin."""
+    SMALLER_WITHIN_MARGIN = "smaller within the margin"
+    """Below no effect, and inside the margin."""
     EQUIVALENT = "equivalent"
-    """The 90 % interval lies inside the margin."""
+    """Inside the margin, with no effect inside the interval."""
     NOT_RESOLVED = "not resolved"
-    """None of these; the seeds do not suffice."""
+    """Across the margin; the seeds do not suffice."""
     NOT_COMPARABLE = "not comparable"
     """A fair-test rule is broken, such as unmatched training loss."""
     NOT_JUDGED = "not judged"
     """The runs make no claims, such as a smoke run."""
+
+    @property
+    def decided(self) -> bool:
+        """Whether the data decided on which side of the margin the effect lies."""
+        return self not in _UNDECIDED
+
+    @property
+    def region(self) -> int:
+        """1 above the margin, 0 inside it, -1 below; only where ``decided``."""
+        return {Verdict.LARGER: 1, Verdict.SMALLER: -1}.get(self, 0)
+
+    @property
+    def direction(self) -> int:
+        """1 for a larger value, -1 for a smaller one, 0 where none is established."""
+        return _DIRECTIONS.get(self, 0)
+
+
+_UNDECIDED = (Verdict.NOT_RESOLVED, Verdict.NOT_COMPARABLE, Verdict.NOT_JUDGED)
+_DIRECTIONS = {
+    Verdict.LARGER: 1,
+    Verdict.LARGER_WITHIN_MARGIN: 1,
+    Verdict.SMALLER: -1,
+    Verdict.SMALLER_WITHIN_MARGIN: -1,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +77,7 @@ class Contrast:
         primary: Whether it belongs to the family that is adjusted for its size;
             any other is descriptive.
         paper: What a paper found, in words; stands beside the result, is not tested.
-        description: What the contrast is for.
+        description: What the contrast holds equal; its name wherever it is shown.
 
     Raises:
         UsageError: If the arms are the same, or scale or margin do not fit.
@@ -79,6 +109,33 @@ class Contrast:
         if fault:
             raise UsageError(f"contrast {self.name!r} {fault}")
 
+    @property
+    def null(self) -> float:
+        """The value of no effect."""
+        return 1.0 if self.scale == "ratio" else 0.0
+
+    @property
+    def margin_ends(self) -> tuple[float, float]:
+        """Lowest and highest effect that are too small to matter."""
+        lowest = 1.0 / self.margin if self.scale == "ratio" else -self.margin
+        return lowest, self.margin
+
+
+def contrast_titles(contrasts: Sequence[Contrast]) -> dict[str, str]:
+    """Return the name under which each contrast is shown, by its name in the recipe.
+
+    The recipe's description; with the quantity in front where two contrasts share it.
+    """
+    titles = {c.name: c.description or c.name.replace("_", " ") for c in contrasts}
+    shared = [title for title, times in Counter(titles.values()).items() if times > 1]
+    for contrast in contrasts:
+        title = titles[contrast.name]
+        if title in shared:
+            known = QUANTITIES.get(contrast.quantity)
+            label = known.label if known else contrast.quantity.replace("_", " ")
+            titles[contrast.name] = f"{label}: {title}"
+    return {name: title[:1].upper() + title[1:] for name, title in titles.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class PairedSample:
@@ -89,6 +146,8 @@ class PairedSample:
         treatment: Value of the treatment arm per seed, NaN where missing.
         reference: Value of the reference arm per seed, NaN where missing.
         not_comparable: Why no verdict may be given, where a fair-test rule is broken.
+        crossed: The same difference with its error over seeds and test images, where
+            it is one of error rates; the wider of the two intervals decides.
 
     Raises:
         UsageError: If lengths differ or a seed occurs twice.
@@ -98,6 +157,7 @@ class PairedSample:
     treatment: tuple[float, ...]
     reference: tuple[float, ...]
     not_comparable: str | None = None
+    crossed: Estimate | None = None
 
     def __post_init__(self) -> None:
         lengths = (len(self.seeds), len(self.treatment), len(self.reference))
@@ -120,6 +180,7 @@ class PairedSample:
         *,
         seeds: Sequence[int] = (),
         not_comparable: str | None = None,
+        crossed: Estimate | None = None,
     ) -> "PairedSample":
         """Pair two arms by seed; what is in only one of them counts as missing.
 
@@ -129,6 +190,7 @@ class PairedSample:
             seeds: Seeds that were planned, so that one which is in neither arm still
                 counts as missing.
             not_comparable: Why no verdict may be given, if so.
+            crossed: The difference with its error over seeds and test images.
         """
         every = tuple(sorted({*seeds, *treatment, *reference}))
         return cls(
@@ -136,6 +198,7 @@ class PairedSample:
             treatment=tuple(float(treatment.get(s, math.nan)) for s in every),
             reference=tuple(float(reference.get(s, math.nan)) for s in every),
             not_comparable=not_comparable,
+            crossed=crossed,
         )
 
     def complete(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -151,19 +214,18 @@ class ContrastResult:
 
     Attributes:
         contrast: What was compared.
-        verdict: What the data say, after adjustment where the contrast is primary.
+        verdict: Where ``interval`` lies.
         reason: Why there is no verdict, or what to know about the one there is.
         effect: Ratio of geometric means, or difference of means; NaN without pairs.
-        interval: 95 % t-interval of the effect, not adjusted.
-        interval_90: 90 % t-interval of the effect, not adjusted.
-        adjusted_interval: t-interval at level ``1 - 0.05/num_tests``: the verdicts
-            *larger* and *smaller* say that it lies beyond the margin.
-        p_beyond: p-value of the claim that the effect is beyond the margin; NaN where
-            nothing was tested.
-        p_inside: p-value of the claim that it is inside the margin; NaN likewise.
+        interval: The interval that decides. Its level is 95 % for a descriptive
+            contrast and ``1 - 0.05/num_tests`` for a primary one, so that all primary
+            intervals hold together in 95 % of experiments.
+        p_value: Of no effect, times ``num_tests``: at most 0.05 exactly where
+            ``interval`` excludes no effect. NaN where nothing was tested.
+        error_over: What the interval averages over.
         num_pairs: Pairs that entered.
         num_missing: Pairs of which a side is missing.
-        num_tests: Contrasts that the verdict is adjusted for; 1 if descriptive.
+        num_tests: Contrasts that the interval is adjusted for; 1 if descriptive.
     """
 
     contrast: Contrast
@@ -171,78 +233,8 @@ class ContrastResult:
     reason: str
     effect: float
     interval: Interval
-    interval_90: Interval
-    adjusted_interval: Interval
-    p_beyond: float
-    p_inside: float
+    p_value: float
+    error_over: Literal["seeds", "seeds and images"] = "seeds"
     num_pairs: int
     num_missing: int
     num_tests: int
-
-    @property
-    def p_value(self) -> float:
-        """Unadjusted p-value of the claim, beyond or inside, that is nearer at hand."""
-        return min(self.p_beyond, self.p_inside)
-
-    @property
-    def p_adjusted(self) -> float:
-        """``p_value`` adjusted for the family; as it is for a descriptive contrast."""
-        adjusted = self.num_tests * self.p_value
-        return 1.0 if adjusted > 1.0 else adjusted  # NaN stays NaN
-
-    @property
-    def decided(self) -> bool:
-        """Whether the verdict is larger, smaller or equivalent."""
-        return self.verdict in (Verdict.LARGER, Verdict.SMALLER, Verdict.EQUIVALENT)
-
-    def describe(self) -> str:
-        """Return one plain sentence with the effect, its interval and the verdict."""
-        contrast = self.contrast
-        known = QUANTITIES.get(contrast.quantity)
-        label = known.label if known else contrast.quantity
-        head = f"{label} at {contrast.snapshot}, {contrast.treatment}"
-        if math.isnan(self.effect):
-            return f"{head} against {contrast.reference}: {self._verdict_words()}."
-        if contrast.scale == "ratio":
-            size = f"is {_number(self.effect)} times that of {contrast.reference}"
-        else:
-            size = f"minus {contrast.reference} is {self._amount(self.effect)}"
-        interval = f"95 % interval {self._interval_words()}, {self.num_pairs} pairs"
-        return f"{head} {size} ({interval}): {self._verdict_words()}."
-
-    def _amount(self, value: float) -> str:
-        known = QUANTITIES.get(self.contrast.quantity)
-        unit = known.unit if known else ""
-        if unit == "fraction":
-            return f"{_number(100.0 * value)} percentage points"
-        return f"{_number(value)} {unit}".rstrip()
-
-    def _interval_words(self) -> str:
-        if not self.interval.bounded:
-            return "unbounded"
-        low, high = self.interval.low, self.interval.high
-        if self.contrast.scale == "ratio":
-            return f"{_number(low)} to {_number(high)}"
-        known = QUANTITIES.get(self.contrast.quantity)
-        factor = 100.0 if known and known.unit == "fraction" else 1.0
-        return f"{_number(factor * low)} to {_number(factor * high)}"
-
-    def _verdict_words(self) -> str:
-        if not self.decided:
-            return f"{self.verdict}, {self.reason}" if self.reason else self.verdict
-        margin = self.contrast.margin
-        if self.contrast.scale == "ratio":
-            size = f"a factor of {_number(margin)}"
-        else:
-            size = self._amount(margin)
-        relation = "within" if self.verdict is Verdict.EQUIVALENT else "by more than"
-        words = f"{self.verdict} {relation} {size}"
-        if not self.contrast.primary:
-            words += " (descriptive, not adjusted)"
-        elif self.num_tests > 1:
-            words += f" (adjusted for {self.num_tests} primary contrasts)"
-        return f"{words}; {self.reason}" if self.reason else words
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"

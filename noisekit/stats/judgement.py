@@ -1,16 +1,14 @@
-"""The rule that turns paired data into verdicts, fixed before looking."""
+"""Verdicts on paired data, by a rule fixed before the runs."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from noisekit.core.errors import NoVerdictError, UsageError
 from noisekit.core.results import Interval, Status
 from noisekit.stats.contrasts import Contrast, ContrastResult, PairedSample, Verdict
-from noisekit.stats.hypothesis import PairedEffect, Scale, paired_effect
-from noisekit.stats.multiplicity import pooled_adjustment
+from noisekit.stats.effects import PairedEffect, Scale, paired_effect
 
 ALPHA = 0.05
 """Largest accepted chance of one or more false verdicts among primary contrasts."""
@@ -23,14 +21,17 @@ def judge(
     claims: bool = True,
     allow_missing: bool = False,
 ) -> list[ContrastResult]:
-    """Return a verdict on each contrast, by a rule that knows no data.
+    """Return a verdict on each contrast.
 
-    *Larger* or *smaller* if the 95 % interval lies beyond the margin, *equivalent* if
-    the 90 % interval lies inside it, otherwise *not resolved*. Verdicts on primary
-    contrasts are adjusted, so that one or more false ones (the true effect is not in
-    the region that the verdict names) come in at most 5 % of experiments; the family is
-    all primary contrasts of the recipe, also those that end without a verdict. Verdicts
-    on descriptive contrasts are not adjusted and say so.
+    One t-interval decides, and it is the one that is shown. Beyond the margin the
+    verdict is *larger* or *smaller*; inside the margin it is *larger within the
+    margin* or *smaller within the margin* where the interval excludes no effect, and
+    *equivalent* where it does not; across the margin it is *not resolved*.
+
+    The intervals of the m primary contrasts have level ``1 - 0.05/m`` (Bonferroni), so
+    that all of them hold, and with them all verdicts, in 95 % of experiments. The
+    family is all primary contrasts of the recipe, also those that end without a
+    verdict. Descriptive contrasts have 95 % intervals of their own.
 
     A pair of which a side is missing (a diverged run, a snapshot never reached) is
     information about the arm and is never dropped in silence: a primary contrast with
@@ -86,56 +87,71 @@ def _judge_one(
     claims: bool,
     allow_missing: bool,
 ) -> ContrastResult:
-    treatment, reference = sample.complete()
-    num_missing = len(sample.seeds) - treatment.size
-    effect, fault = _measure(treatment, reference, contrast.scale)
+    level = 1.0 - ALPHA / num_tests
+    num_missing = len(sample.seeds) - sample.complete()[0].size
+    effect, fault = _measure(sample, contrast.scale, level)
+    interval = _interval(effect, contrast.scale, level)
     obstacle = _obstacle(sample, num_missing, claims=claims, allowed=allow_missing)
-    verdict, reason = Verdict.NOT_RESOLVED, fault
-    p_beyond = p_inside = math.nan
+    p_value = math.nan
     if obstacle is not None:
         verdict, reason = obstacle
-    elif effect is not None and not fault:
-        test = effect.margin_test(contrast.margin)
-        p_beyond, p_inside = test.beyond, test.inside
-        verdict, reason = _decide(
-            p_beyond, p_inside, num_tests, rises=test.larger < test.smaller
-        )
+    elif effect is None or fault:
+        verdict, reason = Verdict.NOT_RESOLVED, fault
+    else:
+        p_value = min(1.0, num_tests * effect.p_value)
+        verdict = _verdict(contrast, interval)
+        reason = _open_question(contrast, effect, interval, num_tests)
     if num_missing and obstacle is None:
         note = f"{num_missing} of {len(sample.seeds)} pairs are missing and left out"
         reason = f"{reason}; {note}" if reason else note
+    crossed = effect is not None and effect.estimate is sample.crossed
     return ContrastResult(
         contrast=contrast,
         verdict=verdict,
         reason=reason,
         effect=effect.effect if effect else math.nan,
-        interval=_interval(effect, contrast.scale, 1.0 - ALPHA),
-        interval_90=_interval(effect, contrast.scale, 1.0 - 2.0 * ALPHA),
-        adjusted_interval=_interval(effect, contrast.scale, 1.0 - ALPHA / num_tests),
-        p_beyond=p_beyond,
-        p_inside=p_inside,
-        num_pairs=int(treatment.size),
+        interval=interval,
+        p_value=p_value,
+        error_over="seeds and images" if crossed else "seeds",
+        num_pairs=len(sample.seeds) - num_missing,
         num_missing=num_missing,
         num_tests=num_tests,
     )
 
 
-def _decide(
-    p_beyond: float, p_inside: float, num_tests: int, *, rises: bool
-) -> tuple[Verdict, str]:
-    # The family's other p-values do not matter: the factor is its size throughout.
-    family = [1.0] * (num_tests - 1)
-    beyond, inside = pooled_adjustment([p_beyond, *family], [p_inside, *family])
-    if beyond[0] <= ALPHA:
-        return (Verdict.LARGER if rises else Verdict.SMALLER), ""
-    if inside[0] <= ALPHA:
-        return Verdict.EQUIVALENT, ""
-    if p_beyond <= ALPHA or p_inside <= ALPHA:
-        side = "beyond" if p_beyond <= ALPHA else "inside"
-        return Verdict.NOT_RESOLVED, (
-            f"{side} the margin by itself, not after adjusting for {num_tests} "
+def _verdict(contrast: Contrast, interval: Interval) -> Verdict:
+    low, high = interval.low, interval.high
+    lowest, highest = contrast.margin_ends
+    if low > highest:
+        return Verdict.LARGER
+    if high < lowest:
+        return Verdict.SMALLER
+    if low < lowest or high > highest:
+        return Verdict.NOT_RESOLVED
+    if low > contrast.null:
+        return Verdict.LARGER_WITHIN_MARGIN
+    if high < contrast.null:
+        return Verdict.SMALLER_WITHIN_MARGIN
+    return Verdict.EQUIVALENT
+
+
+def _open_question(
+    contrast: Contrast, effect: PairedEffect, interval: Interval, num_tests: int
+) -> str:
+    """Return why the data do not decide; empty where they do."""
+    if _verdict(contrast, interval) is not Verdict.NOT_RESOLVED:
+        return ""
+    alone = _verdict(contrast, effect.interval(1.0 - ALPHA))
+    if alone is not Verdict.NOT_RESOLVED:
+        return (
+            f"{alone} by its 95 % interval, not after adjusting for {num_tests} "
             "primary contrasts"
         )
-    return Verdict.NOT_RESOLVED, "the interval reaches across the margin"
+    if interval.low > contrast.null:
+        return "larger, but the interval reaches across the margin"
+    if interval.high < contrast.null:
+        return "smaller, but the interval reaches across the margin"
+    return "the interval reaches across the margin"
 
 
 def _obstacle(
@@ -154,8 +170,10 @@ def _obstacle(
 
 
 def _measure(
-    treatment: NDArray[np.float64], reference: NDArray[np.float64], scale: Scale
+    sample: PairedSample, scale: Scale, level: float
 ) -> tuple[PairedEffect | None, str]:
+    """Return the effect with the wider of its errors, and what is wrong with it."""
+    treatment, reference = sample.complete()
     num_pairs = treatment.size
     if num_pairs < 2:
         return None, f"an interval needs at least 2 complete pairs, got {num_pairs}"
@@ -169,7 +187,16 @@ def _measure(
     effect = paired_effect(treatment, reference, scale=scale)
     if effect.estimate.status is not Status.OK:
         return effect, f"all {num_pairs} pairs agree exactly, so no spread is known"
+    if sample.crossed is not None and scale == "difference":
+        crossed = PairedEffect(sample.crossed, scale)
+        if _width(crossed, level) > _width(effect, level):
+            return crossed, ""
     return effect, ""
+
+
+def _width(effect: PairedEffect, level: float) -> float:
+    interval = effect.interval(level)
+    return interval.high - interval.low
 
 
 def _interval(effect: PairedEffect | None, scale: Scale, level: float) -> Interval:

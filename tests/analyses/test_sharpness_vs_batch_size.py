@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import noisekit as nk
-from noisekit import report, stats
+from noisekit import figures, report, stats
 from tests.analyses.scripts import load_script
 
 
@@ -16,59 +16,6 @@ from tests.analyses.scripts import load_script
 def script() -> ModuleType:
     """Return the analysis as a module."""
     return load_script("sharpness_vs_batch_size")
-
-
-def judged(
-    name: str, ratio: float, spread: float, **sample: str
-) -> stats.ContrastResult:
-    """Return a judged contrast of ten pairs with this mean ratio and log spread."""
-    noise = np.linspace(-1, 1, 10) * spread
-    contrast = stats.Contrast(
-        name=name,
-        quantity="lambda_max",
-        treatment="large_low",
-        reference="small_low",
-        snapshot="loss_0.05",
-        scale="ratio",
-        margin=1.5,
-        primary=True,
-    )
-    pairs = stats.PairedSample(
-        seeds=tuple(range(10)),
-        treatment=tuple(ratio * np.exp(noise)),
-        reference=(1.0,) * 10,
-        **sample,
-    )
-    return stats.judge([contrast], {name: pairs})[0]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "spread", "words"),
-    [
-        (3.0, 0.1, "sharpness went up with batch size once loss was matched"),
-        (0.3, 0.1, "sharpness went down with batch size"),
-        (1.05, 0.1, "sharpness did not go with batch size"),
-        (1.5, 0.5, "sharpness may go with batch size"),
-    ],
-)
-def test_conclusion_follows_the_verdict(
-    script: ModuleType, ratio: float, spread: float, words: str
-) -> None:
-    """Catches: a sentence written by hand, or from the point estimate alone."""
-    result = judged("lambda_max_at_equal_loss", ratio, spread)
-    sentence = script.conclusion({"lambda_max_at_equal_loss": result})
-    assert words in sentence
-    assert "by a margin of 1.5 times" in sentence
-    assert sentence.endswith("cannot say whether sharpness causes the error.")
-
-
-def test_unmatched_losses_give_no_conclusion(script: ModuleType) -> None:
-    """Catches: a verdict on sharpness at different training losses."""
-    result = judged(
-        "lambda_max_at_equal_loss", 9.0, 0.1, not_comparable="losses are not matched"
-    )
-    sentence = script.conclusion({"lambda_max_at_equal_loss": result})
-    assert "sharpness could not be compared with batch size" in sentence
 
 
 def test_smoke_profile_answers_nothing(script: ModuleType, smoke_runs: Path) -> None:
@@ -81,22 +28,41 @@ def test_smoke_profile_answers_nothing(script: ModuleType, smoke_runs: Path) -> 
 def test_answer_names_setting_ratios_and_error(
     script: ModuleType, smoke_runs: Path
 ) -> None:
-    """The sentence has what the recipe asks for, also where losses were not reached.
+    """The answer has every primary contrast, also where losses were not reached.
 
-    Catches: a number in the sentence that is not the contrast's own.
+    Catches: a number in the answer that is not the contrast's own; a second name of
+    an arm.
     """
     runs = nk.open_runs(smoke_runs)
     claiming = replace(runs, recipe={**runs.recipe, "claims": True})
-    contrasts = report.stated_contrasts(claiming)
-    results = stats.judge(contrasts, report.paired_samples(claiming, contrasts))
-    sentence = script.answer(claiming, results)
-    found = {result.contrast.name: result for result in results}
-    assert sentence.startswith("On digits (1k-parameter MLP, SGD, one split, 2 seeds)")
-    epochs = found["lambda_max_at_equal_epochs"]
-    assert f"{epochs.effect:.2f} times" in sentence
-    error = found["test_error_at_equal_epochs"]
-    assert f"{100 * error.effect:+.2f} points" in sentence
-    assert "could not be compared" in sentence
+    result = script.analyse(claiming)
+    lines = result.answer.splitlines()
+    assert lines[0] == "Digits, 1k-parameter MLP, SGD, one split, 2 seeds."
+    assert lines[1].startswith("Batch 128, rate 0.05 against batch 16, rate 0.05: ")
+    for contrast in report.stated_contrasts(claiming):
+        if contrast.primary:
+            assert figures.snapshot_words(contrast.snapshot) in result.answer
+    assert "could not be compared" in result.answer
+    for name in runs.runs["arm"].unique():
+        assert name not in result.answer
+        assert name.replace("_", " ") not in result.answer
+
+
+def test_any_set_of_runs_is_analysed(script: ModuleType, network_runs: Path) -> None:
+    """Arms that differ in their network, under names of their own.
+
+    Catches: names of one experiment's arms, contrasts or factors; a KeyError where no
+    arm sets a batch size.
+    """
+    result = script.analyse(nk.open_runs(network_runs))
+    lines = result.answer.splitlines()
+    assert lines[0] == "Digits, MLP, SGD, one split, 2 seeds."
+    assert lines[1].startswith("With batchnorm against plain: ")
+    rules = {rule.name: rule for rule in result.rules}
+    normalised = rules["BatchNorm sees the same number of examples in all arms"]
+    assert not normalised.met
+    assert "plain: no BatchNorm" in normalised.detail
+    assert rules["Learning rate varied or tuned per batch size"].met
 
 
 def test_analysis_draws_and_tabulates(script: ModuleType, smoke_runs: Path) -> None:

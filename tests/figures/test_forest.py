@@ -20,8 +20,8 @@ def test_differences_of_fractions_are_in_points_and_ratios_as_they_are() -> None
         row = rows.loc[result.contrast.name]
         factor = 100 if result.contrast.scale == "difference" else 1
         assert row["effect"] == pytest.approx(factor * result.effect)
-        assert row["low_95"] == pytest.approx(factor * result.interval.low)
-        assert row["high_90"] == pytest.approx(factor * result.interval_90.high)
+        assert row["low"] == pytest.approx(factor * result.interval.low)
+        assert row["high"] == pytest.approx(factor * result.interval.high)
     points = rows.loc["test_error_equal_epochs"]
     assert (points["margin_low"], points["margin_high"]) == pytest.approx((-0.5, 0.5))
     ratio = rows.loc["sharpness_matched_loss"]
@@ -59,7 +59,7 @@ def test_all_intervals_lie_inside_the_axis() -> None:
     for ax, scale in zip(plot.figure.axes, ("difference", "ratio"), strict=True):
         rows = plot.table[plot.table["scale"] == scale]
         low, high = ax.get_xlim()
-        ends = rows.filter(regex="^(low|high|margin)_").to_numpy()
+        ends = rows.filter(regex="^(low|high|margin)").to_numpy()
         assert low < np.nanmin(ends)
         assert np.nanmax(ends) < high
 
@@ -84,9 +84,16 @@ def test_runs_without_claims_show_no_verdict() -> None:
 
 def test_rows_say_what_stands_over_what() -> None:
     """Catches: a ratio of which the reader cannot know the direction."""
-    plot = contrast_forest(samples.contrasts())
-    names = [label.get_text() for label in plot.figure.axes[0].get_yticklabels()]
-    assert names == ["Test error at equal epochs, same rate\nlarge low minus small low"]
+    for arms, words in (
+        (None, "large low minus small low"),
+        (
+            {"large_low": "batch 128", "small_low": "batch 16"},
+            "batch 128 minus batch 16",
+        ),
+    ):
+        plot = contrast_forest(samples.contrasts(), arms=arms)
+        names = [label.get_text() for label in plot.figure.axes[0].get_yticklabels()]
+        assert names == [f"Test error at equal epochs, same rate\n{words}"]
 
 
 def test_no_contrast_is_refused() -> None:

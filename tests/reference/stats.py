@@ -15,37 +15,21 @@ def paired_t_interval(treatment, reference, level):
     return float(interval.low), float(interval.high)
 
 
-def one_sided_p(differences, bound, alternative):
-    """SciPy's one-sided t-test of the mean against a bound."""
-    return float(stats.ttest_1samp(differences, bound, alternative=alternative).pvalue)
-
-
-def verdict_by_intervals(differences, margin, num_tests):
-    """The rule in words: where do the two intervals lie against the margin?"""
-    alpha = 0.05 / num_tests
+def verdict_by_interval(differences, margin, num_tests):
+    """The rule in words: where does SciPy's t-interval lie against 0 and the margin?"""
     result = stats.ttest_1samp(differences, 0.0)
-    wide = result.confidence_interval(1.0 - alpha)
-    narrow = result.confidence_interval(1.0 - 2.0 * alpha)
-    if wide.low > margin:
+    interval = result.confidence_interval(1.0 - 0.05 / num_tests)
+    if interval.low > margin:
         return "larger"
-    if wide.high < -margin:
+    if interval.high < -margin:
         return "smaller"
-    if -margin < narrow.low and narrow.high < margin:
-        return "equivalent"
-    return "not resolved"
-
-
-def holm_by_rounds(p_values, alpha):
-    """Indices that Holm's procedure rejects, one round at a time."""
-    left = dict(enumerate(p_values))
-    rejected = set()
-    while left:
-        index, smallest = min(left.items(), key=lambda item: item[1])
-        if smallest > alpha / len(left):
-            break
-        rejected.add(index)
-        del left[index]
-    return rejected
+    if interval.low < -margin or interval.high > margin:
+        return "not resolved"
+    if interval.low > 0.0:
+        return "larger within the margin"
+    if interval.high < 0.0:
+        return "smaller within the margin"
+    return "equivalent"
 
 
 def kendall_by_pairs(x, y):

@@ -74,7 +74,7 @@ def test_unmatched_losses_do_not_compare(tmp_path: Path, ratio: float) -> None:
     assert reason.startswith("training losses are not matched: their ratio is")
     assert "1.25 is allowed" in reason
     assert paired_sample(runs, ERROR).not_comparable is None
-    broken = rule(runs, f"Training loss matched for {SHARPNESS.name}")
+    broken = rule(runs, "Training loss matched for “Same training loss”")
     assert not broken.met
     assert broken.detail == reason
 
@@ -169,7 +169,7 @@ def test_budgets_are_compared_both_ways(tmp_path: Path) -> None:
     """Catches: equal epochs alone, or equal updates alone, counted as both."""
     met = rule(make_runs(tmp_path / "both"), "Budget")
     assert met.met
-    assert "large: 9 epochs, 600 updates" in met.detail
+    assert "batch 128: 9 epochs, 600 updates" in met.detail
     assert not rule(make_runs(tmp_path / "one", kinds=("epochs",)), "Budget").met
     assert not rule(make_runs(tmp_path / "two", kinds=("updates",)), "Budget").met
 
@@ -201,7 +201,7 @@ def test_raw_sharpness_alone_breaks_a_rule(tmp_path: Path) -> None:
     """Catches: any second measure taken for an invariant one."""
     met = rule(make_runs(tmp_path / "both"), "A rescaling-invariant")
     assert met.met
-    assert met.detail.startswith("weighted_hessian_trace")
+    assert met.detail.startswith("Weighted Hessian trace")
     raw = make_runs(tmp_path / "raw", measured=("lambda_max", "hessian_trace"))
     assert not rule(raw, "A rescaling-invariant").met
 
@@ -267,8 +267,8 @@ def test_each_contrast_on_sharpness_has_its_rule(tmp_path: Path) -> None:
         if found.name.startswith("Training loss")
     ]
     assert names == [
-        "Training loss matched for lambda_max_at_loss",
-        "Training loss matched for trace",
+        "Training loss matched for “Largest Hessian eigenvalue: same training loss”",
+        "Training loss matched for “Hessian trace: same training loss”",
     ]
 
 

@@ -3,7 +3,7 @@
 from pandas import DataFrame
 
 from noisekit.core.vocabulary import quantity
-from noisekit.report.formatting import in_words, table_cells
+from noisekit.report.formatting import table_cells
 
 SHARPNESS = quantity("lambda_max")
 ARMS = {"small": "batch 16", "large": "batch 128"}
@@ -49,20 +49,6 @@ def test_cells_are_named_rounded_and_aligned() -> None:
     aligned = [False, False, False, True, True, True, False]
     for row in (head, *rows):
         assert [cell.numeric for cell in row] == aligned
-
-
-def test_names_are_replaced_as_whole_words() -> None:
-    """Catches: a name inside another, and arms inside the names of runs."""
-    names = {
-        "small": "batch 16",
-        "lambda_max": "sharpness",
-        "lambda_max_late": "“late”",
-    }
-    text = "lambda_max_late and lambda_max of small, smaller, small-seed0"
-    assert in_words(text, names) == (
-        "“late” and sharpness of batch 16, smaller, small-seed0"
-    )
-    assert in_words("as it is", {}) == "as it is"
 
 
 def test_a_table_without_rows_keeps_its_head() -> None:

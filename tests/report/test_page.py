@@ -33,18 +33,23 @@ def page(tmp_path: Path) -> PageReader:
 
 
 def test_the_page_reads_from_answer_to_glossary(page: PageReader) -> None:
-    """Catches: contrasts or figures before the broken rules; the recipe on top."""
+    """Broken rules come before the verdicts, the list of all rules after the tables.
+
+    Catches: rules that are met before the verdicts; the recipe on top.
+    """
     found = places(
         page.words,
         "Is it sharper?",
         "It was 2.4 times sharper.",
         "1 of 2 rules of a fair test is broken",
-        "Rules of a fair test",
-        "Every run is complete",
+        "Ten or more paired seeds",
         "The twin is sharper.",
         "Contrasts and verdicts",
         "Figure 1. A line.",
         "Table 1. Noise by arm.",
+        "Rules of a fair test",
+        "1 of 2 are met",
+        "Every run is complete",
         "Where this comes from",
         "noisekit run toy --profile demo --out DIR",
         'name = "toy"',
@@ -194,8 +199,8 @@ def test_contrasts_stand_with_units_verdicts_and_the_papers_number(
         "−0.400 points",
         "−0.466 to −0.334",
         "0.5 points",
-        "6 pairs",
-        "unadjusted",
+        "95 %; 6 pairs",
+        "smaller within the margin",
     ):
         assert words in page.words, words
 

@@ -7,8 +7,8 @@ import pytest
 from noisekit.core.vocabulary import QUANTITIES
 from noisekit.report.typography import (
     fixed,
+    lower_first,
     number,
-    p_value,
     sentence_case,
     symbol,
     typeset,
@@ -42,11 +42,18 @@ def test_zeros_stay_where_numbers_stand_side_by_side() -> None:
     assert fixed(-1234.5, 1) == "−1,234.5"
 
 
-def test_p_values_end_where_they_stop_to_matter() -> None:
-    """Catches: a p-value of 0, or one with six digits."""
-    assert p_value(0.0) == "< 0.001"
-    assert p_value(0.0321) == "0.032"
-    assert p_value(math.nan) == "–"
+@pytest.mark.parametrize(
+    ("label", "inside"),
+    [
+        ("Test error", "test error"),
+        ("Hessian trace", "Hessian trace"),
+        ("PAC-Bayes flatness", "PAC-Bayes flatness"),
+        ("CABS batch size", "CABS batch size"),
+    ],
+)
+def test_labels_inside_a_sentence(label: str, inside: str) -> None:
+    """Catches: "pAC-Bayes"; capitals in the middle of a sentence."""
+    assert lower_first(label) == inside
 
 
 @pytest.mark.parametrize(

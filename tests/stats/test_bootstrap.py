@@ -1,4 +1,4 @@
-"""Bootstrap over pairs, and over seeds and images at once."""
+"""Bootstrap over seeds and images at once."""
 
 import math
 
@@ -11,87 +11,12 @@ from noisekit.core.results import Status
 from noisekit.stats import (
     crossed_difference,
     hierarchical_bootstrap,
-    paired_bootstrap,
 )
 from tests.reference.stats import answers, weighted_two_way_mean
 
 
 def generator(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
-
-
-@pytest.mark.parametrize("method", ["bca", "percentile"])
-@pytest.mark.parametrize("scale", ["difference", "ratio"])
-def test_paired_intervals_are_scipys(method: str, scale: str) -> None:
-    """Skewed data; both draw 50,000 resamples, so ends agree to their own noise.
-
-    Catches: no acceleration; bias with the wrong sign; arms resampled apart.
-    """
-    first = generator(1).exponential(1.0, 12) + 0.1
-    second = generator(2).exponential(0.5, 12) + 0.1
-    rows = np.log(first / second) if scale == "ratio" else first - second
-    want = stats.bootstrap(
-        (rows,),
-        np.mean,
-        n_resamples=50_000,
-        batch=1000,
-        method="BCa" if method == "bca" else "percentile",
-        rng=generator(3),
-    )
-    got = paired_bootstrap(
-        first,
-        second,
-        generator=generator(4),
-        scale=scale,
-        method=method,
-        num_resamples=50_000,
-    )
-    ends = np.array([got.interval.low, got.interval.high])
-    if scale == "ratio":
-        ends = np.log(ends)
-    noise = 0.03 * want.standard_error
-    np.testing.assert_allclose(ends, want.confidence_interval, atol=noise, rtol=0)
-    assert got.stderr == pytest.approx(want.standard_error, rel=0.02)
-
-
-def test_bca_leans_towards_the_long_tail() -> None:
-    """Catches: the skewness correction left out or mirrored."""
-    rows = np.array([0.0, 0.1, 0.2, 0.3, 0.2, 0.1, 0.0, 5.0])
-    zeros = np.zeros(8)
-    plain = paired_bootstrap(rows, zeros, generator=generator(5), method="percentile")
-    bca = paired_bootstrap(rows, zeros, generator=generator(5))
-    assert bca.interval.low > plain.interval.low
-    assert bca.interval.high > plain.interval.high
-
-
-def test_five_pairs_undercover_as_documented() -> None:
-    """The number by which the documentation prefers the t-interval.
-
-    Catches: a claim in the documentation that is not so.
-    """
-    draws = generator(6).normal(0.3, 1.0, (1500, 5))
-    resample = generator(7)
-    hits = [
-        paired_bootstrap(
-            row, np.zeros(5), generator=resample, num_resamples=500
-        ).interval.contains(0.3)
-        for row in draws
-    ]
-    assert np.mean(hits) == pytest.approx(0.84, abs=3.5 * math.sqrt(0.84 * 0.16 / 1500))
-
-
-def test_equal_seeds_give_equal_resamples() -> None:
-    """Catches: a hidden global generator."""
-    first, second = generator(8).normal(size=(2, 6))
-    runs = [paired_bootstrap(first, second, generator=generator(9)) for _ in range(2)]
-    assert runs[0] == runs[1]
-
-
-def test_constant_differences_are_not_resolved() -> None:
-    """Catches: division by zero in the skewness; an interval of zero width."""
-    got = paired_bootstrap([1.0, 2.0, 3.0], [0.0, 1.0, 2.0], generator=generator(1))
-    assert got.status is Status.NOT_RESOLVED
-    assert not got.interval.bounded
 
 
 def test_two_way_resamples_are_those_of_drawn_rows_and_columns() -> None:
@@ -170,9 +95,7 @@ def test_tables_that_do_not_match_are_refused(first, second, message) -> None:
 
 
 def test_plans_that_give_no_interval_are_refused() -> None:
-    with pytest.raises(
-        UsageError, match=r"paired bootstrap needs a level between 0 an"
-    ):
-        paired_bootstrap([1, 2], [2, 1], generator=generator(1), level=95.0)
+    with pytest.raises(UsageError, match="images needs a level between 0 and 1, got"):
+        hierarchical_bootstrap(TABLE, TABLE, generator=generator(1), level=95.0)
     with pytest.raises(UsageError, match="at least 100 resamples, got 10"):
         hierarchical_bootstrap(TABLE, TABLE, generator=generator(1), num_resamples=10)

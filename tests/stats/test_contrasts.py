@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from noisekit.core.errors import UsageError
-from noisekit.stats import Contrast, PairedSample
+from noisekit.stats import Contrast, PairedSample, contrast_titles
 
 
 def contrast(**changes: object) -> Contrast:
@@ -73,3 +73,19 @@ def test_data_that_are_not_paired_are_refused(seeds, values, message) -> None:
     """Catches: zip that stops at the shorter arm."""
     with pytest.raises(UsageError, match=message):
         PairedSample(seeds, values, values)
+
+
+def test_contrasts_have_one_title_each() -> None:
+    """Catches: two rows under one name; an internal name where words were given."""
+    titles = contrast_titles(
+        [
+            contrast(description="same rate"),
+            contrast(name="error", quantity="test_error", description="same rate"),
+            contrast(name="late_trace", quantity="hessian_trace"),
+        ]
+    )
+    assert titles == {
+        "sharper": "Largest Hessian eigenvalue: same rate",
+        "error": "Test error: same rate",
+        "late_trace": "Late trace",
+    }

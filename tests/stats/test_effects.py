@@ -1,4 +1,4 @@
-"""Paired t-intervals and tests against a margin."""
+"""Effects over pairs and their t-intervals."""
 
 import math
 
@@ -8,11 +8,8 @@ from scipy import stats
 
 from noisekit.core.errors import UsageError
 from noisekit.core.results import Status
-from noisekit.stats import (
-    equivalence_test,
-    paired_effect,
-)
-from tests.reference.stats import one_sided_p, paired_t_interval
+from noisekit.stats import Contrast, paired_effect
+from tests.reference.stats import paired_t_interval
 
 
 @pytest.fixture
@@ -42,41 +39,27 @@ def test_ratio_interval_is_the_exponentiated_t_interval_of_logs(arms) -> None:
 
 
 def test_exchanging_the_arms_inverts_the_ratio(arms) -> None:
-    """Catches: a margin that is asymmetric, such as [1 - d, 1 + d] for a ratio."""
-    there = paired_effect(*arms, scale="ratio").margin_test(1.5)
-    back = paired_effect(*arms[::-1], scale="ratio").margin_test(1.5)
-    assert there.larger == pytest.approx(back.smaller, rel=1e-12)
-    assert there.inside == pytest.approx(back.inside, rel=1e-12)
-    assert there.beyond == pytest.approx(back.beyond, rel=1e-12)
+    """Catches: an interval that is symmetric about the ratio, not about its log."""
+    there = paired_effect(*arms, scale="ratio")
+    back = paired_effect(*arms[::-1], scale="ratio")
+    assert there.interval().low == pytest.approx(1 / back.interval().high, rel=1e-12)
+    assert there.p_value == pytest.approx(back.p_value, rel=1e-12)
 
 
-@pytest.mark.parametrize("shift", [-0.8, -0.1, 0.0, 0.2, 0.5, 0.9])
-def test_margin_p_values_are_scipys_one_sided_tests(shift: float) -> None:
-    """Catches: the wrong tail; only one of TOST's two tests; beyond not doubled."""
-    first = np.random.default_rng(3).normal(shift, 0.3, 8)
-    got = equivalence_test(first, np.zeros(8), margin=0.4)
-    larger = one_sided_p(first, 0.4, "greater")
-    smaller = one_sided_p(first, -0.4, "less")
-    below = one_sided_p(first, 0.4, "less")
-    above = one_sided_p(first, -0.4, "greater")
-    assert got.larger == pytest.approx(larger, rel=1e-9)
-    assert got.smaller == pytest.approx(smaller, rel=1e-9)
-    assert got.beyond == pytest.approx(min(1.0, 2 * larger, 2 * smaller), rel=1e-9)
-    assert got.inside == pytest.approx(max(below, above), rel=1e-9)
+@pytest.mark.parametrize("shift", [-0.8, -0.1, 0.0, 0.2, 0.9])
+def test_p_value_is_scipys_paired_t_test(shift: float) -> None:
+    """Catches: one tail; a normal quantile; a test against the margin."""
+    first, second = np.random.default_rng(3).normal(shift, 0.3, (2, 8))
+    want = stats.ttest_rel(first, second).pvalue
+    assert paired_effect(first, second).p_value == pytest.approx(want, rel=1e-9)
 
 
-def test_p_values_and_intervals_agree_on_every_data_set() -> None:
-    """Beyond is the 95 % interval outside the margin, inside the 90 % one within.
-
-    Catches: a 95 % interval for equivalence; a one-sided 5 % test for larger.
-    """
+def test_p_value_and_interval_agree_on_every_data_set() -> None:
+    """Catches: a p-value at other degrees of freedom than the interval's."""
     generator = np.random.default_rng(11)
-    for shift in np.linspace(-1.5, 1.5, 301):
+    for shift in np.linspace(-1.0, 1.0, 201):
         effect = paired_effect(generator.normal(shift, 0.4, 6), np.zeros(6))
-        test = effect.margin_test(0.5)
-        wide, narrow = effect.interval(0.95), effect.interval(0.90)
-        assert (test.beyond < 0.05) == (wide.low > 0.5 or wide.high < -0.5)
-        assert (test.inside < 0.05) == (narrow.low > -0.5 and narrow.high < 0.5)
+        assert (effect.p_value < 0.02) == (not effect.interval(0.98).contains(0.0))
 
 
 @pytest.mark.parametrize("num_pairs", [2, 5, 10])
@@ -106,8 +89,7 @@ def test_pairs_that_agree_exactly_give_no_certainty(scale: str) -> None:
     assert effect.estimate.status is Status.NOT_RESOLVED
     assert not effect.interval().bounded
     assert effect.interval().high == math.inf
-    test = effect.margin_test(2.0)
-    assert (test.larger, test.smaller, test.beyond, test.inside) == (1, 1, 1, 1)
+    assert effect.p_value == 1.0
 
 
 def test_a_small_but_real_spread_is_kept() -> None:
@@ -148,4 +130,12 @@ def test_what_has_no_paired_effect_is_refused(first, second, scale, message) -> 
 def test_margins_that_mean_nothing_are_refused(scale, margin, message) -> None:
     """Catches: a difference's margin used for a ratio."""
     with pytest.raises(UsageError, match=message):
-        equivalence_test([1.0, 2.0], [1.5, 1.0], margin=margin, scale=scale)
+        Contrast(
+            name="a",
+            quantity="lambda_max",
+            treatment="large",
+            reference="small",
+            snapshot="final",
+            scale=scale,
+            margin=margin,
+        )

@@ -1,4 +1,4 @@
-"""Paired t-intervals, and tests of an effect against a margin."""
+"""Effects over pairs, with Student's t-intervals."""
 
 import math
 from dataclasses import dataclass
@@ -13,32 +13,6 @@ from noisekit.core.results import ErrorSource, Estimate, Interval, Status
 
 Scale = Literal["ratio", "difference"]
 """How two arms are compared: ratio of geometric means, or difference of means."""
-
-
-@dataclass(frozen=True, slots=True)
-class MarginTest:
-    """p-values of the claims that can be made about an effect and its margin.
-
-    With effect ``e`` and margin ``d`` (for ratios, both as logarithms), each value is
-    the p-value of rejecting the opposite of the claim.
-
-    Attributes:
-        larger: Claim ``e > d``, one-sided.
-        smaller: Claim ``e < -d``, one-sided.
-        beyond: Claim ``|e| > d``: twice the smaller of the two, so at most 0.05
-            exactly where the 95 % interval lies beyond the margin.
-        inside: Claim ``|e| < d``: two one-sided tests, so at most 0.05 exactly where
-            the 90 % interval lies inside the margin.
-
-    Source:
-        Schuirmann 1987, "A comparison of the two one-sided tests procedure and the
-        power approach for assessing the equivalence of average bioavailability".
-    """
-
-    larger: float
-    smaller: float
-    beyond: float
-    inside: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,40 +40,22 @@ class PairedEffect:
     def interval(self, level: float = 0.95) -> Interval:
         """Return the t-interval of the effect, in the effect's own unit.
 
-        Where all pairs give the same difference the spread says nothing, and the
-        interval is unbounded.
+        Unbounded where all pairs give the same difference, so that no spread is known.
         """
         inner = self.estimate.interval(level)
         return Interval(self._as_effect(inner.low), self._as_effect(inner.high), level)
 
-    def margin_test(self, margin: float) -> MarginTest:
-        """Return the p-values of all claims about the effect and ``margin``.
+    @property
+    def p_value(self) -> float:
+        """Two-sided p-value of no effect.
 
-        Args:
-            margin: Smallest effect that matters: above 1 for a ratio (1.5 stands for
-                1.5 times and for 1/1.5), above 0 for a difference.
-
-        Raises:
-            UsageError: If ``margin`` is not in that range.
+        At most ``1 - level`` exactly where ``interval(level)`` excludes no effect.
         """
-        fault = margin_fault(margin, scale=self.scale)
-        if fault:
-            raise UsageError(f"a margin test {fault}")
-        if self.estimate.status is not Status.OK:
-            return MarginTest(1.0, 1.0, 1.0, 1.0)
-        width = math.log(margin) if self.scale == "ratio" else margin
-        value, stderr = self.estimate.value, float(self.estimate.stderr or 0.0)
-        larger = self._lower_tail((width - value) / stderr)
-        smaller = self._lower_tail((width + value) / stderr)
-        return MarginTest(
-            larger=larger,
-            smaller=smaller,
-            beyond=min(1.0, 2.0 * min(larger, smaller)),
-            inside=self._lower_tail((abs(value) - width) / stderr),
-        )
-
-    def _lower_tail(self, statistic: float) -> float:
-        return float(stdtr(float(self.num_pairs - 1), statistic))
+        estimate = self.estimate
+        if estimate.status is not Status.OK or estimate.dof is None:
+            return 1.0
+        statistic = abs(estimate.value) / float(estimate.stderr or math.inf)
+        return 2.0 * float(stdtr(estimate.dof, -statistic))
 
     def _as_effect(self, value: float) -> float:
         if self.scale == "difference":
@@ -162,32 +118,6 @@ def paired_effect(
         ),
         scale,
     )
-
-
-def equivalence_test(
-    treatment: ArrayLike,
-    reference: ArrayLike,
-    *,
-    margin: float,
-    scale: Scale = "difference",
-) -> MarginTest:
-    """Test paired values for equivalence within, and for an effect beyond, a margin.
-
-    Args:
-        treatment: One value per pair.
-        reference: The same pairs under the other arm, in the same order.
-        margin: Above 1 for a ratio, above 0 for a difference.
-        scale: As for ``paired_effect``.
-
-    Returns:
-        The p-values; ``inside`` is that of the two one-sided tests. What
-        ``paired_effect`` or a margin test refuses is refused here.
-
-    Source:
-        Schuirmann 1987, "A comparison of the two one-sided tests procedure and the
-        power approach for assessing the equivalence of average bioavailability".
-    """
-    return paired_effect(treatment, reference, scale=scale).margin_test(margin)
 
 
 def margin_fault(margin: float, *, scale: Scale) -> str:

@@ -1,0 +1,146 @@
+"""Tables of arms: what was measured where, with means over seeds."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import pandas as pd
+
+from noisekit.figures import paired_ratios
+from noisekit.records import Runs
+from noisekit.report.comparability import budget_snapshots, fades_with_loss
+from noisekit.report.recipe_view import arm_settings, numbers_by_arm
+from noisekit.stats import Contrast
+
+_MATCHED = 2
+"""Most training losses at which arms are shown side by side, the lowest ones."""
+
+
+def rows_by_arm(runs: Runs, snapshot: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield each arm's rows of a snapshot, in the order of the arms."""
+    table = runs.snapshots[runs.snapshots["snapshot"] == snapshot]
+    for arm in runs.runs["arm"].drop_duplicates():
+        here = table[table["arm"] == arm]
+        if len(here):
+            yield str(arm), here
+
+
+def mean_and_spread(values: "pd.Series[float]") -> str:
+    """Return mean ± standard deviation over seeds, as text."""
+    deviation = values.std(ddof=1) if len(values) > 1 else float("nan")
+    return f"{values.mean():.4g} ± {deviation:.2g}"
+
+
+def accuracy_table(runs: Runs) -> pd.DataFrame:
+    """Return train and test accuracy in percent per arm, at each budget."""
+    places = dict.fromkeys((*budget_snapshots(runs), "stalled", "final"))
+    return pd.DataFrame(
+        {
+            "snapshot": snapshot,
+            "arm": arm,
+            "train accuracy [%]": mean_and_spread(100 * (1 - here["train_error"])),
+            "test accuracy [%]": mean_and_spread(100 * (1 - here["test_error"])),
+            "training loss": mean_and_spread(here["train_loss"]),
+            "updates": mean_and_spread(here["step"]),
+        }
+        for snapshot in places
+        for arm, here in rows_by_arm(runs, snapshot)
+    )
+
+
+def weights_table(runs: Runs) -> pd.DataFrame:
+    """Return weight norm and distance from the start per arm, at each budget."""
+    return pd.DataFrame(
+        {
+            "snapshot": snapshot,
+            "arm": arm,
+            "weight norm": mean_and_spread(here["weight_norm"]),
+            "distance from start": mean_and_spread(here["distance_from_start"]),
+        }
+        for snapshot in dict.fromkeys((*budget_snapshots(runs), "final"))
+        for arm, here in rows_by_arm(runs, snapshot)
+    )
+
+
+def measured_table(runs: Runs, quantities: Iterable[str]) -> pd.DataFrame:
+    """Return mean, standard deviation and number of values per snapshot and arm."""
+    table = runs.measurements
+    table = table[table["quantity"].isin(list(quantities))]
+    by_arm = table.groupby(["snapshot", "arm", "quantity"], sort=False)["value"]
+    return by_arm.agg(["mean", "std", "count"]).reset_index()
+
+
+def ratio_table(
+    runs: Runs, contrasts: Iterable[Contrast], quantities: Sequence[str]
+) -> pd.DataFrame:
+    """Return quantities as ratios of two arms, for each pair of arms in contrasts.
+
+    One contrast of sharpness stands for a pair of arms, at matched training loss where
+    there is one. Quantities that were not measured there are left out.
+    """
+    tables = [pd.DataFrame()]
+    for contrast in _one_per_pair(contrasts):
+        arms = [contrast.treatment, contrast.reference]
+        for source in (runs.measurements, runs.snapshots):
+            there = _quantities_of(source, arms, contrast.snapshot, quantities)
+            if there:
+                ratios = paired_ratios(
+                    source,
+                    quantities=there,
+                    snapshot=contrast.snapshot,
+                    treatment=contrast.treatment,
+                    reference=contrast.reference,
+                    comparison=contrast.description or contrast.name,
+                )
+                tables.append(ratios)
+    return pd.concat(tables, ignore_index=True)
+
+
+def matched_snapshots(runs: Runs, quantity: str) -> list[str]:
+    """Return the lowest losses at which every arm was measured, and the budgets."""
+    table = runs.measurements
+    table = table[table["quantity"] == quantity]
+    arms = runs.runs["arm"].nunique()
+    everywhere = table.groupby("snapshot")["arm"].nunique() == arms
+    names = set(everywhere[everywhere].index)
+    losses = [name for name in names if name.startswith("loss_")]
+    losses.sort(key=lambda name: float(name.removeprefix("loss_")))
+    budgets = [name for name in budget_snapshots(runs) if name in names]
+    return [*reversed(losses[:_MATCHED]), *budgets]
+
+
+def stability_limits(runs: Runs) -> dict[str, float]:
+    """Return 2/η, the curvature at which plain gradient descent turns unstable.
+
+    Arms with momentum, another optimizer or no known rate are left out.
+    """
+    names = arm_settings(runs, "optimizer.name")
+    momentum = arm_settings(runs, "optimizer.momentum")
+    return {
+        arm: 2 / rate
+        for arm, rate in numbers_by_arm(runs, "optimizer.learning_rate").items()
+        if names[arm] == "sgd" and not momentum[arm]
+    }
+
+
+def _one_per_pair(contrasts: Iterable[Contrast]) -> list[Contrast]:
+    pairs: dict[tuple[str, str], Contrast] = {}
+    for contrast in contrasts:
+        if fades_with_loss(contrast.quantity):
+            key = (contrast.treatment, contrast.reference)
+            matched = contrast.snapshot.startswith("loss_")
+            if key not in pairs or (
+                matched and not pairs[key].snapshot.startswith("loss_")
+            ):
+                pairs[key] = contrast
+    return list(pairs.values())
+
+
+def _quantities_of(
+    table: pd.DataFrame, arms: list[str], snapshot: str, names: Sequence[str]
+) -> list[str]:
+    """Return those of the names that both arms have at a snapshot."""
+    rows = table[table["arm"].isin(arms) & (table["snapshot"] == snapshot)]
+    if "quantity" not in table.columns:
+        reached = rows["arm"].nunique() == len(arms)
+        return [name for name in names if reached and name in table.columns]
+    counts = rows.dropna(subset="value").groupby("quantity")["arm"].nunique()
+    return [name for name in names if counts.get(name, 0) == len(arms)]

@@ -1,0 +1,162 @@
+"""What the report reads of a recorded recipe: the only place that knows its shape."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter
+
+from noisekit.records import Manifest, Runs
+from noisekit.stats import Contrast
+
+_LABELS = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "f1": "F1",
+    "fashion-mnist": "Fashion-MNIST",
+    "mlp": "MLP",
+    "mnist": "MNIST",
+    "sgd": "SGD",
+    "small_cnn": "CNN",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FairTestTerms:
+    """The recipe's own terms of a fair test.
+
+    Attributes:
+        matched_loss: Largest ratio of training losses that counts as matched.
+        min_pairs: Fewest pairs of seeds behind a verdict.
+        rate_selection: How the learning rates were chosen; empty if not stated.
+    """
+
+    matched_loss: float = 1.25
+    min_pairs: int = 2
+    rate_selection: str = ""
+
+
+def title(runs: Runs) -> str:
+    """Return experiment and profile, or the first run's name where there is none."""
+    parts = [str(runs.recipe[key]) for key in ("name", "profile") if _has(runs, key)]
+    return " · ".join(parts) or runs.directories[0].manifest.run_id
+
+
+def question(runs: Runs) -> str:
+    """Return what the experiment asks; empty for runs that belong to no recipe."""
+    return str(runs.recipe.get("question", ""))
+
+
+def claims(runs: Runs) -> bool:
+    """Return whether the runs may carry verdicts."""
+    return bool(runs.recipe.get("claims"))
+
+
+def stated_contrasts(runs: Runs) -> tuple[Contrast, ...]:
+    """Return the contrasts that the recipe stated before the runs."""
+    stated = runs.recipe.get("contrasts", ())
+    return TypeAdapter(tuple[Contrast, ...]).validate_python(stated)
+
+
+def fair_test_terms(runs: Runs) -> FairTestTerms:
+    """Return what the recipe counts as a fair test."""
+    stated = runs.recipe.get("rules", {})
+    return TypeAdapter(FairTestTerms).validate_python(stated)
+
+
+def run_settings(runs: Runs, key: str) -> list[object]:
+    """Return what each run has at a dotted key, ``None`` where nothing is stated."""
+    return [_setting(runs, run.manifest, key) for run in runs.directories]
+
+
+def arm_settings(runs: Runs, key: str) -> dict[str, object]:
+    """Return what the first run of each arm has at a dotted key."""
+    arms = [run.manifest.arm for run in runs.directories]
+    found: dict[str, object] = {}
+    for arm, value in zip(arms, run_settings(runs, key), strict=True):
+        found.setdefault(arm, value)
+    return found
+
+
+def numbers_by_arm(runs: Runs, key: str) -> dict[str, float]:
+    """Return the number that each arm has at a dotted key; arms without are absent."""
+    return {
+        arm: float(value)
+        for arm, value in arm_settings(runs, key).items()
+        if isinstance(value, int | float)
+    }
+
+
+def normalising_batches(runs: Runs) -> dict[str, float | None]:
+    """Return how many examples BatchNorm sees together per arm; 0 without BatchNorm.
+
+    ``None`` where the recipe does not tell, as for a network of the user's own.
+    """
+    names, norms = (arm_settings(runs, f"model.{key}") for key in ("name", "norm"))
+    batch_sizes = numbers_by_arm(runs, "training.batch_size")
+    microbatches = numbers_by_arm(runs, "training.microbatch")
+    parts = numbers_by_arm(runs, "training.accumulation")
+    found: dict[str, float | None] = {}
+    for arm in names:
+        if norms[arm] == "none":
+            found[arm] = 0.0
+        elif names[arm] != "f1" and norms[arm] != "batch":
+            found[arm] = None
+        elif arm in microbatches or arm in batch_sizes:
+            whole = batch_sizes.get(arm, 0.0) / parts.get(arm, 1.0)
+            found[arm] = microbatches.get(arm, whole)
+        else:
+            found[arm] = None
+    return found
+
+
+def setting_words(runs: Runs) -> str:
+    """Return data, network, optimizer and seeds in a few words, empty if not known."""
+    sections = [_section_words(runs, name) for name in ("data", "model", "optimizer")]
+    data, model, optimizer = sections
+    seeds = runs.runs["seed"].nunique()
+    known = [part for part in (data, _sized(runs, model), optimizer) if part]
+    if not known:
+        return ""
+    noun = "seed" if seeds == 1 else "seeds"
+    return ", ".join([*known, "one split", f"{seeds} {noun}"])
+
+
+def _section_words(runs: Runs, section: str) -> str:
+    """Return what all arms have in common; where they differ, how many there are."""
+    names = {str(name) for name in arm_settings(runs, f"{section}.name").values()}
+    if names == {"None"}:
+        return ""
+    if len(names) > 1:
+        plural = {"data": "data sets", "model": "networks", "optimizer": "optimizers"}
+        return f"{len(names)} {plural[section]}"
+    [name] = names
+    return _LABELS.get(name, name)
+
+
+def _sized(runs: Runs, model: str) -> str:
+    """Put the number of parameters before the network, where all arms share it."""
+    run = runs.directories[0]
+    start = run.snapshots / "start.safetensors"
+    networks = list(arm_settings(runs, "model").values())
+    if not model or networks[1:] != networks[:-1] or not start.is_file():
+        return model
+    weights = runs.weights(run.manifest.run_id, "start")
+    return f"{sum(w.size for w in weights.values()) / 1000:.0f}k-parameter {model}"
+
+
+def _setting(runs: Runs, manifest: Manifest, key: str) -> object:
+    """Return a run's own setting, its factor, or what the recipe states."""
+    for stated in (manifest.recipe, runs.recipe):
+        value: object = stated
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+        factor = key.rsplit(".", 1)[-1]
+        if factor in manifest.factors:
+            return manifest.factors[factor]
+    return None
+
+
+def _has(runs: Runs, key: str) -> bool:
+    return bool(runs.recipe.get(key))
