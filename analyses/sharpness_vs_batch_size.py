@@ -53,6 +53,7 @@ def analyse(runs: nk.Runs) -> report.AnalysisResult:
         ),
         rules=report.fair_test_rules(runs, contrasts),
         contrasts=tuple(results),
+        arms=labels,
         plots=tuple(plots(runs, results, arms)),
         tables=tuple(tables(runs, contrasts)),
         warnings=tuple(warnings(runs)),

@@ -175,8 +175,8 @@ def analyse(
 
     result, folder = run_analysis(name, directory, out)
     typer.echo(result.answer)
-    for contrast in result.contrasts:
-        typer.echo(f"  {contrast.describe()}")
+    for sentence in result.sentences:
+        typer.echo(f"  {sentence}")
     typer.echo(f"Figures and tables: {folder}")
 
 

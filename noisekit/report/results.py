@@ -7,6 +7,7 @@ from pathlib import Path
 from pandas import DataFrame
 
 from noisekit.figures import Plot, writable_folder, write_table
+from noisekit.report.contrast_words import sentence
 from noisekit.stats import ContrastResult
 
 
@@ -59,6 +60,7 @@ class AnalysisResult:
         answer: The answer, a line a statement; says so where there is none.
         rules: Rules of a fair test, met or broken.
         contrasts: Contrasts with effects and verdicts.
+        arms: The name under which each arm is shown.
         plots: Figures, the most telling first.
         tables: Tables.
         warnings: What a reader must know before using the numbers.
@@ -69,9 +71,15 @@ class AnalysisResult:
     answer: str
     rules: tuple[Rule, ...] = ()
     contrasts: tuple[ContrastResult, ...] = ()
+    arms: Mapping[str, str] = field(default_factory=dict)
     plots: tuple[Plot, ...] = ()
     tables: tuple[Table, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Each contrast with its interval and verdict in a sentence."""
+        return tuple(sentence(result, self.arms) for result in self.contrasts)
 
     @property
     def broken_rules(self) -> tuple[Rule, ...]:
