@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -29,7 +29,7 @@ from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.risk import LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.random_vectors import entropy_generator
 
 _DENSE = "dense Hessian"
@@ -40,17 +40,42 @@ _QUANTILE = 3.0
 """Standard errors within which two estimates of a trace agree."""
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How answers are compared with the reference.
+
+    Attributes:
+        rtol: Relative difference that counts as agreement. Of a trace, three standard
+            errors of 100 random vectors count as well.
+        max_params: Most parameters for a dense Hessian.
+    """
+
+    rtol: float = 0.01
+    max_params: int = 2000
+
+    def __post_init__(self) -> None:
+        """Refuse a tolerance that is none.
+
+        Raises:
+            UsageError: If ``rtol`` is out of range.
+        """
+        if not 0 < self.rtol < 1:
+            raise UsageError(f"rtol needs to be between 0 and 1, got {self.rtol}.")
+
+
+_DEFAULT_COMPARISON = Comparison()
+
+
 def audit(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     quantities: Iterable[AuditQuantity] = ("lambda_max", "trace"),
     reported: Mapping[str, Mapping[AuditQuantity, float]] | None = None,
-    rtol: float = 0.01,
-    max_params: int = 2000,
+    comparison: Comparison = _DEFAULT_COMPARISON,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> AuditReport:
@@ -63,16 +88,16 @@ def audit(
     Hessian in double precision, or noisekit's own answer for larger models.
 
     Args:
-        model: The model; not changed.
+        model: The model, not changed, or an :class:`EmpiricalRisk` in place of it, of
+            ``loss_fn`` and of ``batches``.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``; read once and held in memory.
         quantities: Of ``"lambda_max"``, ``"lambda_min"`` and ``"trace"``.
         reported: Numbers that a package gave elsewhere, to be explained as well:
             ``{"PyHessian": {"lambda_max": 1.14}}``; also by ``loss-landscape`` and
             ``landscaper``, which are not run.
-        rtol: Relative difference that counts as agreement. Of a trace, three standard
-            errors of 100 random vectors count as well.
-        max_params: Most parameters for a dense Hessian.
+        comparison: What counts as agreement, and up to which size a dense Hessian is
+            the reference.
         generator: Of all random numbers; by default a fresh one.
         bn: What BatchNorm normalises with; the packages know ``"running"`` only.
         normaliser: What ``loss_fn`` divides by, where it is not the example count.
@@ -83,14 +108,12 @@ def audit(
         Packages that are not installed, and what they raised, are rows too.
 
     Raises:
-        UsageError: If a quantity or a package is unknown, or ``rtol`` is out of range.
+        UsageError: If a quantity or a package is unknown.
     """
-    wanted = _checked(tuple(quantities), reported or {}, rtol)
-    answers = Answers(max_params, entropy_generator(generator))
-    question = asked(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    risk = question.risk()
+    wanted = _checked(tuple(quantities), reported or {})
+    answers = Answers(comparison.max_params, entropy_generator(generator))
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
+    question = asked(risk)
     rows: list[AuditRow] = []
     start = time.perf_counter()
     answers.dense(question)
@@ -100,7 +123,7 @@ def audit(
             replace(question, quantity=quantity),
             answers,
             dense_seconds=seconds,
-            rtol=rtol,
+            rtol=comparison.rtol,
         )
         rows += asking.own_rows()
         rows += [asking.row_of(peer) for peer in PEERS]
@@ -249,7 +272,6 @@ class _Asking:
 def _checked(
     quantities: tuple[AuditQuantity, ...],
     reported: Mapping[str, Mapping[AuditQuantity, float]],
-    rtol: float,
 ) -> tuple[AuditQuantity, ...]:
     known = get_args(AuditQuantity)
     unknown = [name for name in quantities if name not in known]
@@ -264,6 +286,4 @@ def _checked(
             f"reported needs names of {', '.join(CONVENTIONS)}, got "
             f"{', '.join(map(repr, strangers))}."
         )
-    if not 0 < rtol < 1:
-        raise UsageError(f"rtol needs to be between 0 and 1, got {rtol}.")
     return quantities

@@ -1,14 +1,13 @@
 """One question about a Hessian, and its answers by noisekit and by brute force."""
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.batches import Batch, map_tensors, tensors_in
+from noisekit.core.batches import map_tensors, tensors_in
 from noisekit.core.data import HeldBatches
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
@@ -78,26 +77,22 @@ class Question:
         return risk
 
 
-def asked(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
-    *,
-    bn: BatchNormPolicy,
-    normaliser: Normaliser | None,
-    params: ParameterPatterns,
-) -> Question:
-    """Return the question about a model, checked and with its data in memory."""
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
+def asked(risk: EmpiricalRisk) -> Question:
+    """Return the question about a risk, with its data in memory."""
+    return Question(
+        risk.model,
+        risk.loss_fn,
+        HeldBatches(iter(risk.batches)),
+        risk.bn,
+        risk.normaliser,
+        risk.layout.names,
+        risk.reduction,
     )
-    held = HeldBatches(iter(risk.batches))
-    return Question(risk.model, loss_fn, held, bn, normaliser, params, risk.reduction)
 
 
 def by_noisekit(question: Question, generator: torch.Generator) -> Estimate:
     """Return noisekit's answer, by Lanczos or random vectors."""
-    with HessianOperator.from_risk(question.risk()) as hessian:
+    with HessianOperator(question.risk()) as hessian:
         if question.quantity == "trace":
             return trace(hessian, num_matvecs=_NUM_PROBES, generator=generator)
         largest = question.quantity == "lambda_max"
@@ -117,7 +112,7 @@ def error_of_signs(
     question: Question, num_samples: int, generator: torch.Generator
 ) -> float:
     """Return the standard error of a trace from this many random signs, estimated."""
-    with HessianOperator.from_risk(question.risk()) as hessian:
+    with HessianOperator(question.risk()) as hessian:
         found = trace(
             hessian, num_matvecs=num_samples, method="hutchinson", generator=generator
         )

@@ -76,6 +76,7 @@ class EmpiricalRisk:
         normalisers: ``c_b`` of each batch.
         total: Sum of ``c_b`` over all batches and processes.
         num_examples: Examples over all batches and processes.
+        memory_budget: Most memory for what is computed, such as kept graphs [bytes].
         reduction: ``"mean"`` or ``"sum"``, as found by the check.
         checked: Whether that was checked, on parts and repeats of a batch.
         bn: The BatchNorm policy.
@@ -107,8 +108,9 @@ class EmpiricalRisk:
                 ``"batch"`` each batch's own.
             normaliser: What the loss of a batch is divided by, given its targets.
             params: Names or patterns of the parameters to measure; all by default.
-            memory_budget: Most memory for the data [bytes]; larger data are read
-                again on each pass and compared.
+            memory_budget: Most memory for the data, and again for what is computed
+                from them, such as kept graphs [bytes]; larger data are read again on
+                each pass and compared.
             check: Whether to check the normaliser and that the loss is not random.
             process_group: Processes that each hold a share of the data and make every
                 call; by default those of a model in ``DistributedDataParallel``.
@@ -127,6 +129,7 @@ class EmpiricalRisk:
         self.model = unwrap_model(model)
         self.loss_fn = loss_fn
         self.bn: BatchNormPolicy = bn
+        self.memory_budget = memory_budget
         check_policy(self.model, bn)
         named = select_parameters(self.model, params)
         self.layout = layout_of(named)
@@ -394,6 +397,7 @@ def as_risk(
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
+    memory_budget: int | None = None,
 ) -> EmpiricalRisk:
     """Return the risk of a model on data, or the risk that was passed in its place.
 
@@ -409,6 +413,8 @@ def as_risk(
         normaliser: What ``loss_fn`` divides by, where it is not the example count.
         params: Names or patterns of the parameters; all by default, or those of the
             risk.
+        memory_budget: Most memory for the data, and again for what is computed from
+            them [bytes]; of a risk, whose data are read, for the latter alone.
 
     Raises:
         UsageError: If something is missing, or is stated beside a risk that has it.
@@ -426,7 +432,11 @@ def as_risk(
                 "an EmpiricalRisk has its own loss, data and settings, got "
                 f"{', '.join(surplus)} beside it; state them where the risk is built."
             )
-        return model if params is None else model.restricted_to(params)
+        risk = model if params is None else model.restricted_to(params)
+        if memory_budget is not None:
+            risk = copy.copy(risk)
+            risk.memory_budget = memory_budget
+        return risk
     if loss_fn is None or batches is None:
         missing = "loss_fn" if loss_fn is None else "batches"
         raise UsageError(
@@ -440,4 +450,5 @@ def as_risk(
         bn="running" if bn is None else bn,
         normaliser=normaliser,
         params=params,
+        memory_budget=MEMORY_BUDGET if memory_budget is None else memory_budget,
     )

@@ -13,7 +13,7 @@ from noisekit.curvature.norms import (
     participation_ratio,
 )
 from noisekit.curvature.operators.covariance import GradientCovarianceOperator
-from noisekit.curvature.operators.fisher import FisherOperator
+from noisekit.curvature.operators.fisher import FisherOperator, MonteCarlo
 from noisekit.curvature.operators.ggn import GGNOperator
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.operators.hvp_selection import Trial
@@ -50,6 +50,7 @@ __all__ = [
     "LinearCombination",
     "LogDensity",
     "MatrixLike",
+    "MonteCarlo",
     "Quadrature",
     "RiskOperator",
     "ScaledOperator",

@@ -10,18 +10,18 @@ from noisekit.core.errors import BatchSizeError, CoupledExamplesError, UsageErro
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature import HessianOperator
 from noisekit.noise.hessian_noise import HessianNoiseScale, hessian_noise_of_sums
 
 
 def hessian_weighted_noise(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     chunk_size: int = 1,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> HessianNoiseScale:
@@ -36,7 +36,8 @@ def hessian_weighted_noise(
     chunk; holds a few copies of the parameters.
 
     Args:
-        model: Left as it was.
+        model: The model, left as it was, or an :class:`EmpiricalRisk` in place of it,
+            of ``loss_fn`` and of ``batches``.
         loss_fn: Called with outputs and targets; returns a scalar.
         batches: Yields ``(inputs, targets)``.
         chunk_size: Examples behind one gradient; has to divide every batch.
@@ -52,12 +53,10 @@ def hessian_weighted_noise(
     Source:
         McCandlish et al. 2018, arXiv:1812.06162, section 2.2.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     _refuse(risk, chunk_size)
     num_chunks = risk.num_examples // chunk_size
-    with risk.evaluating(), HessianOperator.from_risk(risk) as hessian:
+    with risk.evaluating(), HessianOperator(risk) as hessian:
         _, gradient = risk.value_and_grad()
         pulled = hessian @ gradient
         rows, diagonal = [], []

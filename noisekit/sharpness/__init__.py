@@ -11,15 +11,18 @@ from noisekit.sharpness.invariance_report import (
     InvarianceReport,
     RescalingEffect,
 )
-from noisekit.sharpness.landscape.curves import ConnectingCurve, connecting_curve
-from noisekit.sharpness.landscape.directions import Directions
+from noisekit.sharpness.landscape.curves import (
+    ConnectingCurve,
+    CurveTraining,
+    connecting_curve,
+)
+from noisekit.sharpness.landscape.directions import Directions, DirectionSpec
 from noisekit.sharpness.landscape.interpolation import (
     Interpolation,
     Valley,
     interpolate,
-    interpolate_of,
 )
-from noisekit.sharpness.landscape.slices import LossSlice, loss_slice, loss_slice_of
+from noisekit.sharpness.landscape.slices import LossSlice, loss_slice
 from noisekit.sharpness.measures.average import (
     AverageSharpness,
     average_sharpness,
@@ -69,14 +72,13 @@ from noisekit.sharpness.rescaling.twins import (
     rescale_layers,
     rescale_neurons,
     rescaled_twin,
-    rescaled_twin_of,
     sharpened_twin,
-    sharpened_twin_of,
 )
 from noisekit.sharpness.search.vertices import SearchPlan
 from noisekit.sharpness.tracking import (
     SharpnessReading,
     SharpnessTracker,
+    TrackedEigenvalues,
     track_sharpness,
 )
 
@@ -87,6 +89,8 @@ __all__ = [
     "CardRow",
     "Conditions",
     "ConnectingCurve",
+    "CurveTraining",
+    "DirectionSpec",
     "Directions",
     "EpsilonSharpness",
     "FreeScale",
@@ -104,6 +108,7 @@ __all__ = [
     "SharpnessCard",
     "SharpnessReading",
     "SharpnessTracker",
+    "TrackedEigenvalues",
     "Valley",
     "WorstCaseSharpness",
     "average_sharpness",
@@ -120,11 +125,9 @@ __all__ = [
     "hessian_frobenius_norm",
     "hessian_trace",
     "interpolate",
-    "interpolate_of",
     "lambda_max",
     "lambda_min",
     "loss_slice",
-    "loss_slice_of",
     "measure",
     "pac_bayes_flatness",
     "pac_bayes_sharpness",
@@ -132,9 +135,7 @@ __all__ = [
     "rescale_layers",
     "rescale_neurons",
     "rescaled_twin",
-    "rescaled_twin_of",
     "sharpened_twin",
-    "sharpened_twin_of",
     "stability_threshold",
     "step_sharpness",
     "track_sharpness",

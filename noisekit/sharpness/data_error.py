@@ -48,7 +48,7 @@ def curvature_parts(risk: EmpiricalRisk, vector: Tensor) -> Tensor:
     With an eigenvector this tells the error that its eigenvalue has from the data, to
     first order: the vector itself moves the value to second order only.
     """
-    with HessianOperator.from_risk(risk, form="rebuilt") as hessian:
+    with HessianOperator(risk, form="rebuilt") as hessian:
         weights, forms = hessian.batch_forms(vector)
     return gathered(weights.to(forms.device) * forms, risk)
 

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from noisekit.core.batches import Batch
-from noisekit.core.data import HeldBatches
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy, unwrap_compiled
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.results import Estimate, Interval, Status
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.card.measuring import measure as measure_card
 from noisekit.sharpness.card.registry import measures_called
@@ -41,15 +40,15 @@ MeasureFn = Callable[[nn.Module, LossFn, Iterable[Batch]], Any]
 
 def check_invariance(
     measure: MeasureFn | str,
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     rescalings: Mapping[str, RescaleFn] | None = None,
     factors: Iterable[float] = (2.0, 4.0, 8.0),
     tolerance: float = 0.01,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
 ) -> InvarianceReport:
     r"""Return what a measure does under rescalings that keep the network's function.
@@ -69,7 +68,8 @@ def check_invariance(
             random state; give it a generator with a fixed seed to make it repeatable.
             Or the name of one of noisekit's measures, which is taken at its usual
             settings with the same random numbers each time.
-        model: The network; not changed, nor seen by the measure: that gets copies.
+        model: The network, or its :class:`EmpiricalRisk`; not changed, nor seen by
+            the measure: that gets copies.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``, held in memory where they fit.
         rescalings: By name, functions of a copy of the model and a factor that change
@@ -96,23 +96,23 @@ def check_invariance(
     """
     chosen = _checked_factors(factors, tolerance)
     drawn = entropy_generator(generator)
-    name, take = _named(measure, drawn, bn=bn, normaliser=normaliser)
-    risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
+    name, take = _named(measure, drawn, bn=risk.bn, normaliser=risk.normaliser)
     families = rescalings
     if families is None:
         first = next(iter(risk.batches))
         families = free_rescalings(risk.model, first, generator=drawn)
     if not families:
         raise UsageError("rescalings needs at least one function, got none.")
-    # A loader that shuffles would give the measure other batches on each call.
-    data = risk.batches if isinstance(risk.batches, HeldBatches) else batches
 
     def measured(of: nn.Module) -> Estimate:
         with preserve_rng_state():
-            return as_estimate(take(copy.deepcopy(of), loss_fn, data))
+            return as_estimate(take(copy.deepcopy(of), risk.loss_fn, risk.batches))
 
     def loss_of(twin: nn.Module) -> float:
-        other = EmpiricalRisk(twin, loss_fn, data, bn=bn, normaliser=normaliser)
+        other = EmpiricalRisk(
+            twin, risk.loss_fn, risk.batches, bn=risk.bn, normaliser=risk.normaliser
+        )
         return other.value()
 
     value, again = measured(risk.model), measured(risk.model)

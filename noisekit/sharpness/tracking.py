@@ -15,7 +15,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import ErrorSource, Estimate, Status
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
 from noisekit.curvature.eigenvalues.subsample_start import can_be_screened
 from noisekit.curvature.operators.hessian import HessianOperator
@@ -89,6 +89,24 @@ def _estimate_of(fields: Mapping[str, Any] | None) -> Estimate | None:
     return Estimate(**{**fields, "error_source": source, "status": status})
 
 
+@dataclass(frozen=True, slots=True)
+class TrackedEigenvalues:
+    """Which eigenvalues are tracked.
+
+    Attributes:
+        k: How many of the largest.
+        smallest: Whether to measure the smallest one as well.
+        tol: Wanted relative accuracy.
+    """
+
+    k: int = 1
+    smallest: bool = False
+    tol: float = 1e-3
+
+
+_LARGEST = TrackedEigenvalues()
+
+
 class SharpnessTracker:
     """Measures the top of the Hessian's spectrum when called from a training loop.
 
@@ -106,10 +124,8 @@ class SharpnessTracker:
         risk: EmpiricalRisk,
         *,
         every: int = 100,
-        k: int = 1,
-        smallest: bool = False,
+        targets: TrackedEigenvalues = _LARGEST,
         optimizer: torch.optim.Optimizer | None = None,
-        tol: float = 1e-3,
         generator: torch.Generator | None = None,
     ) -> None:
         """Set up without measuring; see :func:`track_sharpness`.
@@ -125,11 +141,9 @@ class SharpnessTracker:
             edge_of_stability_ratio(Estimate(0.0), optimizer)
         self.every = every
         self.readings: list[SharpnessReading] = []
-        self._hessian = HessianOperator.from_risk(risk)
-        self._k = k
-        self._smallest = smallest
+        self._hessian = HessianOperator(risk)
+        self._targets = targets
         self._optimizer = optimizer
-        self._tol = tol
         self._generator = entropy_generator(generator)
         self._vectors = self._lowest = torch.empty(self._hessian.shape[0], 0)
 
@@ -152,9 +166,9 @@ class SharpnessTracker:
         if step is None:
             step = self.readings[-1].step + self.every if self.readings else 0
         with self._hessian as hessian:
-            top = self._pairs(hessian, "LA", self._k, self._vectors)
+            top = self._pairs(hessian, "LA", self._targets.k, self._vectors)
             low = None
-            if self._smallest:
+            if self._targets.smallest:
                 low = self._pairs(hessian, "SA", 1, self._lowest)
         reading = self._reading(step, top, low)
         self._vectors = top.start
@@ -216,7 +230,7 @@ class SharpnessTracker:
             hessian,
             k,
             which=which,
-            tol=self._tol,
+            tol=self._targets.tol,
             generator=self._generator,
             start=before if usable else None,
         )
@@ -224,7 +238,7 @@ class SharpnessTracker:
     def _reading(
         self, step: int, top: EigenPairs, low: EigenPairs | None
     ) -> SharpnessReading:
-        eigenvalues = tuple(top.estimate(i) for i in range(self._k))
+        eigenvalues = tuple(top.estimate(i) for i in range(self._targets.k))
         ratio = None
         if self._optimizer is not None:
             ratio = edge_of_stability_ratio(eigenvalues[0], self._optimizer)
@@ -242,24 +256,23 @@ class SharpnessTracker:
 
     def _overlap(self, vectors: Tensor) -> float | None:
         """Mean squared cosine between the spans of two visits' eigenvectors."""
-        if self._vectors.shape[1] < self._k:
+        k = self._targets.k
+        if self._vectors.shape[1] < k:
             return None
-        before = self._vectors[:, : self._k].to(vectors)
-        return float((before.T @ vectors).double().square().sum() / self._k)
+        before = self._vectors[:, :k].to(vectors)
+        return float((before.T @ vectors).double().square().sum() / k)
 
 
 def track_sharpness(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     every: int = 100,
-    k: int = 1,
-    smallest: bool = False,
+    targets: TrackedEigenvalues = _LARGEST,
     optimizer: torch.optim.Optimizer | None = None,
-    tol: float = 1e-3,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> SharpnessTracker:
@@ -277,15 +290,13 @@ def track_sharpness(
         tracker.frame()
 
     Args:
-        model: The model that is being trained.
+        model: The model that is being trained, or its :class:`EmpiricalRisk`.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         every: Steps between visits.
-        k: How many eigenvalues.
-        smallest: Whether to measure the smallest one as well.
+        targets: Which eigenvalues, and how accurately.
         optimizer: Gives the threshold of stability, by its rate and momentum at the
             visit; a ``torch.optim.SGD``.
-        tol: Wanted relative accuracy.
         generator: Source of random directions; by default a fresh one.
         bn: What BatchNorm normalises with.
         normaliser: What ``loss_fn`` divides by, where it is not the example count.
@@ -295,15 +306,11 @@ def track_sharpness(
         UsageError: If ``every`` is below 1, or the optimiser's threshold of stability
             is unknown.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     return SharpnessTracker(
         risk,
         every=every,
-        k=k,
-        smallest=smallest,
+        targets=targets,
         optimizer=optimizer,
-        tol=tol,
         generator=generator,
     )

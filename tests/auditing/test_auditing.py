@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.auditing import auditing
-from noisekit.auditing.auditing import audit
+from noisekit.auditing.auditing import Comparison, audit
 from noisekit.auditing.peers import PyHessian
 from noisekit.auditing.report import AuditReport, AuditRow, AuditVerdict
 from noisekit.core.errors import UsageError
@@ -45,6 +45,8 @@ def case(name: str) -> Case:
 def audited(name: str, **arguments: object) -> AuditReport:
     chosen = case(name)
     given = {"normaliser": chosen.normaliser, "generator": generator()} | arguments
+    compared = {n: given.pop(n) for n in ("rtol", "max_params") if n in given}
+    given["comparison"] = Comparison(**compared)
     return audit(chosen.build(), chosen.loss_fn, chosen.batches, **given)
 
 
@@ -128,7 +130,9 @@ def test_unweighted_batches_explain_hessian_eigenthings() -> None:
 
     Catches: an explanation by what usually is the reason, without the number.
     """
-    report = audit(seeded(mlp)(), LOSS, UNEVEN, generator=generator(), rtol=1e-3)
+    report = audit(
+        seeded(mlp)(), LOSS, UNEVEN, generator=generator(), comparison=Comparison(1e-3)
+    )
     found = row(report, "hessian-eigenthings")
     assert found.verdict is AuditVerdict.EXPLAINED
     said = [e.sentence for e in found.explanations]
@@ -283,7 +287,7 @@ def test_sums_of_batch_means_explain_the_loss_landscape_code() -> None:
         UNEVEN,
         quantities=("lambda_max",),
         reported=reported,
-        rtol=1e-6,
+        comparison=Comparison(rtol=1e-6),
         generator=generator(),
     )
     first, second = row(report, "loss-landscape, as reported").explanations

@@ -77,7 +77,7 @@ def products_to_error(model: nn.Module, batches: Batches, rounds: int) -> None:
     """Print how many products reach a relative error of the top eigenvalue."""
     (exact,) = exact_values(model, batches, 1)
     print("\nproducts to a relative error of the top eigenvalue, median (range)")
-    with HessianOperator.from_risk(EmpiricalRisk(model, LOSS, batches)) as H:
+    with HessianOperator(EmpiricalRisk(model, LOSS, batches)) as H:
         for start, label in ((None, "first an eighth"), ("random", "random start")):
             needed: dict[float, list[int]] = {1e-2: [], 1e-3: [], 1e-4: []}
             for seed in range(rounds):

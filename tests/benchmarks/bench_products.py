@@ -37,10 +37,10 @@ class ClassesSecond(nn.Module):
 
 def operators_of(risk: EmpiricalRisk) -> dict[str, Callable[[], RiskOperator]]:
     """Return what is timed, by name, to be made one after the other."""
-    hessian = partial(HessianOperator.from_risk, risk)
-    fisher = partial(FisherOperator.from_risk, risk)
-    covariance = partial(GradientCovarianceOperator.from_risk, risk)
-    newton = partial(GGNOperator.from_risk, risk)
+    hessian = partial(HessianOperator, risk)
+    fisher = partial(FisherOperator, risk)
+    covariance = partial(GradientCovarianceOperator, risk)
+    newton = partial(GGNOperator, risk)
     return {
         "Hessian, graph kept": partial(hessian, memory_budget=ROOM),
         "Hessian, graph rebuilt": partial(hessian, form="rebuilt"),

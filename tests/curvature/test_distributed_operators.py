@@ -47,7 +47,9 @@ def _measured(shard: slice, group: Any) -> dict[str, Any]:
     case = _IGNORED
     for name, kind in _KINDS.items():
         operator = kind(
-            case.build(), case.loss_fn, case.batches[shard], process_group=group
+            EmpiricalRisk(
+                case.build(), case.loss_fn, case.batches[shard], process_group=group
+            )
         )
         found[name] = operator @ _vector(operator.shape[0])
     risk = EmpiricalRisk(
@@ -59,18 +61,18 @@ def _measured(shard: slice, group: Any) -> dict[str, Any]:
     found["evaluated"] = (plain.evaluate().loss, plain.evaluate().error)
     found["hash"] = plain.data_hash
     norms = HessianOperator(
-        seeded(batch_norm_network)(),
-        LOSS,
-        RAGGED[shard],
-        bn="recalibrated",
-        process_group=group,
+        EmpiricalRisk(
+            seeded(batch_norm_network)(),
+            LOSS,
+            RAGGED[shard],
+            bn="recalibrated",
+            process_group=group,
+        )
     )
     found["recalibrated"] = norms @ _vector(norms.shape[0])
-    batches = GradientCovarianceOperator(
-        seeded(mlp)(), LOSS, RAGGED[shard], per="batch", process_group=group
-    )
+    batches = GradientCovarianceOperator(plain, per="batch")
     found["batch_covariance"] = batches @ _vector(43)
-    found.update(_solved(HessianOperator.from_risk(plain), _seeded(0)))
+    found.update(_solved(HessianOperator(plain), _seeded(0)))
     return found
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from noisekit.core.errors import DataChangedError, UsageError
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.curvature import FisherOperator, GGNOperator
+from noisekit.curvature import FisherOperator, GGNOperator, MonteCarlo
 from tests.cases import CASES, CLASS_WEIGHTS, RAGGED, Case, mlp, seeded
 from tests.reference import curvature as reference
 
@@ -99,15 +99,13 @@ def test_draws_are_without_bias(likelihood: Any) -> None:
     probabilities, a sum over draws instead of their mean.
     """
     risk = EmpiricalRisk(seeded(mlp)(), LOSS, RAGGED, params="3.bias")
-    exact = FisherOperator.from_risk(risk, likelihood=likelihood).to_dense()
+    exact = FisherOperator(risk, likelihood=likelihood).to_dense()
     draws = torch.stack(
         [
-            FisherOperator.from_risk(
+            FisherOperator(
                 risk,
-                kind="monte_carlo",
+                kind=MonteCarlo(2, torch.Generator().manual_seed(seed)),
                 likelihood=likelihood,
-                num_samples=2,
-                generator=torch.Generator().manual_seed(seed),
             ).to_dense()
             for seed in range(400)
         ]
@@ -121,13 +119,10 @@ def test_drawn_operator_is_one_matrix() -> None:
 
     Catches: new draws on each product, which no eigenvalue survives.
     """
-    options: dict[str, Any] = {"kind": "monte_carlo", "num_samples": 3}
 
     def operator(**more: Any) -> FisherOperator:
-        generator = torch.Generator().manual_seed(1)
-        return FisherOperator(
-            seeded(mlp)(), LOSS, RAGGED, generator=generator, **options, **more
-        )
+        kind = MonteCarlo(3, torch.Generator().manual_seed(1))
+        return FisherOperator(seeded(mlp)(), LOSS, RAGGED, kind=kind, **more)
 
     kept, rebuilt = operator(), operator(memory_budget=1)
     dense = kept.to_dense()
@@ -136,7 +131,7 @@ def test_drawn_operator_is_one_matrix() -> None:
     parts = sum(w * part.to_dense() for w, part in kept.batch_operators())
     assert_close(parts, dense, rtol=1e-12, atol=1e-15)
     assert_close(dense, dense.T, rtol=1e-12, atol=1e-15)
-    other = FisherOperator.from_risk(kept.risk, **options)
+    other = FisherOperator(kept.risk, kind=MonteCarlo(3))
     assert not torch.allclose(other.to_dense(), dense)
 
 
@@ -185,12 +180,16 @@ def test_soft_targets_are_residuals_of_probabilities() -> None:
     [
         ({"kind": "exact"}, r"'true', 'monte_carlo' or 'empirical', got 'exact'; 'tr"),
         ({"likelihood": "poisson"}, r"'categorical' or 'gaussian', got 'poisson'"),
-        ({"num_samples": 0}, r"num_samples needs to be at least 1, got 0"),
     ],
 )
 def test_arguments_are_checked(options: dict[str, Any], match: str) -> None:
     with pytest.raises(UsageError, match=match):
         FisherOperator(seeded(mlp)(), LOSS, RAGGED, **options)
+
+
+def test_fewer_than_one_draw_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"num_samples needs to be at least 1, got 0"):
+        MonteCarlo(num_samples=0)
 
 
 def test_a_loss_of_ones_own_needs_the_likelihood() -> None:
@@ -203,7 +202,7 @@ def test_outputs_without_classes_are_refused() -> None:
     batches = [(x, y.double()) for x, y in RAGGED]
     loss_fn = nn.BCEWithLogitsLoss()
     risk = EmpiricalRisk(model, loss_fn, [(x, (y > 1).to(x)) for x, y in batches])
-    F = FisherOperator.from_risk(risk, likelihood="categorical")
+    F = FisherOperator(risk, likelihood="categorical")
     with pytest.raises(UsageError, match=r"at least 2 classes .* shape \(\d,\); give"):
         F @ torch.ones(5)
 
@@ -231,6 +230,6 @@ def test_normalisers_that_do_not_add_up_are_refused() -> None:
         normaliser=lambda targets: float(len(targets)) ** 2,
         check=False,
     )
-    F = FisherOperator.from_risk(risk, likelihood="categorical")
+    F = FisherOperator(risk, likelihood="categorical")
     with pytest.raises(UsageError, match=r"adds up over targets, got 4 from .* and 16"):
         F @ torch.ones(43)

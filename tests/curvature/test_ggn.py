@@ -44,7 +44,7 @@ def test_rebuilt_products_are_the_same(case: Case) -> None:
     """Catches: graphs that only work while they are kept."""
     options = {"normaliser": case.normaliser}
     kept = GGNOperator(case.build(), case.loss_fn, case.batches, **options)
-    rebuilt = GGNOperator.from_risk(kept.risk, memory_budget=1)
+    rebuilt = GGNOperator(kept.risk, memory_budget=1)
     assert_close(rebuilt.to_dense(), kept.to_dense(), rtol=1e-12, atol=1e-15)
     assert rebuilt.num_kept_batches == 0
 

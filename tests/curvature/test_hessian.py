@@ -110,15 +110,15 @@ def test_budget_decides_how_many_graphs_are_kept() -> None:
     Catches: keeping all whatever it costs; counting a kept batch again.
     """
     risk = EmpiricalRisk(seeded(mlp)(), LOSS, RAGGED)
-    whole = HessianOperator.from_risk(risk)
+    whole = HessianOperator(risk)
     wanted = whole.to_dense()
     assert (whole.form, whole.num_kept_batches) == ("kept", 3)
     with risk.evaluating():
         per_batch = whole._share_bytes(1.0, RAGGED[0])
-    some = HessianOperator.from_risk(risk, memory_budget=int(1.5 * per_batch))
+    some = HessianOperator(risk, memory_budget=int(1.5 * per_batch))
     assert_close(some.to_dense(), wanted, rtol=1e-12, atol=1e-15)
     assert (some.form, some.num_kept_batches) == ("mixed", 1)
-    none = HessianOperator.from_risk(risk, memory_budget=100)
+    none = HessianOperator(risk, memory_budget=100)
     assert_close(none.to_dense(), wanted, rtol=1e-12, atol=1e-15)
     assert none.form == "rebuilt"
 
@@ -197,7 +197,7 @@ def test_kept_graphs_survive_a_measurement_elsewhere() -> None:
     """Catches: rebuilding after each use of the model, or an error of autograd."""
     model = seeded(batch_norm_network)()
     risk = EmpiricalRisk(model, LOSS, RAGGED, bn="recalibrated")
-    H = HessianOperator.from_risk(risk)
+    H = HessianOperator(risk)
     before = H.to_dense()
     graphs = list(H._kept)
     risk.value(risk.vector() + 1.0)

@@ -68,7 +68,7 @@ def test_agrees_with_the_dense_hessian_of_every_case(case: Case) -> None:
 
 def test_agrees_with_ours() -> None:
     risk = EmpiricalRisk(seeded(mlp)(), LOSS, RAGGED)
-    dense = HessianOperator.from_risk(risk).to_dense().numpy()
+    dense = HessianOperator(risk).to_dense().numpy()
     estimate = pyhessian_top_eigenvalue(risk, generator=seeded_generator(0))
     low, high = estimate.interval().low, estimate.interval().high
     assert any(low <= value <= high for value in np.linalg.eigvalsh(dense))
@@ -140,7 +140,7 @@ def test_nothing_of_the_model_is_touched() -> None:
 def test_subset_of_the_parameters() -> None:
     """Catches: PyHessian's lack of any choice."""
     risk = EmpiricalRisk(seeded(mlp)(), LOSS, RAGGED, params="3.*")
-    dense = HessianOperator.from_risk(risk).to_dense().numpy()
+    dense = HessianOperator(risk).to_dense().numpy()
     estimate = pyhessian_top_eigenvalue(risk, tol=1e-8)
     assert estimate.value == pytest.approx(np.linalg.eigvalsh(dense)[-1], rel=1e-4)
 

@@ -104,10 +104,10 @@ def test_where_it_is_not_possible_there_is_none() -> None:
     data = [(inputs, targets)]
     for bn, possible in (("batch", False), ("running", True)):
         risk = EmpiricalRisk(model, nn.CrossEntropyLoss(), data, bn=bn)
-        assert can_be_screened(HessianOperator.from_risk(risk)) is possible
+        assert can_be_screened(HessianOperator(risk)) is possible
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=600)
     small = EmpiricalRisk(model, nn.CrossEntropyLoss(), loader, memory_budget=100)
-    assert not can_be_screened(HessianOperator.from_risk(small))
+    assert not can_be_screened(HessianOperator(small))
 
 
 def test_batches_of_any_nesting_are_put_together() -> None:

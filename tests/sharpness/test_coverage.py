@@ -167,12 +167,12 @@ def test_errors_over_data_are_those_of_the_derivatives() -> None:
         assert found is not None
         return found
 
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         _, got = frobenius_with_data_error(
             hessian, num_matvecs=320, generator=seeded(3)
         )
     assert got == pytest.approx(stderr(whole / whole.norm()), rel=0.05)
-    with GGNOperator.from_risk(risk) as gauss_newton:
+    with GGNOperator(risk) as gauss_newton:
         _, got = dimension_with_data_error(
             gauss_newton, shift=2.0, num_probes=80, num_steps=4, generator=seeded(3)
         )

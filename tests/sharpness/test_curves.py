@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
-from noisekit.sharpness.landscape.curves import ConnectingCurve, connecting_curve
+from noisekit.sharpness.landscape.curves import (
+    ConnectingCurve,
+    CurveTraining,
+    connecting_curve,
+)
 from tests.sharpness.quadratics import Point, seeded
 
 ANGLE = 2.0
@@ -27,7 +31,10 @@ def on_the_ring(angle: float) -> dict[str, Tensor]:
 def along_the_ring(**arguments: object) -> ConnectingCurve:
     rows = torch.zeros(3, 2, dtype=torch.float64)
     options = {"start": on_the_ring(0.0), "end": on_the_ring(ANGLE)}
-    options |= {"generator": seeded(), "num_steps": 150} | arguments
+    trained = {"num_steps": arguments.pop("num_steps", 150)}
+    if "learning_rate" in arguments:
+        trained["learning_rate"] = arguments.pop("learning_rate")
+    options |= {"training": CurveTraining(generator=seeded(), **trained)} | arguments
     return connecting_curve(Point(rows[0]), ring, [(rows, rows)], **options)
 
 
@@ -119,7 +126,7 @@ def test_ends_are_exact_and_the_model_is_given_back(bn: str) -> None:
         [(inputs, targets)],
         start=ends[0],
         end=ends[1],
-        num_steps=30,
+        training=CurveTraining(num_steps=30),
         num_points=5,
         bn=bn,
     )

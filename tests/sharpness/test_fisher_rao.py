@@ -70,7 +70,7 @@ def test_norm_is_the_quadratic_form_of_the_fisher_matrix(case) -> None:
     """
     risk = EmpiricalRisk(case.build(), case.loss_fn, case.batches)
     weights = risk.vector()
-    with FisherOperator.from_risk(risk) as fisher:
+    with FisherOperator(risk) as fisher:
         want = float(weights @ (fisher @ weights))
     assert fisher_rao_norm(risk).value == pytest.approx(want, rel=1e-9)
 

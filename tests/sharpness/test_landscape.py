@@ -119,7 +119,7 @@ def test_both_ends_are_always_on_the_grid(num_points: int, low: float) -> None:
 
     Catches: a grid that steps over the solutions; 0 as 1e-17.
     """
-    got = line(num_points=num_points, low=low)
+    got = line(num_points=num_points, span=(low, 2.0))
     assert got.alphas.count(0.0) == got.alphas.count(1.0) == 1
     assert got.alphas[0] == low
     assert got.alphas[-1] == 2.0
@@ -283,8 +283,8 @@ def test_valley_beside_losses_that_are_not_finite(beyond: float) -> None:
     ("arguments", "message"),
     [
         ({"num_points": 1}, "num_points needs to be at least 2, got 1"),
-        ({"low": 0.2}, r"needs to contain both ends.* got low=0\.2 and high=2\.0"),
-        ({"high": 0.9}, r"needs to contain both ends.* got low=-1\.0 and high=0\.9"),
+        ({"span": (0.2, 2.0)}, r"needs to contain both ends.* got \(0\.2, 2\.0\)"),
+        ({"span": (-1, 0.9)}, r"needs to contain both ends.* got \(-1, 0\.9\)"),
         (
             {"start": {}},
             "start needs to be a state dict of this model, got no 0.weight",

@@ -9,6 +9,7 @@ from torch import nn
 from noisekit.core.results import Estimate, Status
 from noisekit.curvature import spectral_density
 from noisekit.sharpness import (
+    CurveTraining,
     average_sharpness,
     batch_sharpness,
     check_invariance,
@@ -47,10 +48,10 @@ def every_result() -> list[object]:
         epsilon_sharpness(*given, generator=seeded()),
         average_sharpness(*given, generator=seeded()),
         pac_bayes_flatness(*given, criterion="loss", generator=seeded()),
-        loss_slice(*given, num_points=5, generator=seeded()),
-        loss_slice(*given, num_points=5, generator=seeded()).directions,
+        loss_slice(*given, num_points=5),
+        loss_slice(*given, num_points=5).directions,
         interpolate(*given, **ends(model)),
-        connecting_curve(*given, **ends(model), num_steps=2, generator=seeded()),
+        connecting_curve(*given, **ends(model), training=CurveTraining(num_steps=2)),
         rescaled_twin(*given, generator=seeded()),
     ]
 

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.sharpness.landscape.directions import directions_for, filter_numbers
+from noisekit.sharpness.landscape.directions import (
+    DirectionSpec,
+    directions_for,
+    filter_numbers,
+)
 from noisekit.sharpness.landscape.points import values_at
-from noisekit.sharpness.landscape.slices import LossSlice, loss_slice, loss_slice_of
+from noisekit.sharpness.landscape.slices import LossSlice, loss_slice
 from tests.cases import CASES, Case
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, FailsAfter, built
@@ -67,7 +71,11 @@ def test_every_grid_point_is_that_of_a_moved_copy(
     """
     model = build()
     got = loss_slice(
-        model, LOSS, ragged(), directions=kind, num_points=4, generator=seeded()
+        model,
+        LOSS,
+        ragged(),
+        directions=DirectionSpec(kind, generator=seeded()),
+        num_points=4,
     )
     start = reference.flat_weights(model)
     first, second = got.directions.vectors.unbind(1)
@@ -91,7 +99,12 @@ def test_the_middle_is_the_model_itself() -> None:
     want = EmpiricalRisk(model, LOSS, batches).value()
     for num_points, size in ((5, 5), (6, 7)):
         got = loss_slice(
-            model, LOSS, batches, num_points=num_points, generator=seeded(), extent=0.3
+            model,
+            LOSS,
+            batches,
+            num_points=num_points,
+            extent=0.3,
+            directions=DirectionSpec(generator=seeded()),
         )
         assert got.middle_loss == want
         assert got.losses.shape == (size, size)
@@ -112,11 +125,7 @@ def test_filters_of_a_direction_have_the_weights_norms(one_dimensional: str) -> 
     model = images()
     risk = EmpiricalRisk(model, LOSS, ragged())
     found = directions_for(
-        risk,
-        "filter_normalised",
-        2,
-        one_dimensional=one_dimensional,
-        generator=seeded(),
+        risk, DirectionSpec(one_dimensional=one_dimensional, generator=seeded()), 2
     )
     split = [risk.layout.split(v.contiguous()) for v in found.vectors.unbind(1)]
     named = dict(zip(risk.layout.names, zip(*split, strict=True), strict=True))
@@ -149,7 +158,7 @@ def test_filters_of_one_weight_leave_an_angle_and_it_is_reported() -> None:
     model = built(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 3))
     inputs, targets = data()
     risk = EmpiricalRisk(model, LOSS, [(inputs[:, :1], targets)])
-    found = directions_for(risk, "filter_normalised", 2, generator=seeded(3))
+    found = directions_for(risk, DirectionSpec(generator=seeded(3)), 2)
     first, second = found.vectors.unbind(1)
     assert bool(torch.isfinite(found.vectors).all())
     want = float(first @ second / (first.norm() * second.norm()))
@@ -164,7 +173,7 @@ def test_random_directions_are_isotropic_and_as_long_as_the_weights() -> None:
     Catches: uniform positive numbers, whose directions are nearly collinear.
     """
     risk = EmpiricalRisk(images(), LOSS, ragged())
-    found = directions_for(risk, "random", 2, generator=seeded())
+    found = directions_for(risk, DirectionSpec("random", generator=seeded()), 2)
     norm = float(risk.vector().norm())
     assert found.lengths == pytest.approx((norm, norm))
     assert abs(found.cosine) < 1e-12
@@ -185,11 +194,10 @@ def test_a_larger_extent_goes_farther() -> None:
             model,
             LOSS,
             ragged(),
-            directions="random",
+            directions=DirectionSpec("random", generator=seeded()),
             dims=1,
             extent=extent,
             num_points=3,
-            generator=seeded(),
         )
         step = extent * got.directions.vectors[:, 0]
         assert float(step.norm() / start.norm()) == pytest.approx(extent)
@@ -206,10 +214,9 @@ def test_eigenvector_directions_bend_by_their_eigenvalues() -> None:
         model,
         LOSS,
         ragged(),
-        directions="eigenvectors",
+        directions=DirectionSpec("eigenvectors", generator=seeded()),
         extent=1e-3,
         num_points=3,
-        generator=seeded(),
     )
     loss = reference.flat_loss(model, LOSS, *data())
     hessian = reference.dense_hessian(loss, reference.flat_weights(model))
@@ -242,7 +249,13 @@ def test_only_chosen_parameters_move() -> None:
     """Catches: ``params=`` that selects the norm but not what moves."""
     model = network()
     got = loss_slice(
-        model, LOSS, ragged(), dims=1, num_points=3, params="4.*", generator=seeded()
+        model,
+        LOSS,
+        ragged(),
+        dims=1,
+        num_points=3,
+        params="4.*",
+        directions=DirectionSpec(generator=seeded()),
     )
     assert len(got.directions.vectors) == 6 * 3 + 3
     start = reference.flat_weights(model)
@@ -261,8 +274,8 @@ def test_together_and_one_by_one_are_the_same(case: Case) -> None:
     risk = EmpiricalRisk(
         case.build(), case.loss_fn, case.batches, normaliser=case.normaliser
     )
-    chosen = directions_for(risk, "random", 1, generator=seeded())
-    got = loss_slice_of(risk, chosen, extent=0.3, num_points=4)
+    chosen = directions_for(risk, DirectionSpec("random", generator=seeded()), 1)
+    got = loss_slice(risk, directions=chosen, extent=0.3, num_points=4)
     if case.name == "recurrent":
         assert got.loop_reason
         assert got.num_batched == 0
@@ -283,7 +296,7 @@ def test_small_memory_means_small_stacks() -> None:
     Catches: a budget that is not kept; a chunk that is dropped.
     """
     risk = EmpiricalRisk(network(), LOSS, ragged())
-    chosen = directions_for(risk, "random", 2, generator=seeded())
+    chosen = directions_for(risk, DirectionSpec("random", generator=seeded()), 2)
     calls: list[int] = []
     plain = risk.loss_fn
 
@@ -295,7 +308,8 @@ def test_small_memory_means_small_stacks() -> None:
     for budget in (1, 30_000, 2**30):
         calls.clear()
         risk.loss_fn = counting
-        got = loss_slice_of(risk, chosen, num_points=5, memory_budget=budget)
+        risk.memory_budget = budget
+        got = loss_slice(risk, directions=chosen, num_points=5)
         found.append(got.losses)
         reasons.append(got.loop_reason)
         counts.append(len(calls))
@@ -320,7 +334,7 @@ def test_recalibrated_statistics_go_one_by_one() -> None:
         dims=1,
         num_points=3,
         bn="recalibrated",
-        generator=seeded(),
+        directions=DirectionSpec(generator=seeded()),
     )
     assert got.loop_reason.startswith("bn='recalibrated' computes statistics anew")
     twin = copy.deepcopy(model)
@@ -349,7 +363,14 @@ class Lies(nn.Module):
 def test_a_stack_that_gives_other_losses_is_not_used() -> None:
     """Catches: trusting vmap without a look at a point that is known."""
     model = Lies()
-    got = loss_slice(model, LOSS, ragged(), dims=1, num_points=3, generator=seeded())
+    got = loss_slice(
+        model,
+        LOSS,
+        ragged(),
+        dims=1,
+        num_points=3,
+        directions=DirectionSpec(generator=seeded()),
+    )
     assert got.num_batched == 0
     assert got.loop_reason.startswith("evaluated together the loss at a known point is")
     moved = reference.flat_weights(model) + got.directions.vectors[:, 0]
@@ -371,13 +392,13 @@ def test_model_is_given_back_bit_for_bit(bn: str, calls: float) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()
     risk = EmpiricalRisk(model, LOSS, ragged(), bn=bn)
-    chosen = directions_for(risk, "random", 2, generator=seeded())
+    chosen = directions_for(risk, DirectionSpec("random", generator=seeded()), 2)
     risk.loss_fn = FailsAfter(calls)
     if calls == math.inf:
-        loss_slice_of(risk, chosen, num_points=4)
+        loss_slice(risk, directions=chosen, num_points=4)
     else:
         with pytest.raises(RuntimeError, match="the loss failed"):
-            loss_slice_of(risk, chosen, num_points=4)
+            loss_slice(risk, directions=chosen, num_points=4)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
     assert math.copysign(1, float(model[0].weight.detach()[0, 0])) == -1
     assert all(
@@ -390,7 +411,13 @@ def test_model_is_given_back_bit_for_bit(bn: str, calls: float) -> None:
 
 def test_table_has_a_row_for_each_point() -> None:
     """Catches: losses in the order of the other axis."""
-    got = loss_slice(network(), LOSS, ragged(), num_points=3, generator=seeded())
+    got = loss_slice(
+        network(),
+        LOSS,
+        ragged(),
+        num_points=3,
+        directions=DirectionSpec(generator=seeded()),
+    )
     table = got.frame()
     assert list(table.columns) == ["first", "second", "loss", "error"]
     row = table[(table["first"] == 1.0) & (table["second"] == -1.0)]
@@ -403,13 +430,17 @@ def line(**arguments: object) -> LossSlice:
     return loss_slice(network(), LOSS, ragged(), **({"dims": 1} | arguments))
 
 
+def test_an_unknown_treatment_of_one_axis_is_refused() -> None:
+    with pytest.raises(UsageError, match="needs to be 'fixed' or 'scaled', got 'free'"):
+        DirectionSpec(one_dimensional="free")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"dims": 3}, "a slice needs dims 1 or 2, got 3"),
         ({"extent": 0.0}, r"extent needs to be positive and finite, got 0\.0"),
         ({"num_points": 1}, "num_points needs to be at least 2, got 1"),
-        ({"one_dimensional": "free"}, "needs to be 'fixed' or 'scaled', got 'free'"),
         ({"directions": "flat"}, "or a list of flat vectors, got 'flat'"),
         (
             {"directions": [torch.ones(3)]},

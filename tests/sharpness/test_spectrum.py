@@ -167,7 +167,7 @@ def test_norm_and_dimension_lie_within_their_errors() -> None:
     norm = hessian_frobenius_norm(risk, num_matvecs=300, generator=seeded())
     assert abs(norm.value - float(dense_hessian(plain()).norm())) < 4 * norm.stderr
     assert 10 * norm.stderr < norm.value
-    with GGNOperator.from_risk(risk) as gauss_newton:
+    with GGNOperator(risk) as gauss_newton:
         values = torch.linalg.eigvalsh(gauss_newton.to_dense())
     dimension = effective_dimension(
         risk, shift=0.05, num_probes=60, num_steps=57, generator=seeded()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.results import Status
 from noisekit.curvature import HessianOperator
-from noisekit.sharpness import SharpnessTracker, track_sharpness
+from noisekit.sharpness import SharpnessTracker, TrackedEigenvalues, track_sharpness
 
 LOSS = nn.CrossEntropyLoss()
 Batches = list[tuple[Tensor, Tensor]]
@@ -51,7 +51,12 @@ def test_every_visit_is_right(num_examples: int) -> None:
     """
     model, batches = problem(num_examples)
     tracker = track_sharpness(
-        model, LOSS, batches, every=10, k=2, smallest=True, generator=generator()
+        model,
+        LOSS,
+        batches,
+        every=10,
+        targets=TrackedEigenvalues(k=2, smallest=True),
+        generator=generator(),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     for step in range(31):
@@ -81,7 +86,11 @@ def test_unchanged_weights_have_the_same_vectors() -> None:
     """Catches: an overlap of vectors of different lengths, or not squared."""
     model, batches = problem(300)
     tracker = track_sharpness(
-        model, LOSS, batches, k=2, tol=1e-5, generator=generator()
+        model,
+        LOSS,
+        batches,
+        targets=TrackedEigenvalues(k=2, tol=1e-5),
+        generator=generator(),
     )
     first, second = tracker.update(), tracker.update()
     assert second.overlap == pytest.approx(1.0, abs=1e-3)
@@ -159,7 +168,8 @@ def test_resumed_tracking_goes_on_with_the_same_bits(
     """
     model, batches = problem(300)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"smallest": True, "k": 2, "optimizer": optimizer}
+    targets = TrackedEigenvalues(k=2, smallest=True)
+    options = {"targets": targets, "optimizer": optimizer}
     tracker = track_sharpness(model, LOSS, batches, generator=generator(), **options)
     for visit in range(visits):
         tracker.update(visit)
@@ -180,7 +190,9 @@ def test_resumed_tracking_goes_on_with_the_same_bits(
 
 def test_a_state_belongs_to_a_model() -> None:
     model, batches = problem(300)
-    tracker = track_sharpness(model, LOSS, batches, smallest=True)
+    tracker = track_sharpness(
+        model, LOSS, batches, targets=TrackedEigenvalues(smallest=True)
+    )
     tracker.update(0)
     state = tracker.state_dict()
     other = nn.Linear(10, 3)
@@ -191,7 +203,7 @@ def test_a_state_belongs_to_a_model() -> None:
 
 def test_the_table_has_a_row_for_each_visit() -> None:
     model, batches = problem(300)
-    tracker = track_sharpness(model, LOSS, batches, k=2)
+    tracker = track_sharpness(model, LOSS, batches, targets=TrackedEigenvalues(k=2))
     tracker.update(0)
     tracker.update(50)
     table = tracker.frame()

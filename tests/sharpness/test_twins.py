@@ -13,7 +13,6 @@ from noisekit.sharpness.rescaling.twins import (
     rescale_layers,
     rescale_neurons,
     rescaled_twin,
-    rescaled_twin_of,
     sharpened_twin,
 )
 from tests.reference import sharpness as reference
@@ -206,7 +205,7 @@ def test_twin_under_batch_statistics() -> None:
     stateless[0].weight.data.mul_(0.4)  # so that this is the layer to divide
     for model in (normalised(), stateless):
         risk = EmpiricalRisk(model, LOSS, [batch()], bn="batch")
-        twin = rescaled_twin_of(risk, generator=seeded())
+        twin = rescaled_twin(risk, generator=seeded())
         other = EmpiricalRisk(twin.model, LOSS, [batch()], bn="batch")
         assert twin.ratio > 2
         assert other.value() == pytest.approx(risk.value(), rel=1e-3)

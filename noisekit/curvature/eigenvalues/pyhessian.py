@@ -83,7 +83,7 @@ def pyhessian_top_eigenvalue(
         values, vectors = peer.eigenvalues(maxIter=max_iterations, tol=tol, top_n=1)
     value, vector = float(values[0]), flatten(vectors[0])
     vector = vector / vector.norm()
-    with HessianOperator.from_risk(risk, form="rebuilt") as H:
+    with HessianOperator(risk, form="rebuilt") as H:
         residual = float((H @ vector - value * vector).norm())
     return _estimate(value, residual, loader.num_passes + 1)
 

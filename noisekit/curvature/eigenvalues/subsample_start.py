@@ -49,7 +49,7 @@ def part_of_the_data(
         order = torch.randperm(count, generator=generator, device=generator.device)
         rows = order[: max(1, count // SHARE)].sort().values
         drawn.append(take_examples(batch, rows))
-    return HessianOperator.from_risk(risk.on(together(drawn)))
+    return HessianOperator(risk.on(together(drawn)))
 
 
 def together(batches: Sequence[Batch]) -> list[Batch]:

@@ -1,13 +1,12 @@
 """The covariance of gradients, over examples or over batches."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch, count_examples
-from noisekit.core.data import MEMORY_BUDGET
 from noisekit.core.distributed import sum_over_ranks
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError, UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy, batch_norms
@@ -19,9 +18,6 @@ from noisekit.curvature.operators.output_space import (
     OutputSpaceOperator,
     example_sums,
 )
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 Per = Literal["example", "batch"]
 
@@ -49,37 +45,38 @@ class GradientCovarianceOperator(OutputSpaceOperator):
 
     def __init__(
         self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        batches: Iterable[Batch],
+        model: nn.Module | EmpiricalRisk,
+        loss_fn: LossFn | None = None,
+        batches: Iterable[Batch] | None = None,
         *,
         per: Per = "example",
         centred: bool = True,
-        bn: BatchNormPolicy = "running",
+        bn: BatchNormPolicy | None = None,
         normaliser: Normaliser | None = None,
         params: ParameterPatterns = None,
-        memory_budget: int = MEMORY_BUDGET,
-        process_group: "ProcessGroup | None" = None,
+        memory_budget: int | None = None,
     ) -> None:
-        """Check everything as ``RiskOperator`` does, whose arguments the others are.
+        """Check everything as :class:`RiskOperator` does.
 
         Args:
-            model: Evaluated without dropout, whatever its mode.
-            loss_fn: Called with outputs and targets; returns a scalar.
-            batches: Yields ``(inputs, targets)``.
+            model: This, and what is not described here, as in :class:`RiskOperator`.
+            loss_fn: ``loss_fn(outputs, targets)``, a scalar.
+            batches: Pairs ``(inputs, targets)``.
             per: What a gradient is of: ``"example"`` or ``"batch"``.
             centred: Whether to subtract the mean gradient.
-            bn: What BatchNorm normalises by; its statistics are held constant.
-            normaliser: What the loss of a batch is divided by, given its targets.
+            bn: What BatchNorm normalises by.
+            normaliser: What ``loss_fn`` divides by, where it is not the example count.
             params: Names or patterns of parameters; gives a diagonal block.
             memory_budget: Most memory for the data, and again for kept graphs [bytes].
-            process_group: Processes that hold a share of the data each.
 
         Raises:
             UsageError: If ``per`` is neither.
             CoupledExamplesError: If BatchNorm couples the examples of a batch.
         """
-        risk = EmpiricalRisk(
+        if per not in get_args(Per):
+            raise UsageError(f"per needs to be 'example' or 'batch', got {per!r}.")
+        self.per, self.centred = per, centred
+        super().__init__(
             model,
             loss_fn,
             batches,
@@ -87,36 +84,14 @@ class GradientCovarianceOperator(OutputSpaceOperator):
             normaliser=normaliser,
             params=params,
             memory_budget=memory_budget,
-            process_group=process_group,
         )
-        self._choose(risk, per, centred)
-        self._set_up(risk, memory_budget)
-
-    @classmethod
-    def from_risk(  # type: ignore[override]  # no weight_decay=: it changes nothing
-        cls,
-        risk: EmpiricalRisk,
-        *,
-        per: Per = "example",
-        centred: bool = True,
-        memory_budget: int = MEMORY_BUDGET,
-    ) -> Self:
-        """Return the covariance over the data of a risk that is there already."""
-        operator = cls.__new__(cls)
-        operator._choose(risk, per, centred)
-        operator._set_up(risk, memory_budget)
-        return operator
-
-    def _choose(self, risk: EmpiricalRisk, per: Per, centred: bool) -> None:
-        if per not in get_args(Per):
-            raise UsageError(f"per needs to be 'example' or 'batch', got {per!r}.")
-        if per == "example" and risk.bn == "batch" and batch_norms(risk.model):
+        coupled = self.risk.bn == "batch" and bool(batch_norms(self.risk.model))
+        if per == "example" and coupled:
             raise CoupledExamplesError(
                 "per-example gradients need examples that do not act on each other, "
                 "got bn='batch', where BatchNorm couples those of a batch; use "
                 "bn='running', or per='batch'."
             )
-        self.per, self.centred = per, centred
 
     def _output_product(
         self, outputs: Tensor, batch: Batch, *, weight: float, index: int

@@ -1,13 +1,14 @@
 """The Fisher information matrix of a model's likelihood: exact, sampled, empirical."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch, count_examples
-from noisekit.core.data import MEMORY_BUDGET, StreamedBatches
+from noisekit.core.data import StreamedBatches
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
@@ -32,10 +33,31 @@ from noisekit.curvature.operators.output_space import (
 from noisekit.curvature.operators.weight_decay import WeightDecay
 from noisekit.curvature.random_vectors import entropy_generator
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 FisherKind = Literal["true", "monte_carlo", "empirical"]
+
+
+@dataclass(frozen=True, slots=True)
+class MonteCarlo:
+    """A Fisher matrix by targets drawn from the model's own distribution.
+
+    Attributes:
+        num_samples: Draws per target.
+        generator: Of the draws; fresh entropy by default.
+    """
+
+    num_samples: int = 1
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse fewer than one draw.
+
+        Raises:
+            UsageError: If there is none.
+        """
+        if self.num_samples < 1:
+            raise UsageError(
+                f"num_samples needs to be at least 1, got {self.num_samples}."
+            )
 
 
 class FisherOperator(OutputSpaceOperator):
@@ -70,47 +92,42 @@ class FisherOperator(OutputSpaceOperator):
 
     def __init__(
         self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        batches: Iterable[Batch],
+        model: nn.Module | EmpiricalRisk,
+        loss_fn: LossFn | None = None,
+        batches: Iterable[Batch] | None = None,
         *,
-        kind: FisherKind = "true",
+        kind: FisherKind | MonteCarlo = "true",
         likelihood: Likelihood | None = None,
-        num_samples: int = 1,
-        generator: torch.Generator | None = None,
-        bn: BatchNormPolicy = "running",
+        bn: BatchNormPolicy | None = None,
         normaliser: Normaliser | None = None,
         params: ParameterPatterns = None,
-        memory_budget: int = MEMORY_BUDGET,
-        process_group: "ProcessGroup | None" = None,
+        memory_budget: int | None = None,
         weight_decay: WeightDecay = 0.0,
     ) -> None:
-        """Check everything as ``RiskOperator`` does, whose arguments the others are.
+        """Check everything as :class:`RiskOperator` does.
 
         Args:
-            model: Evaluated without dropout, whatever its mode.
-            loss_fn: Called with outputs and targets; says how targets count.
-            batches: Yields ``(inputs, targets)``.
+            model: This, and what is not described here, as in :class:`RiskOperator`.
+            loss_fn: ``loss_fn(outputs, targets)``; says how targets count.
+            batches: Pairs ``(inputs, targets)``.
             kind: ``"true"`` takes the expectation over the model's distribution
                 exactly, ``"monte_carlo"`` by drawing targets once, so that the
                 operator stays the same matrix, and ``"empirical"`` not at all.
+                :class:`MonteCarlo` states how many are drawn and by which generator.
             likelihood: What the outputs are parameters of; that of the loss by
                 default, where PyTorch's cross-entropy or mean squared error.
-            num_samples: Draws per target.
-            generator: Of the draws; fresh entropy by default.
-            bn: What BatchNorm normalises by; its statistics are held constant.
-            normaliser: What the loss of a batch is divided by, given its targets.
+            bn: What BatchNorm normalises by.
+            normaliser: What ``loss_fn`` divides by, where it is not the example count.
             params: Names or patterns of parameters; gives a diagonal block.
             memory_budget: Most memory for the data, and again for kept graphs [bytes].
-            process_group: Processes that hold a share of the data each.
             weight_decay: Adds the curvature of the penalty that weight decay stands
                 for.
 
         Raises:
-            UsageError: If ``kind`` or ``likelihood`` is none of these, or fewer than
-                one draw is asked for.
+            UsageError: If ``kind`` or ``likelihood`` is none of these.
         """
-        risk = EmpiricalRisk(
+        self._choose_kind(kind)
+        super().__init__(
             model,
             loss_fn,
             batches,
@@ -118,58 +135,25 @@ class FisherOperator(OutputSpaceOperator):
             normaliser=normaliser,
             params=params,
             memory_budget=memory_budget,
-            process_group=process_group,
+            weight_decay=weight_decay,
         )
-        self._choose(risk, kind, likelihood)
-        self._set_draws(risk, num_samples, generator)
-        self._set_up(risk, memory_budget, weight_decay)
+        self.likelihood = _checked_likelihood(likelihood, self.risk)
+        if self.kind == "monte_carlo" and isinstance(
+            self.risk.batches, StreamedBatches
+        ):
+            self.risk.batches.keep_order()  # draws go by the place of a batch
 
-    @classmethod
-    def from_risk(
-        cls,
-        risk: EmpiricalRisk,
-        *,
-        kind: FisherKind = "true",
-        likelihood: Likelihood | None = None,
-        num_samples: int = 1,
-        generator: torch.Generator | None = None,
-        memory_budget: int = MEMORY_BUDGET,
-        weight_decay: WeightDecay = 0.0,
-    ) -> Self:
-        """Return the Fisher matrix over the data of a risk that is there already."""
-        operator = cls.__new__(cls)
-        operator._choose(risk, kind, likelihood)
-        operator._set_draws(risk, num_samples, generator)
-        operator._set_up(risk, memory_budget, weight_decay)
-        return operator
-
-    def _choose(
-        self, risk: EmpiricalRisk, kind: FisherKind, likelihood: Likelihood | None
-    ) -> None:
-        if kind not in get_args(FisherKind):
+    def _choose_kind(self, kind: FisherKind | MonteCarlo) -> None:
+        drawing = kind if isinstance(kind, MonteCarlo) else MonteCarlo()
+        name = "monte_carlo" if isinstance(kind, MonteCarlo) else kind
+        if name not in get_args(FisherKind):
             raise UsageError(
                 "kind needs to be 'true', 'monte_carlo' or 'empirical', got "
-                f"{kind!r}; 'true' is exact and costs no more than the others."
+                f"{name!r}; 'true' is exact and costs no more than the others."
             )
-        found = likelihood or likelihood_of(risk.loss_fn)
-        if found is None or found not in get_args(Likelihood):
-            raise UsageError(
-                "a Fisher matrix needs likelihood='categorical' or 'gaussian', got "
-                f"{likelihood!r} and a loss that does not tell; say which distribution "
-                "the outputs are parameters of."
-            )
-        self.kind, self.likelihood = kind, found
-
-    def _set_draws(
-        self, risk: EmpiricalRisk, num_samples: int, generator: torch.Generator | None
-    ) -> None:
-        if num_samples < 1:
-            raise UsageError(f"num_samples needs to be at least 1, got {num_samples}.")
-        self.num_samples = num_samples
-        drawn = torch.randint(2**62, (), generator=entropy_generator(generator))
-        self.seed = int(drawn)
-        if self.kind == "monte_carlo" and isinstance(risk.batches, StreamedBatches):
-            risk.batches.keep_order()  # draws go by the place of a batch
+        self.kind, self.num_samples = name, drawing.num_samples
+        bits = torch.randint(2**62, (), generator=entropy_generator(drawing.generator))
+        self.seed = int(bits)
 
     def _output_product(
         self, outputs: Tensor, batch: Batch, *, weight: float, index: int
@@ -217,3 +201,16 @@ class FisherOperator(OutputSpaceOperator):
     def _generator(self, index: int) -> torch.Generator:
         """The stream of one batch, the same at each product."""
         return stream(self.seed, "fisher", self.risk.ranks.rank, index)
+
+
+def _checked_likelihood(
+    likelihood: Likelihood | None, risk: EmpiricalRisk
+) -> Likelihood:
+    chosen = likelihood or likelihood_of(risk.loss_fn)
+    if chosen is None or chosen not in get_args(Likelihood):
+        raise UsageError(
+            "a Fisher matrix needs likelihood='categorical' or 'gaussian', got "
+            f"{likelihood!r} and a loss that does not tell; say which distribution "
+            "the outputs are parameters of."
+        )
+    return chosen

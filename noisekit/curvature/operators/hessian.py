@@ -1,13 +1,13 @@
 """The Hessian of the empirical risk, by its products with vectors."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from noisekit.core.batches import Batch, count_examples
-from noisekit.core.data import MEMORY_BUDGET, HeldBatches
+from noisekit.core.data import HeldBatches
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
@@ -26,9 +26,6 @@ from noisekit.curvature.operators.hvp_selection import (
 )
 from noisekit.curvature.operators.risk_operator import Product, RiskOperator
 from noisekit.curvature.operators.weight_decay import WeightDecay
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 ProductForm = Literal[
     "auto",
@@ -72,31 +69,23 @@ class HessianOperator(RiskOperator):
 
     def __init__(
         self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        batches: Iterable[Batch],
+        model: nn.Module | EmpiricalRisk,
+        loss_fn: LossFn | None = None,
+        batches: Iterable[Batch] | None = None,
         *,
-        bn: BatchNormPolicy = "running",
+        form: ProductForm = "auto",
+        bn: BatchNormPolicy | None = None,
         normaliser: Normaliser | None = None,
         params: ParameterPatterns = None,
-        memory_budget: int = MEMORY_BUDGET,
-        process_group: "ProcessGroup | None" = None,
+        memory_budget: int | None = None,
         weight_decay: WeightDecay = 0.0,
-        form: ProductForm = "auto",
     ) -> None:
-        """Check everything as ``RiskOperator`` does, whose arguments the others are.
+        """Check everything as :class:`RiskOperator` does.
 
         Args:
-            model: Evaluated without dropout, whatever its mode.
-            loss_fn: Called with outputs and targets; returns a scalar.
-            batches: Yields ``(inputs, targets)``.
-            bn: What BatchNorm normalises by; its statistics are held constant.
-            normaliser: What the loss of a batch is divided by, given its targets.
-            params: Names or patterns of parameters; gives a diagonal block.
-            memory_budget: Most memory for the data, and again for kept graphs [bytes].
-            process_group: Processes that hold a share of the data each.
-            weight_decay: Adds the curvature of the penalty that weight decay stands
-                for.
+            model: This and all arguments but ``form`` as in :class:`RiskOperator`.
+            loss_fn: ``loss_fn(outputs, targets)``, a scalar.
+            batches: Pairs ``(inputs, targets)``.
             form: ``"auto"`` keeps graphs within the budget, by a rule that reads no
                 clock, so that bits repeat. ``"kept"`` keeps the graph of all batches
                 whatever the budget, ``"rebuilt"`` that of none. ``"linearised"``
@@ -105,11 +94,18 @@ class HessianOperator(RiskOperator):
                 batch. ``"finite_difference"`` is for models without second
                 derivatives: central differences of gradients in double precision,
                 whose error ``trial`` states.
+            bn: What BatchNorm normalises by.
+            normaliser: What ``loss_fn`` divides by, where it is not the example count.
+            params: Names or patterns of parameters; gives a diagonal block.
+            memory_budget: Most memory for the data, and again for kept graphs [bytes].
+            weight_decay: Adds the curvature of the penalty that weight decay stands
+                for.
 
         Raises:
             UsageError: If ``form`` is none of these, or all data cannot be kept.
         """
-        risk = EmpiricalRisk(
+        self._asked = _checked_form(form)
+        super().__init__(
             model,
             loss_fn,
             batches,
@@ -117,25 +113,13 @@ class HessianOperator(RiskOperator):
             normaliser=normaliser,
             params=params,
             memory_budget=memory_budget,
-            process_group=process_group,
+            weight_decay=weight_decay,
         )
-        self._asked = _checked_form(form, risk)
-        self._set_up(risk, memory_budget, weight_decay)
-
-    @classmethod
-    def from_risk(
-        cls,
-        risk: EmpiricalRisk,
-        *,
-        memory_budget: int = MEMORY_BUDGET,
-        weight_decay: WeightDecay = 0.0,
-        form: ProductForm = "auto",
-    ) -> Self:
-        """Return the Hessian of a risk that is there already."""
-        operator = cls.__new__(cls)
-        operator._asked = _checked_form(form, risk)
-        operator._set_up(risk, memory_budget, weight_decay)
-        return operator
+        if form == "kept" and not isinstance(self.risk.batches, HeldBatches):
+            raise UsageError(
+                "form='kept' needs the data in memory, got more than the memory "
+                "budget; raise memory_budget= or use form='auto'."
+            )
 
     @property
     def form(self) -> FormInUse:
@@ -193,15 +177,10 @@ class HessianOperator(RiskOperator):
         return super()._room() / (_TRACED_SIZE if self._traced else 1.0)
 
 
-def _checked_form(form: ProductForm, risk: EmpiricalRisk) -> ProductForm:
+def _checked_form(form: ProductForm) -> ProductForm:
     if form not in get_args(ProductForm):
         known = ", ".join(repr(name) for name in get_args(ProductForm)[:-1])
         raise UsageError(
             f"form needs to be {known} or 'finite_difference', got {form!r}."
-        )
-    if form == "kept" and not isinstance(risk.batches, HeldBatches):
-        raise UsageError(
-            "form='kept' needs the data in memory, got more than the memory "
-            "budget; raise memory_budget= or use form='auto'."
         )
     return form

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch, count_examples, take_examples
-from noisekit.core.data import MEMORY_BUDGET, HeldBatches
+from noisekit.core.data import HeldBatches
 from noisekit.core.distributed import Ranks, sum_over_ranks
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.operators.graph_cache import (
     graph_bytes,
     model_state,
@@ -30,9 +30,6 @@ from noisekit.curvature.operators.weight_decay import (
     decay_by_parameter,
     decay_vector,
 )
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 Product = Callable[[Tensor], Tensor]
 """The product of a matrix with a vector ``(P,)``."""
@@ -72,36 +69,35 @@ class RiskOperator(SymmetricOperator):
 
     def __init__(
         self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        batches: Iterable[Batch],
+        model: nn.Module | EmpiricalRisk,
+        loss_fn: LossFn | None = None,
+        batches: Iterable[Batch] | None = None,
         *,
-        bn: BatchNormPolicy = "running",
+        bn: BatchNormPolicy | None = None,
         normaliser: Normaliser | None = None,
         params: ParameterPatterns = None,
-        memory_budget: int = MEMORY_BUDGET,
-        process_group: "ProcessGroup | None" = None,
+        memory_budget: int | None = None,
         weight_decay: WeightDecay = 0.0,
     ) -> None:
-        """Check model, loss and data as ``EmpiricalRisk`` does, and what it raises.
+        """Check model, loss and data as :class:`EmpiricalRisk` does.
 
         Args:
-            model: Evaluated without dropout, whatever its mode.
-            loss_fn: Called with outputs and targets; returns a scalar.
-            batches: Yields ``(inputs, targets)``.
+            model: The model, or an :class:`EmpiricalRisk` in place of it, of
+                ``loss_fn`` and of ``batches``; see there for these arguments.
+            loss_fn: ``loss_fn(outputs, targets)``, a scalar.
+            batches: Pairs ``(inputs, targets)``.
             bn: What BatchNorm normalises by; its statistics are held constant.
-            normaliser: What the loss of a batch is divided by, given its targets.
+            normaliser: What ``loss_fn`` divides by, where it is not the example count.
             params: Names or patterns of parameters; gives a diagonal block.
-            memory_budget: Most memory for the data, and again for kept graphs [bytes].
-            process_group: Processes that each hold a share of the data and make every
-                call; by default those of a model in ``DistributedDataParallel``.
+            memory_budget: Most memory for the data, and again for kept graphs
+                [bytes]; 1 GiB, or that of the risk.
             weight_decay: Adds ``λ`` to the diagonal: one for all parameters, or those
                 of an optimiser's parameter groups.
 
         Raises:
             UsageError: If ``weight_decay`` is negative or no term of a risk.
         """
-        risk = EmpiricalRisk(
+        risk = as_risk(
             model,
             loss_fn,
             batches,
@@ -109,27 +105,7 @@ class RiskOperator(SymmetricOperator):
             normaliser=normaliser,
             params=params,
             memory_budget=memory_budget,
-            process_group=process_group,
         )
-        self._set_up(risk, memory_budget, weight_decay)
-
-    @classmethod
-    def from_risk(
-        cls,
-        risk: EmpiricalRisk,
-        *,
-        memory_budget: int = MEMORY_BUDGET,
-        weight_decay: WeightDecay = 0.0,
-    ) -> Self:
-        """Return the operator of a risk that is there already."""
-        operator = cls.__new__(cls)
-        operator._set_up(risk, memory_budget, weight_decay)
-        return operator
-
-    def _set_up(
-        self, risk: EmpiricalRisk, budget: int, weight_decay: WeightDecay = 0.0
-    ) -> None:
-        self._budget = budget
         self._decay_source = weight_decay
         self._whole: EmpiricalRisk | None = None
         self._first_index = 0
@@ -360,7 +336,8 @@ class RiskOperator(SymmetricOperator):
             if self.risk.checked:  # so examples can be taken apart
                 count = min(count, _MEASURED_EXAMPLES)
                 batch = take_examples(batch, torch.arange(count))
-            return self._budget / max(self._share_bytes(weight, batch) / count, 1.0)
+            per_example = max(self._share_bytes(weight, batch) / count, 1.0)
+            return self.risk.memory_budget / per_example
 
     def _share_bytes(self, weight: float, batch: Batch) -> int:
         """Memory that the graphs of one batch's share hold [bytes]."""

@@ -82,7 +82,7 @@ def measure(
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     settings = settings or MeasureSettings()
     seed = _seed(generator)
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         subject = Subject(
             risk=risk,
             hessian=hessian,

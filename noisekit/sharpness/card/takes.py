@@ -109,7 +109,7 @@ def take_hessian_frobenius_norm(subject: Subject) -> Iterator[Measured]:
 def take_effective_dimension(subject: Subject) -> Iterator[Measured]:
     """Yield the number of curved directions of the Gauss-Newton matrix."""
     shift = subject.settings.shift
-    with GGNOperator.from_risk(subject.risk) as gauss_newton:
+    with GGNOperator(subject.risk) as gauss_newton:
         found, error = dimension_with_data_error(
             gauss_newton,
             shift=shift,

@@ -13,12 +13,12 @@ from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import flatten
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.landscape.interpolation import (
     Interpolation,
     fitting_state,
-    interpolate_of,
+    interpolate,
 )
 from noisekit.sharpness.landscape.points import (
     chosen_names,
@@ -65,19 +65,49 @@ class ConnectingCurve:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class CurveTraining:
+    """How the bend of a curve is trained.
+
+    Attributes:
+        num_steps: Steps of Adam, one gradient over all data each; 0 leaves the bend in
+            the middle of the straight line.
+        learning_rate: Adam's, in units of the root mean square distance of the ends
+            per weight.
+        generator: Source of the points that are trained on; by default a fresh one.
+    """
+
+    num_steps: int = 200
+    learning_rate: float = 0.05
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what trains nothing.
+
+        Raises:
+            UsageError: If steps or rate are out of range.
+        """
+        if self.num_steps < 0 or not self.learning_rate > 0:
+            raise UsageError(
+                "a curve needs num_steps >= 0 and learning_rate > 0, got "
+                f"{self.num_steps} and {self.learning_rate}."
+            )
+
+
+_DEFAULT_TRAINING = CurveTraining()
+
+
 def connecting_curve(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     start: Mapping[str, Tensor],
     end: Mapping[str, Tensor],
     shape: CurveShape = "bezier",
-    num_steps: int = 200,
-    learning_rate: float = 0.05,
     num_points: int = 21,
-    generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "recalibrated",
+    training: CurveTraining = _DEFAULT_TRAINING,
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
 ) -> ConnectingCurve:
     r"""Return a curve between two solutions along which the loss stays low.
@@ -90,19 +120,18 @@ def connecting_curve(
     minima lie in one valley; a high one only that this search found none.
 
     Args:
-        model: A model that both state dicts fit; it is given back bit for bit.
+        model: A model that both state dicts fit, or an :class:`EmpiricalRisk` of it;
+            it is given back bit for bit.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         start: State dict at ``t = 0``.
         end: State dict at ``t = 1``.
         shape: ``"bezier"`` or ``"polychain"``.
-        num_steps: Training steps, one gradient over all data each.
-        learning_rate: Adam's, in units of the root mean square distance of the ends
-            per weight.
         num_points: Points at which the curve is evaluated, ends included.
-        generator: Source of the points that are trained on; by default a fresh one.
-        bn: What BatchNorm normalises with; ``"running"`` moves the statistics along
-            the straight line, and they are then not those of the curve's weights.
+        training: How the bend is trained: steps, rate and generator.
+        bn: What BatchNorm normalises with; ``"recalibrated"`` by default.
+            ``"running"`` moves the statistics along the straight line, and they are
+            then not those of the curve's weights.
         normaliser: What ``loss_fn`` divides by, where it is not the example count.
 
     Raises:
@@ -112,8 +141,13 @@ def connecting_curve(
     Source:
         Garipov et al. 2018, arXiv:1802.10026, section 3.
     """
-    _refuse_bad_arguments(shape, num_steps, learning_rate, num_points)
-    risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
+    if shape not in get_args(CurveShape):
+        raise UsageError(f"shape needs to be 'bezier' or 'polychain', got {shape!r}.")
+    if num_points < 3:
+        raise UsageError(f"num_points needs to be at least 3, got {num_points}.")
+    if bn is None and not isinstance(model, EmpiricalRisk):
+        bn = "recalibrated"
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
     own = own_state(risk.model)
     path = _Path(
         risk,
@@ -121,8 +155,8 @@ def connecting_curve(
         fitting_state(own, start, "start"),
         fitting_state(own, end, "end"),
     )
-    if num_steps:
-        _train(path, own, num_steps, learning_rate, entropy_generator(generator))
+    if training.num_steps:
+        _train(path, own, training)
     times = [float(t) for t in np.linspace(0, 1, num_points)]
     values = values_at(
         risk, lambda i: path.state_at(times[i]), num_points, exact=[0, num_points - 1]
@@ -138,12 +172,12 @@ def connecting_curve(
             num_batched=values.num_batched,
             loop_reason=values.loop_reason,
         ),
-        straight=interpolate_of(
-            risk, start=start, end=end, num_points=num_points, low=0.0, high=1.0
+        straight=interpolate(
+            risk, start=start, end=end, num_points=num_points, span=(0.0, 1.0)
         ),
         shape=shape,
         bend=path.bend_state(),
-        num_grads=num_steps,
+        num_grads=training.num_steps,
     )
 
 
@@ -205,35 +239,20 @@ class _Path:
 def _train(
     path: _Path,
     own: Mapping[str, Tensor],
-    num_steps: int,
-    learning_rate: float,
-    generator: torch.Generator,
+    training: CurveTraining,
 ) -> None:
+    generator = entropy_generator(training.generator)
     gap = path.last - path.first
     unit = float(gap.norm()) / len(gap) ** 0.5
     noise = torch.randn(
         len(gap), generator=generator, device=generator.device, dtype=gap.dtype
     )
     bend = path.bend.add_(_FIRST_NUDGE * unit * noise.to(gap.device))
-    optimizer = torch.optim.Adam([bend], lr=learning_rate * unit)
-    drawn = torch.rand(num_steps, generator=generator, device=generator.device)
+    optimizer = torch.optim.Adam([bend], lr=training.learning_rate * unit)
+    drawn = torch.rand(training.num_steps, generator=generator, device=generator.device)
     with state_given_back(own):
         for t in drawn.tolist():
             load_state(own, path.state_at(t))
             _, gradient = path.risk.value_and_grad()
             bend.grad = path.shares(t)[1] * gradient.to(bend.dtype)
             optimizer.step()
-
-
-def _refuse_bad_arguments(
-    shape: str, num_steps: int, learning_rate: float, num_points: int
-) -> None:
-    if shape not in get_args(CurveShape):
-        raise UsageError(f"shape needs to be 'bezier' or 'polychain', got {shape!r}.")
-    if num_steps < 0 or not learning_rate > 0:
-        raise UsageError(
-            "a curve needs num_steps >= 0 and learning_rate > 0, got "
-            f"{num_steps} and {learning_rate}."
-        )
-    if num_points < 3:
-        raise UsageError(f"num_points needs to be at least 3, got {num_points}.")

@@ -1,7 +1,7 @@
 """Directions in which a slice of the loss is taken, and how they are scaled."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -47,54 +47,86 @@ class Directions:
         return f"{kind}, length {lengths} (a step of 1: {self.scale})"
 
 
+@dataclass(frozen=True, slots=True)
+class DirectionSpec:
+    """How the directions of a slice are drawn.
+
+    Attributes:
+        kind: ``"filter_normalised"``: Gaussian, each filter scaled to the norm of
+            the weights' own filter, the second direction orthogonal to the first in
+            each filter of more than one weight. ``"random"``: Gaussian, orthogonal,
+            as long as the weights. ``"eigenvectors"``: of the largest eigenvalues of
+            the Hessian, of unit norm.
+        one_dimensional: What filter normalisation does with biases and the weights of
+            norms: they stay (``"fixed"``), or each is scaled to its own norm as one
+            filter (``"scaled"``).
+        generator: Source of the random numbers; by default a fresh one.
+    """
+
+    kind: DirectionKind = "filter_normalised"
+    one_dimensional: OneDimensional = "fixed"
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no kind of direction.
+
+        Raises:
+            UsageError: If an attribute is none of those above.
+        """
+        if self.kind not in get_args(DirectionKind):
+            raise UsageError(
+                "directions needs 'filter_normalised', 'random', 'eigenvectors' or a "
+                f"list of flat vectors, got {self.kind!r}."
+            )
+        if self.one_dimensional not in get_args(OneDimensional):
+            raise UsageError(
+                "one_dimensional needs to be 'fixed' or 'scaled', got "
+                f"{self.one_dimensional!r}."
+            )
+
+
 def directions_for(
     risk: EmpiricalRisk,
-    wanted: DirectionKind | Sequence[Tensor],
-    dims: int,
-    *,
-    one_dimensional: OneDimensional = "fixed",
-    generator: torch.Generator | None = None,
+    wanted: DirectionKind | DirectionSpec | Directions | Sequence[Tensor],
+    dims: int | None = None,
 ) -> Directions:
     """Return directions of a kind, or the given ones, checked.
 
     Args:
         risk: Whose weights; only its chosen parameters move.
-        wanted: ``"filter_normalised"``: Gaussian, each filter scaled to the norm of
-            the weights' own filter, the second direction orthogonal to the first in
-            each filter of more than one weight. ``"random"``: Gaussian, orthogonal,
-            as long as the weights. ``"eigenvectors"``: of the largest eigenvalues of
-            the Hessian, of unit norm. Or one flat vector ``(P,)`` per axis.
-        dims: 1 or 2.
-        one_dimensional: What filter normalisation does with biases and the weights of
-            norms: they stay, or each is scaled to its own norm as one filter.
-        generator: Source of the random numbers; by default a fresh one.
+        wanted: What to draw, or one flat vector ``(P,)`` per axis, or directions that
+            are there already.
+        dims: 1 or 2; 2 by default, or the number of vectors.
 
     Raises:
-        UsageError: If an argument is none of these, or a given direction is not a
-            finite vector of the right length.
+        UsageError: If ``wanted`` or ``dims`` is none of these, or a given direction is
+            not a finite vector of the right length.
     """
+    if isinstance(wanted, str):
+        wanted = DirectionSpec(wanted)
+    if isinstance(wanted, Directions):
+        dims = wanted.vectors.shape[1] if dims is None else dims
+        found = _given(risk, wanted.vectors.unbind(1), dims)
+        return replace(wanted, vectors=found.vectors)
+    if not isinstance(wanted, DirectionSpec):
+        return _given(risk, wanted, len(wanted) if dims is None else dims)
+    dims = 2 if dims is None else dims
+    _check_dims(dims)
+    generator = entropy_generator(wanted.generator)
+    if wanted.kind == "filter_normalised":
+        return _filter_normalised(risk, dims, wanted.one_dimensional, generator)
+    if wanted.kind == "random":
+        return _random(risk, dims, generator)
+    return _eigenvectors(risk, dims, generator)
+
+
+def _check_dims(dims: int) -> None:
     if dims not in {1, 2}:
         raise UsageError(f"a slice needs dims 1 or 2, got {dims}.")
-    if one_dimensional not in get_args(OneDimensional):
-        raise UsageError(
-            f"one_dimensional needs to be 'fixed' or 'scaled', got {one_dimensional!r}."
-        )
-    if not isinstance(wanted, str):
-        return _given(risk, wanted, dims)
-    generator = entropy_generator(generator)
-    if wanted == "filter_normalised":
-        return _filter_normalised(risk, dims, one_dimensional, generator)
-    if wanted == "random":
-        return _random(risk, dims, generator)
-    if wanted == "eigenvectors":
-        return _eigenvectors(risk, dims, generator)
-    raise UsageError(
-        "directions needs 'filter_normalised', 'random', 'eigenvectors' or a list of "
-        f"flat vectors, got {wanted!r}."
-    )
 
 
 def _given(risk: EmpiricalRisk, wanted: Sequence[Tensor], dims: int) -> Directions:
+    _check_dims(dims)
     size = risk.layout.num_params
     if len(wanted) != dims or any(v.shape != (size,) for v in wanted):
         shapes = ", ".join(str(tuple(v.shape)) for v in wanted) or "none"
@@ -121,7 +153,7 @@ def _random(risk: EmpiricalRisk, dims: int, generator: torch.Generator) -> Direc
 def _eigenvectors(
     risk: EmpiricalRisk, dims: int, generator: torch.Generator
 ) -> Directions:
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         pairs = top_eigenpairs(hessian, dims, generator=generator)
     values = ", ".join(f"{value:.4g}" for value in pairs.values.tolist())
     scale = f"unit norm; eigenvalues {values}"

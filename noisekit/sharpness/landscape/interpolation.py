@@ -9,11 +9,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch
-from noisekit.core.data import MEMORY_BUDGET
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.sharpness.landscape.points import loss_range, own_state, values_at
 
 if TYPE_CHECKING:
@@ -147,17 +146,16 @@ class Interpolation:
 
 
 def interpolate(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     start: Mapping[str, Tensor],
     end: Mapping[str, Tensor],
     num_points: int = 25,
-    low: float = -1.0,
-    high: float = 2.0,
+    span: tuple[float, float] = (-1.0, 2.0),
     path: Path = "linear",
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
 ) -> Interpolation:
     r"""Return loss and error along a path from one state dict through another.
@@ -174,14 +172,14 @@ def interpolate(
     evaluated many at a time where PyTorch can.
 
     Args:
-        model: A model that both state dicts fit; it is given back bit for bit.
+        model: A model that both state dicts fit, or an :class:`EmpiricalRisk` of it,
+            all of whose weights move; it is given back bit for bit.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         start: State dict at ``alpha = 0`` (the paper's small batch).
         end: State dict at ``alpha = 1`` (the paper's large batch).
         num_points: Points of the even grid; 0 and 1 are added where it misses them.
-        low: Where the line begins, at most 0.
-        high: Where it ends, at least 1.
+        span: Where the line begins, at most 0, and where it ends, at least 1.
         path: The straight line, or the curve that keeps the length of the weights
             where both ends are orthogonal and of equal length.
         bn: What BatchNorm normalises with.
@@ -198,41 +196,10 @@ def interpolate(
         Keskar et al. 2017, arXiv:1609.04836, figures 3 and 7; after Goodfellow et al.
         2015, arXiv:1412.6544.
     """
-    risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
-    return interpolate_of(
-        risk,
-        start=start,
-        end=end,
-        num_points=num_points,
-        low=low,
-        high=high,
-        path=path,
-    )
-
-
-def interpolate_of(
-    risk: EmpiricalRisk,
-    *,
-    start: Mapping[str, Tensor],
-    end: Mapping[str, Tensor],
-    num_points: int = 25,
-    low: float = -1.0,
-    high: float = 2.0,
-    path: Path = "linear",
-    memory_budget: int = MEMORY_BUDGET,
-) -> Interpolation:
-    """Return a risk's loss and error along a path; see :func:`interpolate`.
-
-    All weights move, whatever parameters the risk selects. Stacked points and their
-    activations take at most ``memory_budget`` bytes.
-
-    Raises:
-        UsageError: If a state dict does not fit the model, the line does not contain
-            both ends, or ``path`` is neither.
-    """
-    alphas = _grid(num_points, low, high)
+    alphas = _grid(num_points, *span)
     if path not in get_args(Path):
         raise UsageError(f"path needs to be 'linear' or 'curvilinear', got {path!r}.")
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
     own = own_state(risk.model)
     start, end = fitting_state(own, start, "start"), fitting_state(own, end, "end")
     statistics = {name for name, _ in risk.model.named_buffers()}
@@ -245,7 +212,6 @@ def interpolate_of(
         state_at,
         len(alphas),
         exact=[alphas.index(0.0), alphas.index(1.0)],
-        memory_budget=memory_budget,
     )
     return Interpolation(
         tuple(alphas),
@@ -265,8 +231,8 @@ def _grid(num_points: int, low: float, high: float) -> list[float]:
         raise UsageError(f"num_points needs to be at least 2, got {num_points}.")
     if not (-math.inf < low <= 0 and 1 <= high < math.inf):
         raise UsageError(
-            "the line needs to contain both ends, low <= 0 and high >= 1, got "
-            f"low={low} and high={high}."
+            "span needs to contain both ends, (low, high) with low <= 0 and high >= 1, "
+            f"got ({low}, {high})."
         )
     even = np.linspace(low, high, num_points).tolist()
     apart = [a for a in even if min(abs(a), abs(a - 1)) > _SAME_POINT]

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from noisekit.core.batches import Batch, count_examples
-from noisekit.core.data import MEMORY_BUDGET
-from noisekit.core.evaluation_mode import batch_norms
+from noisekit.core.evaluation_mode import batch_norms, model_arguments
 from noisekit.core.risk import EmpiricalRisk
 
 _MOST_TOGETHER = 32
@@ -55,21 +53,20 @@ def values_at(
     count: int,
     *,
     exact: Iterable[int],
-    memory_budget: int = MEMORY_BUDGET,
 ) -> PointValues:
     """Return a risk's loss and error at ``count`` points; the model is given back.
 
     The points of ``exact`` go through the model as it is, so that their losses are
     bit for bit those of a model with these weights. The rest are stacked and
-    evaluated together; that this gives the same losses is checked on ``exact``, and
-    where it does not, or PyTorch cannot, all go one by one.
+    evaluated together, within the risk's memory budget; that this gives the same
+    losses is checked on ``exact``, and where it does not, or PyTorch cannot, all go
+    one by one.
 
     Args:
         risk: The model, the loss and the data.
         state_at: The weights of each point.
         count: Number of points.
         exact: At least one point.
-        memory_budget: Most memory for stacked weights and activations [bytes].
     """
     alone = sorted(set(exact))
     found = dict(zip(alone, _one_by_one(risk, state_at, alone), strict=True))
@@ -77,7 +74,7 @@ def values_at(
     reason = _cannot_batch(risk)
     if rest and not reason:
         try:
-            found |= _together(risk, state_at, rest, found, memory_budget)
+            found |= _together(risk, state_at, rest, found)
         # Whatever a user's model raises under vmap, the loop raises if it is real.
         except Exception as error:
             reason = str(error).strip().splitlines()[0] or type(error).__name__
@@ -151,7 +148,6 @@ def _together(
     state_at: StateAt,
     indices: list[int],
     known: Mapping[int, tuple[float, float]],
-    memory_budget: int,
 ) -> dict[int, tuple[float, float]]:
     """Values at ``indices``, checked at the known points.
 
@@ -160,9 +156,11 @@ def _together(
         MemoryError: If the budget holds one point only.
     """
     classified = not any(math.isnan(error) for _, error in known.values())
-    size = _points_within(risk, memory_budget)
+    size = _points_within(risk)
     if size < 2:
-        raise MemoryError(f"memory_budget={memory_budget} holds one point at a time")
+        raise MemoryError(
+            f"memory_budget={risk.memory_budget} holds one point at a time"
+        )
     queue = [*known, *indices]
     found: dict[int, tuple[float, float]] = {}
     for first in range(0, len(queue), size):
@@ -209,7 +207,7 @@ def _of_one_point(
     risk: EmpiricalRisk, batch: Batch, classified: bool
 ) -> Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]:
     """Loss and number of misclassified examples of a batch, as a function."""
-    args, kwargs = _arguments(batch[0])
+    args, kwargs = model_arguments(batch[0])
     targets = batch[1]
 
     def values(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -223,7 +221,7 @@ def _of_one_point(
     return values
 
 
-def _points_within(risk: EmpiricalRisk, memory_budget: int) -> int:
+def _points_within(risk: EmpiricalRisk) -> int:
     """How many points fit into the budget, by the activations of the largest batch."""
     largest = max((batch for _, batch in risk.weighted_batches()), key=count_examples)
     found: dict[int, int] = {}
@@ -238,7 +236,7 @@ def _points_within(risk: EmpiricalRisk, memory_budget: int) -> int:
     ):
         risk.loss_of(largest)
     weights = sum(t.numel() * t.element_size() for t in own_state(risk.model).values())
-    return min(_MOST_TOGETHER, memory_budget // (sum(found.values()) + weights))
+    return min(_MOST_TOGETHER, risk.memory_budget // (sum(found.values()) + weights))
 
 
 def _check_known(
@@ -255,10 +253,3 @@ def _check_known(
                 f"evaluated together the loss at a known point is {got:.6g} instead "
                 f"of {want:.6g}"
             )
-
-
-# Inputs are whatever the model takes.
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}

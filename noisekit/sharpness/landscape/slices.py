@@ -5,20 +5,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch
-from noisekit.core.data import MEMORY_BUDGET
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.sharpness.landscape.directions import (
     DirectionKind,
     Directions,
-    OneDimensional,
+    DirectionSpec,
     directions_for,
 )
 from noisekit.sharpness.landscape.points import (
@@ -84,17 +82,18 @@ class LossSlice:
 
 
 def loss_slice(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
-    directions: DirectionKind | Sequence[Tensor] = "filter_normalised",
-    dims: int = 2,
+    directions: DirectionKind
+    | DirectionSpec
+    | Directions
+    | Sequence[Tensor] = "filter_normalised",
+    dims: int | None = None,
     extent: float = 1.0,
     num_points: int = 25,
-    one_dimensional: OneDimensional = "fixed",
-    generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> LossSlice:
@@ -103,23 +102,21 @@ def loss_slice(
     A slice shows two of ``P`` directions, and how wide it looks depends on the scale
     of the weights. Filter normalisation takes the scale of each filter out of it,
     which makes slices of a ReLU network comparable under rescalings of whole layers,
-    not of single neurons. Grid points are evaluated many at a time where PyTorch can.
+    not of single neurons. Grid points are evaluated many at a time where PyTorch can,
+    within the risk's memory budget.
 
     Args:
-        model: Evaluated without dropout; given back bit for bit.
+        model: The model, or an :class:`EmpiricalRisk` in place of it, of ``loss_fn``
+            and of ``batches``; only the chosen parameters move.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
-        directions: ``"filter_normalised"``, ``"random"`` (Gaussian, orthogonal, as
-            long as the weights), ``"eigenvectors"`` (of the largest Hessian
-            eigenvalues, of unit norm), or one flat vector ``(P,)`` per axis, taken as
-            it is.
-        dims: 1 for a line, 2 for a plane.
+        directions: ``"filter_normalised"``, ``"random"`` or ``"eigenvectors"``, or a
+            :class:`DirectionSpec` that states the generator as well; or one flat
+            vector ``(P,)`` per axis, or another slice's directions, taken as they are.
+        dims: 1 for a line, 2 for a plane; 2 by default, or the number of vectors.
         extent: The grid goes from ``-extent`` to ``extent`` along each direction.
         num_points: Points of the even grid along each axis; 0 is added where the grid
             misses it.
-        one_dimensional: Whether biases and weights of norms stay under filter
-            normalisation (``"fixed"``), or each moves as one filter (``"scaled"``).
-        generator: Source of the directions; by default a fresh one.
         bn: What BatchNorm normalises with; ``"recalibrated"`` computes the statistics
             anew at each point.
         normaliser: What ``loss_fn`` divides by, where it is not the example count.
@@ -134,30 +131,8 @@ def loss_slice(
     Source:
         Li et al. 2018, arXiv:1712.09913, section 4.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    chosen = directions_for(
-        risk, directions, dims, one_dimensional=one_dimensional, generator=generator
-    )
-    return loss_slice_of(risk, chosen, extent=extent, num_points=num_points)
-
-
-def loss_slice_of(
-    risk: EmpiricalRisk,
-    directions: Directions,
-    *,
-    extent: float = 1.0,
-    num_points: int = 25,
-    memory_budget: int = MEMORY_BUDGET,
-) -> LossSlice:
-    """Return a risk's loss along directions; see :func:`loss_slice`.
-
-    Stacked points and their activations take at most ``memory_budget`` bytes.
-
-    Raises:
-        UsageError: If the grid has no extent or too few points.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
+    directions = directions_for(risk, directions, dims)
     axis = _grid(extent, num_points)
     dims = directions.vectors.shape[1]
     shape = (len(axis),) * dims
@@ -179,7 +154,6 @@ def loss_slice_of(
         state_at,
         len(axis) ** dims,
         exact=[int(np.ravel_multi_index((middle,) * dims, shape))],
-        memory_budget=memory_budget,
     )
     return LossSlice(
         coordinates=(axis,) * dims,

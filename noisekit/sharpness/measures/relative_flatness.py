@@ -72,7 +72,7 @@ def relative_flatness(
         Petzka et al. 2021, arXiv:2001.00939, definition 3.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         found = flatness_with_data_error(
             hessian, num_matvecs=num_matvecs, generator=entropy_generator(generator)
         )

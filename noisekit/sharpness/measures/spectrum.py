@@ -86,7 +86,7 @@ def lambda_max(
         raise UsageError(
             f"method needs to be 'lanczos' or 'pyhessian', got {method!r}."
         )
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         pairs = top_eigenpairs(
             hessian, tol=tol, max_matvecs=max_matvecs, generator=generator
         )
@@ -127,7 +127,7 @@ def lambda_min(
         The eigenvalue [loss/param²], with its residual as ``bound``.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         pairs = top_eigenpairs(
             hessian, which="SA", tol=tol, max_matvecs=max_matvecs, generator=generator
         )
@@ -212,7 +212,7 @@ def gauge_fixed_with_data_error(
     unit_rows = _unit_rows(risk, batch)
     rescaled_copy(risk.model, unit_rows, batch=batch, bn=risk.bn)
     lengths = 1 / unit_rows.vector(risk.layout)
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         operator = ScaledOperator(hessian, lengths)
         pairs = top_eigenpairs(
             operator, tol=tol, max_matvecs=max_matvecs, generator=generator

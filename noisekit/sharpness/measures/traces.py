@@ -57,7 +57,7 @@ def hessian_trace(
         UsageError: If fewer than 2 products are given.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         found, stderr = trace_with_data_error(
             hessian, num_matvecs=num_matvecs, generator=entropy_generator(generator)
         )
@@ -98,7 +98,7 @@ def weighted_hessian_trace(
         UsageError: If fewer than 2 products are given.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         found, stderr = weighted_trace_with_data_error(
             hessian, num_matvecs=num_matvecs, generator=entropy_generator(generator)
         )
@@ -136,7 +136,7 @@ def hessian_frobenius_norm(
         UsageError: If fewer than 2 products are given.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         found, stderr = frobenius_with_data_error(
             hessian,
             num_matvecs=num_matvecs,
@@ -189,7 +189,7 @@ def effective_dimension(
         MacKay 1992, "Bayesian interpolation"; Maddox et al. 2020, arXiv:2003.02139.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with GGNOperator.from_risk(risk) as gauss_newton:
+    with GGNOperator(risk) as gauss_newton:
         found, stderr = dimension_with_data_error(
             gauss_newton,
             shift=shift,

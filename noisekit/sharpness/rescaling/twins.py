@@ -12,7 +12,7 @@ from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.results import Estimate
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.operators.preconditioned import ScaledOperator
@@ -123,14 +123,14 @@ class RescaledTwin:
 
 
 def rescaled_twin(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     factor: float = 4.0,
     tol: float = 1e-3,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
 ) -> RescaledTwin:
     r"""Return a twin with identical predictions and a larger Hessian eigenvalue.
@@ -142,7 +142,8 @@ def rescaled_twin(
     curvature.
 
     Args:
-        model: A chain, see :func:`free_scales`; not changed.
+        model: A chain, see :func:`free_scales`, or its :class:`EmpiricalRisk`; not
+            changed.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         factor: Above 1; a power of two changes no bit of the outputs of a network
@@ -159,27 +160,11 @@ def rescaled_twin(
     Source:
         Dinh et al. 2017, arXiv:1703.04933, section 4.
     """
-    risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
-    return rescaled_twin_of(risk, factor=factor, tol=tol, generator=generator)
-
-
-def rescaled_twin_of(
-    risk: EmpiricalRisk,
-    *,
-    factor: float = 4.0,
-    tol: float = 1e-3,
-    generator: torch.Generator | None = None,
-) -> RescaledTwin:
-    """Return the sharper twin of a risk's model; see :func:`rescaled_twin`.
-
-    Raises:
-        UsageError: If the network is no such chain, the factor is not above 1, the
-            outputs differ, or the factor is too small to raise the eigenvalue.
-    """
     if not 1 < factor < math.inf:
         raise UsageError(f"factor needs to be above 1 and finite, got {factor}.")
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
     generator = entropy_generator(generator)
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         pairs = top_eigenpairs(hessian, tol=tol, generator=generator)
         best = _sharpest(risk, factor, pairs.vectors[:, 0])
         twin_pairs = _pairs_of_twin(hessian, best.rescaling(factor), tol, generator)
@@ -194,14 +179,14 @@ def rescaled_twin_of(
 
 
 def sharpened_twin(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     target: float,
     tol: float = 1e-3,
     generator: torch.Generator | None = None,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
 ) -> RescaledTwin:
     """Return a twin with identical predictions and a chosen Hessian eigenvalue.
@@ -211,7 +196,8 @@ def sharpened_twin(
     chosen factor instead, and for which layer is divided.
 
     Args:
-        model: A chain, see :func:`free_scales`; not changed.
+        model: A chain, see :func:`free_scales`, or its :class:`EmpiricalRisk`; not
+            changed.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         target: The twin's largest Hessian eigenvalue, above the model's own; it is
@@ -228,25 +214,9 @@ def sharpened_twin(
     Source:
         Dinh et al. 2017, arXiv:1703.04933, section 4.
     """
-    risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
-    return sharpened_twin_of(risk, target=target, tol=tol, generator=generator)
-
-
-def sharpened_twin_of(
-    risk: EmpiricalRisk,
-    *,
-    target: float,
-    tol: float = 1e-3,
-    generator: torch.Generator | None = None,
-) -> RescaledTwin:
-    """Return a twin of a chosen eigenvalue; see :func:`sharpened_twin`.
-
-    Raises:
-        UsageError: If the network is no such chain, the target is not above the
-            model's own eigenvalue or out of reach, or the outputs differ.
-    """
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
     generator = entropy_generator(generator)
-    with HessianOperator.from_risk(risk) as hessian:
+    with HessianOperator(risk) as hessian:
         pairs = top_eigenpairs(hessian, tol=tol, generator=generator)
         before = float(pairs.values[0])
         if not 0 < before < target < math.inf:

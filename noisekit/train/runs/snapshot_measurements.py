@@ -145,7 +145,7 @@ class Bench:
 
     def _subject(self, task: Task) -> Subject:
         if self._hessian is None:
-            self._hessian = HessianOperator.from_risk(self._risk())
+            self._hessian = HessianOperator(self._risk())
         top = self._done.get((task.snapshot, "lambda_max"), [])
         return snapshot_subject(
             self._spec,
