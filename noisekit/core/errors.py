@@ -57,6 +57,14 @@ class LayerReadError(NoisekitError, RuntimeError):
     """A layer's own call does not tell its per-example gradients."""
 
 
+class ModelCopyError(NoisekitError, RuntimeError):
+    """A model holds something that cannot be copied."""
+
+
+class ProbeWarning(UserWarning):
+    """A probe could not read a step; training has gone on."""
+
+
 class DataNotFoundError(NoisekitError, FileNotFoundError):
     """A data set is not on this machine; the message lists the ways to get it."""
 

@@ -15,8 +15,8 @@ from noisekit.core.params import ParameterPatterns, select_parameters
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.noise.scale import per_example_noise_scale
+from noisekit.probes.capture.hooks import suspend_recording
 from noisekit.probes.capture.recorder import Recorder
-from noisekit.probes.capture.silence import silence
 from noisekit.probes.capture.step_record import ForwardPass
 from noisekit.probes.capture.tokens import TokenCounts
 from noisekit.probes.dataset_tokens import sequence_shares
@@ -164,7 +164,7 @@ def recording(risk: EmpiricalRisk, params: ParameterPatterns) -> Iterator[Record
         )
     recorder = Recorder(risk.model, select_parameters(risk.model, params))
     try:
-        with silence(recorder), risk.evaluating():
+        with suspend_recording(recorder), risk.evaluating():
             _settle(risk, recorder)
             yield recorder
     finally:

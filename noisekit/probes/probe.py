@@ -15,9 +15,9 @@ from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import call_model, preserve_model_state
 from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import LossFn
+from noisekit.probes.capture.hooks import suspend_recording
 from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.replicas import ProbeJoin
-from noisekit.probes.capture.silence import silence
 from noisekit.probes.capture.step_record import StepRecord
 from noisekit.probes.estimators.assembly import StepPosition
 from noisekit.probes.estimators.choice import OF_CALLS
@@ -279,7 +279,7 @@ class Probe:
         loss_fn = self._needed_loss_fn("measure")
         model = self._recorder.model
         own = self._recorder.twin()
-        with silence(own), preserve_model_state(model):
+        with suspend_recording(own), preserve_model_state(model):
             try:
                 self._noise.set_up_twin(own)
                 record = _passed(own, model, loss_fn, inputs, targets)

@@ -9,6 +9,9 @@ from noisekit.core.errors import BatchSizeError
 WHOLE = -1
 """The tensor belongs to one example as a whole: the batch has one example."""
 
+MIXED = -2
+"""The tensor depends on the examples, but its entries are not theirs in their order."""
+
 
 def axis_of_examples(
     shape: Sequence[int],

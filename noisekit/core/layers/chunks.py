@@ -73,7 +73,7 @@ def _layer_call_of_rows(call: LayerCall, rows: Tensor) -> LayerCall:
         len(rows),
         [None if grad is None else _rows_along(grad, axis, rows)],
         statistics=tuple(_rows_along(s, axis, rows) for s in call.statistics),
-        buffers=call.buffers,
+        before=call.before,
         autocast=call.autocast,
     )
 

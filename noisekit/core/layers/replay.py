@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from noisekit.core.errors import LayerReadError
-from noisekit.core.layers.batch_axis import example_rows
+from noisekit.core.layers.batch_axis import MIXED, example_rows
 from noisekit.core.layers.call_state import (
     CallState,
-    attributes_given_back,
     autocast_as,
     restore_random_state,
 )
@@ -29,6 +28,7 @@ from noisekit.core.layers.rule import (
     row_slices,
     widen,
 )
+from noisekit.core.model_copies import copy_module
 from noisekit.core.randomness import preserve_rng_state
 
 
@@ -39,25 +39,12 @@ class ModuleReplay(LayerRule):
 
     def __init__(self) -> None:
         self._vectorises = True
-        self._writes_buffers = True
 
-    def state_before(self, module: nn.Module) -> CallState:
-        """Return what a call of ``module`` may change, before it does."""
-        return CallState.of(module, copying=self._writes_buffers)
-
-    def note_state(self, call: LayerCall, before: CallState) -> str:
-        """Give ``call`` the random state and the buffers that it has changed.
-
-        Returns:
-            Why the call cannot be replayed, if so: it wrote to buffers of which no
-            copies were made. From the next call on they are.
-        """
+    def note_state(self, call: LayerCall, before: CallState) -> None:
+        """Give ``call`` the state from which it can be replayed."""
+        call.before = before.module
         if before.has_drawn(call.module):
             call.rng_state = before.random
-        written = before.has_written(call.module)
-        copied, self._writes_buffers = self._writes_buffers, written
-        call.buffers = before.copies if written else None
-        return "its buffers changed for the first time" if written > copied else ""
 
     def applies(self, module: nn.Module) -> bool:
         """Every module can be replayed."""
@@ -83,7 +70,7 @@ class ModuleReplay(LayerRule):
     ) -> dict[str, Tensor]:
         """Vectorised where possible, else a loop; random calls with their own draws."""
         replay = _Replay.of(call, tuple(names))
-        with attributes_given_back(call.module), _replayable(call):
+        with _replayable(call):
             if call.rng_state is not None or call.num_examples == 1:
                 return replay.by_masked_gradients(rows)
             if self._vectorises:
@@ -99,7 +86,7 @@ class ModuleReplay(LayerRule):
         self, call: LayerCall, names: Collection[str], rows: slice
     ) -> dict[str, Tensor]:
         """One vector-Jacobian product for all of ``rows``."""
-        with attributes_given_back(call.module), _replayable(call):
+        with _replayable(call):
             return _Replay.of(call, tuple(names)).summed(rows)
 
     def output_axes(self, call: LayerCall) -> tuple[int, ...]:
@@ -139,7 +126,7 @@ class _Replay:
     Attributes:
         call: The captured call.
         params: The parameters asked for, as new leaves.
-        buffers: As they were before the call.
+        originals: The same parameters in the copy of the module.
         leaves: Every input, tensor or not.
         structure: How ``leaves`` make up positional and keyword inputs.
         positions: Which leaves are tensors.
@@ -147,21 +134,26 @@ class _Replay:
 
     call: LayerCall
     params: dict[str, Tensor]
-    buffers: dict[str, Tensor]
+    originals: dict[str, Tensor]
     leaves: list[Any]  # whatever the module takes
     structure: pytree.TreeSpec
     positions: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, call: LayerCall, names: Sequence[str]) -> "_Replay":
-        module = call.module
-        params = {
-            name: module.get_parameter(name).detach().requires_grad_() for name in names
+        assert call.before is not None
+        originals: dict[str, Tensor] = {
+            # What torch.compile has wrapped is copied as it was written.
+            name: call.before.get_parameter(name.replace("_orig_mod.", ""))
+            for name in names
         }
-        buffers = call.buffers or dict(module.named_buffers())
+        params = {
+            name: parameter.detach().clone().requires_grad_()
+            for name, parameter in originals.items()
+        }
         leaves, structure = pytree.tree_flatten((call.args, call.kwargs))
         positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        return cls(call, params, buffers, leaves, structure, positions)
+        return cls(call, params, originals, leaves, structure, positions)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -174,12 +166,12 @@ class _Replay:
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        # Copies for every run: a replay must not write to the model's own buffers.
-        replaced = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        replaced.update(params)
-        module = self.call.module
+        # A copy for every run: a replay may write to whatever its module holds.
+        assert self.call.before is not None
+        replaced = {self.originals[name]: leaf for name, leaf in params.items()}
+        module = copy_module(self.call.before, replaced)
         with autocast_as(self.call.autocast, tensors):
-            outputs = torch.func.functional_call(module, replaced, args, kwargs)
+            outputs = module(*args, **kwargs)
         found = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
         return [
             output
@@ -194,13 +186,25 @@ class _Replay:
     def output_axes(self) -> tuple[int, ...]:
         """Axis of the examples per gradient: the one that a single example shrinks."""
         if not self.call.output_axes:
-            with torch.no_grad():
-                single = self.run(self.params, self.rows_of_inputs(slice(0, 1)))
-            self.call.output_axes = tuple(
-                self._shrunk_axis(one.shape, grad.shape)
-                for one, grad in zip(single, self.output_grads(), strict=True)
-            )
+            self.call.output_axes = self._established_axes() or self._shrunk_axes()
         return tuple(axis for axis in self.call.output_axes if axis is not None)
+
+    def _established_axes(self) -> tuple[int | None, ...]:
+        """What is known of the outputs whose gradients are there; empty if not all."""
+        order, grads = self.call.output_order, self.call.grads
+        axes = tuple(a for a, g in zip(order, grads, strict=False) if g is not None)
+        if MIXED in axes:
+            raise LayerReadError("its outputs are not the batch's examples in order")
+        known = len(order) == len(grads) and None not in axes
+        return axes if known else ()
+
+    def _shrunk_axes(self) -> tuple[int, ...]:
+        with torch.no_grad():
+            single = self.run(self.params, self.rows_of_inputs(slice(0, 1)))
+        return tuple(
+            self._shrunk_axis(one.shape, grad.shape)
+            for one, grad in zip(single, self.output_grads(), strict=True)
+        )
 
     def _shrunk_axis(self, one: torch.Size, all_: torch.Size) -> int:
         changed = [i for i, (a, b) in enumerate(zip(one, all_, strict=True)) if a != b]

@@ -34,9 +34,11 @@ class LayerCall:
         num_examples: Rows of the batch.
         grads: Gradient of the loss per tensor among the outputs, as they arrive.
         rng_state: Random state before the call, where the call drew from it.
-        output_axes: Axis of the examples per tensor among the outputs.
+        output_axes: Axis of the examples per gradient that has arrived.
+        output_order: Axis of the examples per tensor among the outputs, where it has
+            been established; ``MIXED`` where there is none.
         statistics: What a normalisation layer's backward pass keeps of its input.
-        buffers: The module's buffers before the call, where the call wrote to them.
+        before: A copy of the module as it was before the call, for a replay.
         autocast: The lower precision that operations were cast to, if any.
     """
 
@@ -48,8 +50,9 @@ class LayerCall:
     grads: list[Tensor | None] = field(default_factory=list)
     rng_state: Tensor | None = None
     output_axes: tuple[int | None, ...] = ()
+    output_order: tuple[int | None, ...] = ()
     statistics: tuple[Tensor, ...] = ()
-    buffers: dict[str, Tensor] | None = None
+    before: nn.Module | None = None
     autocast: torch.dtype | None = None
 
     @property

@@ -1,6 +1,5 @@
 """The forward side of a probe: passes opened, calls of sites captured."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,25 +10,25 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from noisekit.core.errors import CoupledExamplesError, LayerReadError
-from noisekit.core.evaluation_mode import preserve_model_state
-from noisekit.core.layers.call_state import CallState, attributes_given_back
+from noisekit.core.errors import CoupledExamplesError, LayerReadError, ModelCopyError
+from noisekit.core.layers.call_state import CallState
 from noisekit.core.layers.per_example import Site, coupling
 from noisekit.core.layers.replay import ModuleReplay
 from noisekit.probes.capture.calls import (
-    ExampleAxes,
     batch_size_of,
     captured_call,
-    one_example_less,
     tensors_of,
 )
+from noisekit.probes.capture.example_axes import ExampleAxes
 from noisekit.probes.capture.fused_weight_grads import Replacement
-from noisekit.probes.capture.hooks import ModelHook
-from noisekit.probes.capture.leave_one_out import SmallerBatch
-from noisekit.probes.capture.silence import silence, silenced
+from noisekit.probes.capture.hooks import (
+    ModelHook,
+    is_suspended,
+    suspend_recording,
+)
+from noisekit.probes.capture.independence import CheckSchedule, IndependenceCheck
 from noisekit.probes.capture.sites import SitePlan
-from noisekit.probes.capture.step_record import CallKey, CapturedCall, ForwardPass
-from noisekit.probes.capture.targets import eagerly
+from noisekit.probes.capture.step_record import CapturedCall, ForwardPass
 from noisekit.probes.capture.unit_norms import UnitNorms
 
 
@@ -109,7 +108,10 @@ class ForwardCapture:
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._calls: list[CapturedCall] = []
         self._states: dict[Site, list[CallState]] = {}
-        self._smaller: SmallerBatch | None = None
+        self._schedule = CheckSchedule()
+        self._coupled: Mapping[int, str] = {}
+        self._coupling: dict[bool, str] = {}
+        self._unchecked = ""
         caller = self._caller
         start, end = ModelHook(self._start, caller), ModelHook(self._end, caller)
         self._handles: list[RemovableHandle] = [
@@ -156,7 +158,7 @@ class ForwardCapture:
     # ------------------------------------------------------------ the whole model
 
     def _start(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if silenced(self._listener):
+        if is_suspended(self._listener):
             return
         self._forget()
         self._listener.on_forward_start()
@@ -167,11 +169,11 @@ class ForwardCapture:
         self.active = ForwardPass(batch_size_of((args, kwargs), self._batch_dim))
         self.active.unread.update(self._plan.left_out)
         if self._wanted.examples:
-            self.active.faults.extend(self._obstacles())
+            self._note_obstacles(self.active)
             self._inputs = (args, kwargs)
             for site in self._plan.sites:
                 if isinstance(site.rule, ModuleReplay) and not site.path:
-                    self._states[site] = [site.rule.state_before(site.module)]
+                    self._note_state(site)
         if self._wanted.inputs:
             self.active.inputs = (args, kwargs)
 
@@ -182,14 +184,23 @@ class ForwardCapture:
         if self._replacement is not None:
             self._replacement.give_back()
 
-    def _obstacles(self) -> list[str]:
-        """Why the examples' gradients are not their own, or not to be had."""
+    def _note_obstacles(self, active: ForwardPass) -> None:
+        """Note why the examples' gradients are not their own, or not to be had.
+
+        Raises:
+            CoupledExamplesError: If the estimator asked for needs them.
+        """
+        known = self._coupling.get(self._model.training, "")
+        if known:
+            active.refuse_coupled(known)
         if self.refusal:
-            return [self.refusal]
+            active.faults.append(self.refusal)
+        if active.faults:
+            return
         found = ((name, coupling(module)) for name, module in self._couplers)
         name, cause = next(((name, cause) for name, cause in found if cause), ("", ""))
         if not cause:
-            return []
+            return
         reason = f"{cause} couples the examples ({name})"
         if self._wanted.refuses_coupling:
             norm = cause.startswith("BatchNorm")
@@ -200,18 +211,19 @@ class ForwardCapture:
                 "estimator='accumulation', use estimator='ghost' with ghost_batch=, "
                 f"or {remedy}."
             )
-        return [reason]
+        active.refuse_coupled(reason)
 
     def _end(self, _: object, args: object, outputs: Any) -> None:
-        if silenced(self._listener) or self.active is None:
+        if is_suspended(self._listener) or self.active is None:
             return
-        for tensor in tensors_of(outputs):
+        for position, tensor in enumerate(tensors_of(outputs)):
             if tensor.requires_grad:
-                hook = partial(self._listener.on_model_grad, self.active)
+                hook = partial(self._on_output_grad, self.active, position)
                 tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         calls, self._calls = self._calls, []
         try:
-            self._resolve_all(calls, outputs)
+            self._establish(calls)
+            self._resolve_each(calls)
         finally:
             self._inputs = None
 
@@ -225,7 +237,7 @@ class ForwardCapture:
             and active is not None
             and active.num_examples is not None
             and not active.faults
-            and not silenced(self._listener)
+            and not is_suspended(self._listener)
             and torch.is_grad_enabled()
         )
 
@@ -233,8 +245,17 @@ class ForwardCapture:
         if self._captures():
             assert isinstance(site, Site)
             assert isinstance(site.rule, ModuleReplay)
-            states = self._states.setdefault(site, [])
-            states.append(site.rule.state_before(site.module))
+            self._note_state(site)
+
+    def _note_state(self, site: Site) -> None:
+        """Keep what a call that will be replayed depends on, before it is made."""
+        assert self.active is not None
+        try:
+            state = CallState.of(site.module)
+        except ModelCopyError as error:
+            self.active.faults.append(f"{site.path or 'the model'}: {error}")
+        else:
+            self._states.setdefault(site, []).append(state)
 
     def _call_end(
         self,
@@ -244,8 +265,6 @@ class ForwardCapture:
         outputs: Any,  # whatever the module returns
     ) -> None:
         assert isinstance(site, Site)
-        if self._smaller is not None:
-            self._smaller.note(site.path, tensors_of((args, kwargs)))
         if not self._captures():
             return
         tensors = tensors_of(outputs)
@@ -276,9 +295,7 @@ class ForwardCapture:
             return None  # without a gradient, or begun where nothing was captured
         captured = captured_call(site, self.active, inputs, len(outputs))
         if isinstance(site.rule, ModuleReplay) and before is not None:
-            fault = site.rule.note_state(captured.call, before)
-            if fault:
-                self.active.faults.append(f"{site.path or 'the model'}: {fault}")
+            site.rule.note_state(captured.call, before)
         else:
             captured.call.statistics = site.rule.statistics(outputs[0])
         return captured
@@ -294,30 +311,46 @@ class ForwardCapture:
         if not captured.call.axes:
             self._axes.resolve(captured)
 
-    def _resolve_all(self, calls: list[CapturedCall], outputs: object) -> None:
-        count = None if self.active is None else self.active.num_examples
-        if count != 1 and not all(self._axes.settled(call) for call in calls):
-            smaller = self._run_on_smaller_batch(calls, outputs)
-            self._axes.trace(calls, smaller.shapes)
-            self._judge(calls, smaller.disordered())
-        self._resolve_each(calls)
-
-    def _judge(
-        self, calls: list[CapturedCall], disordered: set[CallKey | None]
-    ) -> None:
-        """Refuse coupled examples; read around calls that see them in another order."""
-        if None in disordered:
-            self.refusal = "outputs for an example depend on the others in the batch"
-            assert self.active is not None
-            self.active.faults.append(self.refusal)
+    def _establish(self, calls: list[CapturedCall]) -> None:
+        """Run copies of the model to see which rows are whose, where that is due."""
+        active = self.active
+        assert active is not None
+        num_examples = active.num_examples
+        if self._inputs is None or num_examples in (None, 0, 1) or not calls:
             return
-        for captured in calls:
-            if captured.key in disordered:
-                self._listener.on_unreadable(
-                    captured.site,
-                    captured.forward_pass,
-                    "its rows are not the batch's examples in their order",
-                )
+        assert num_examples is not None
+        signature = frozenset(map(_kind_of_call, calls))
+        if self._schedule.is_due(signature):
+            with suspend_recording():
+                found = IndependenceCheck(
+                    self._model,
+                    self._plan.sites,
+                    self._inputs,
+                    num_examples=num_examples,
+                    batch_dim=self._batch_dim,
+                ).result()
+            self._axes.learn(calls, found)
+            self._coupled, self._unchecked = found.coupled, found.unchecked
+            if found.refusal:
+                self._coupling[self._model.training] = found.refusal
+                active.refuse_coupled(found.refusal)
+            self._schedule.checked(signature, established=found.established)
+        if self._unchecked:
+            active.notes.append(
+                f"independence of examples not checked: {self._unchecked}"
+            )
+
+    def _on_output_grad(
+        self, forward_pass: ForwardPass, position: int, grad: Tensor | None
+    ) -> None:
+        """Note that an output is part of the loss."""
+        if grad is None or is_suspended(self._listener):
+            return  # compiled code brings none for outputs that are not used
+        reason = self._coupled.get(position, "")
+        if reason:
+            self._coupling[self._model.training] = reason
+            forward_pass.refuse_coupled(reason)
+        self._listener.on_model_grad(forward_pass, grad)
 
     def _resolve_each(self, calls: list[CapturedCall]) -> None:
         for captured in calls:
@@ -328,37 +361,9 @@ class ForwardCapture:
                     captured.site, captured.forward_pass, str(error)
                 )
 
-    def _run_on_smaller_batch(
-        self, calls: list[CapturedCall], outputs: object
-    ) -> SmallerBatch:
-        """Run the model once on one example less; it is given back as it was."""
-        smaller = SmallerBatch(calls)
-        count = None if self.active is None else self.active.num_examples
-        if self._inputs is None or count is None or count < 2:
-            return smaller
-        args, kwargs = one_example_less(self._inputs, count, self._batch_dim)
-        self._smaller = smaller
-        with (
-            silence(),
-            preserve_model_state(self._model),
-            attributes_given_back(self._model),
-            eagerly("torch._dynamo" in sys.modules),  # not compiled for one size more
-            torch.no_grad(),
-        ):
-            before = CallState.of(self._model, copying=False)
-            try:
-                again = self._model(*args, **kwargs)
-                same = not (
-                    before.has_drawn(self._model) or before.has_written(self._model)
-                )
-            except Exception:
-                # A model of one batch size only: sizes have to decide.
-                return SmallerBatch(())
-            finally:
-                self._smaller = None
-        if self._caller is not self._model:  # whose hooks were not called
-            smaller.note("", tensors_of((args, kwargs)))
-        smaller.note_outputs(outputs, again)
-        if not same:
-            smaller.forget_values()  # other draws, other buffers: no comparison
-        return smaller
+
+def _kind_of_call(captured: CapturedCall) -> tuple[str, bool, tuple[int, ...]]:
+    """What of a call makes the model another one: its site, mode, and ranks."""
+    tensors = tensors_of((captured.call.args, captured.call.kwargs))
+    ranks = tuple(tensor.dim() for tensor in tensors)
+    return captured.site.path, captured.site.module.training, ranks

@@ -22,8 +22,7 @@ from noisekit.core.layers.decomposition import chunk_pieces, example_pieces
 from noisekit.core.layers.linear import LinearRule
 from noisekit.core.layers.per_example import Site
 from noisekit.core.layers.rule import LayerCall
-from noisekit.probes.capture.hooks import ModelHook
-from noisekit.probes.capture.silence import silence
+from noisekit.probes.capture.hooks import ModelHook, suspend_recording
 from noisekit.probes.capture.sites import SitePlan
 from noisekit.probes.capture.step_record import CapturedCall
 from noisekit.probes.capture.unit_norms import UnitNorms
@@ -212,6 +211,6 @@ class _Replaced(torch.autograd.Function):
                 "with exact_bits=True, or compute them on a step that is not read."
             )
         (inputs,), (grad,) = ctx.saved_tensors, grads
-        with silence():
+        with suspend_recording():
             found = ctx.layer.gradients(inputs, grad)
         return grad, None, None, *found

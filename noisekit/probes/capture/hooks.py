@@ -1,7 +1,11 @@
-"""Hook objects that never outlive their probe and never follow a copied model."""
+"""Hook objects that never outlive their probe and never follow a copied model.
+
+And what keeps probes from recording what a measurement does with their model.
+"""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,3 +71,32 @@ class ParameterHook:
         method = self._method()
         if method is not None:
             method(self._index)
+
+
+class _Suspension:
+    """Who may record now; one for the process, since backward passes change threads."""
+
+    def __init__(self) -> None:
+        self.imposed = False
+        self.exempt: object | None = None
+
+
+_SUSPENSION = _Suspension()
+
+
+@contextmanager
+def suspend_recording(exempt: object | None = None) -> Iterator[None]:
+    """Let only ``exempt`` record, or nobody."""
+    before = (_SUSPENSION.imposed, _SUSPENSION.exempt)
+    _SUSPENSION.imposed, _SUSPENSION.exempt = True, exempt
+    try:
+        yield
+    finally:
+        _SUSPENSION.imposed, _SUSPENSION.exempt = before
+
+
+def is_suspended(recorder: object) -> bool:
+    """Whether ``recorder`` must not record now, or is being traced by a compiler."""
+    if torch.compiler.is_compiling():
+        return True
+    return _SUSPENSION.imposed and _SUSPENSION.exempt is not recorder

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from noisekit.core.layers.rule import widen
 from noisekit.core.reductions import sq_norms
-from noisekit.probes.capture.silence import silenced
+from noisekit.probes.capture.hooks import is_suspended
 from noisekit.probes.capture.step_record import Norms
 
 HELD_BYTES = 2**25
@@ -96,7 +96,7 @@ class OwnGradients:
         return found
 
     def _on_gradient(self, index: int, grad: Tensor) -> None:
-        if not self.wanted or silenced(self._owner):
+        if not self.wanted or is_suspended(self._owner):
             return
         task = torch._C._current_graph_task_id()
         if self._parameters[index].grad is None and not self.reduced:

@@ -22,11 +22,10 @@ from noisekit.probes.capture.accumulation import GradientWatch
 from noisekit.probes.capture.backward_graph_tasks import BackwardTasks
 from noisekit.probes.capture.calls import versions_of
 from noisekit.probes.capture.forward import ForwardCapture, Wanted
-from noisekit.probes.capture.hooks import ParameterHook
+from noisekit.probes.capture.hooks import ParameterHook, is_suspended, suspend_recording
 from noisekit.probes.capture.microbatch_gradients import OwnGradients
 from noisekit.probes.capture.replicas import Replicas
 from noisekit.probes.capture.signed_backward import SignedBackward
-from noisekit.probes.capture.silence import silence, silenced
 from noisekit.probes.capture.sites import SitePlan, some_of
 from noisekit.probes.capture.step_record import (
     CapturedCall,
@@ -168,14 +167,14 @@ class Recorder:
 
     def on_model_grad(self, forward_pass: ForwardPass, grad: Tensor) -> None:
         """Note that a backward pass goes through ``forward_pass``."""
-        if not silenced(self):
+        if not is_suspended(self):
             self._enter().visit(forward_pass, twice=grad.requires_grad)
 
     def on_output_grad(
         self, captured: CapturedCall, position: int, grad: Tensor
     ) -> None:
         """Keep the gradient until those of the site's parameters are complete."""
-        if silenced(self):
+        if is_suspended(self):
             return
         tasks = self._enter()
         tasks.visit(captured.forward_pass, twice=grad.requires_grad)
@@ -200,7 +199,7 @@ class Recorder:
         return self._tasks
 
     def _on_accumulated(self, index: int) -> None:
-        if silenced(self):
+        if is_suspended(self):
             return
         tasks = self._tasks
         if tasks.enter(torch._C._current_graph_task_id()):
@@ -249,7 +248,7 @@ class Recorder:
         try:
             with (
                 torch.no_grad(),
-                silence(),
+                suspend_recording(),
                 _no_autocast(self.parameters[index]),
                 eagerly(bool(self.opaque)),
             ):

@@ -21,8 +21,7 @@ from noisekit.core.layers.rule import widen
 from noisekit.core.randomness import stream
 from noisekit.core.reductions import sq_norms
 from noisekit.probes.capture.calls import tensors_of
-from noisekit.probes.capture.hooks import ModelHook
-from noisekit.probes.capture.silence import silence, silenced
+from noisekit.probes.capture.hooks import ModelHook, is_suspended, suspend_recording
 from noisekit.probes.capture.step_record import ForwardPass
 
 KEPT_OUTPUTS = 4
@@ -32,7 +31,7 @@ _TWICE = "random signs need one backward pass through one output of the model"
 
 
 class Owner(Protocol):
-    """Who records: silence is imposed on it, and it knows the pass that is open."""
+    """Who records: it may be suspended, and it knows the pass that is open."""
 
     @property
     def active(self) -> ForwardPass | None:
@@ -87,7 +86,7 @@ class SignedBackward:
 
     def _on_forward(self, _: object, args: object, outputs: Any) -> None:
         forward_pass = self._owner.active
-        if not self.num_signs or forward_pass is None or silenced(self._owner):
+        if not self.num_signs or forward_pass is None or is_suspended(self._owner):
             return
         for output in tensors_of(outputs):
             if output.requires_grad:
@@ -100,7 +99,7 @@ class SignedBackward:
 
     def _on_gradient(self, forward_pass: ForwardPass, key: int, grad: Tensor) -> None:
         output = self._outputs.get(key)
-        if silenced(self._owner):
+        if is_suspended(self._owner):
             return
         if output is None:
             if forward_pass.signed_norms:
@@ -115,7 +114,7 @@ class SignedBackward:
             return
         task = torch._C._current_graph_task_id()
         try:
-            with silence():
+            with suspend_recording():
                 norms = [self._norms(output, grad) for _ in range(self.num_signs)]
         except RuntimeError as error:  # such as reentrant checkpoints
             reason = str(error).partition(". ")[0]

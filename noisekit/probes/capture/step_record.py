@@ -65,6 +65,8 @@ class ForwardPass:
         inner_products: ``<u_i, v>`` by parameter, where a direction ``v`` was given.
         faults: Why per-example readings do not exist here.
         unread: By parameter index: why the pass tells nothing of that parameter.
+        coupling: Why the examples have no gradients of their own; empty if they do.
+        notes: What a reader of per-example readings must know.
         own_faults: Why the micro-batch's own gradient is not to be had.
         signed_faults: Why there are no readings with random signs.
         twice: Runs of the autograd engine that kept the graph of its gradient.
@@ -89,6 +91,8 @@ class ForwardPass:
     inner_products: list[Tensor] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     unread: dict[int, str] = field(default_factory=dict)
+    coupling: str = ""
+    notes: list[str] = field(default_factory=list)
     own_faults: list[str] = field(default_factory=list)
     signed_faults: list[str] = field(default_factory=list)
     ghost_faults: list[str] = field(default_factory=list)
@@ -99,6 +103,12 @@ class ForwardPass:
     weights: Tensor | None = None
     tokens: Tensor | str | None = None
     gathered: Gathered = field(default_factory=Gathered)
+
+    def refuse_coupled(self, reason: str) -> None:
+        """Note that the examples are coupled, which explains other faults as well."""
+        if not self.coupling:
+            self.coupling = reason
+            self.faults.insert(0, reason)
 
 
 @dataclass(slots=True, eq=False)
@@ -154,7 +164,7 @@ class CapturedCall:
         """Drop the activations and gradients."""
         self.call.args, self.call.kwargs = (), {}
         self.call.grads = [None] * len(self.call.grads)
-        self.call.statistics, self.call.buffers = (), None
+        self.call.statistics, self.call.before = (), None
         self.part = None
         self.square_sums = {}
         self.released = True

@@ -97,11 +97,14 @@ class StepWeights:
 
     @property
     def note(self) -> str | None:
-        """What a reader must know, where examples weigh unequally."""
+        """What a reader must know of the examples and their weights."""
         sizes = self.sizes
-        if self.alike or len(set(sizes)) <= 1:
-            return None
-        return f"micro-batches of {min(sizes)} to {max(sizes)} examples weigh the same"
+        notes = [note for p in self.passes for note in p.notes]
+        if not self.alike and len(set(sizes)) > 1:
+            notes.append(
+                f"micro-batches of {min(sizes)} to {max(sizes)} examples weigh the same"
+            )
+        return "; ".join(dict.fromkeys(notes)) or None
 
 
 def sq_sum(weights: Sequence[Number]) -> Number:

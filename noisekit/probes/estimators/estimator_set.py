@@ -10,10 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from noisekit.core.errors import UsageError
 from noisekit.core.layers.per_example import coupling
 from noisekit.probes.capture.example_weights import example_weights
+from noisekit.probes.capture.hooks import is_suspended
 from noisekit.probes.capture.preconditioner import Preconditioner
 from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.signed_backward import SignedBackward
-from noisekit.probes.capture.silence import silenced
 from noisekit.probes.capture.step_record import StepRecord
 from noisekit.probes.capture.step_weights import Number, StepWeights
 from noisekit.probes.capture.tokens import input_tokens, target_tokens
@@ -126,7 +126,7 @@ class NoiseReaders:
     def observe(self, targets: Any) -> None:  # whatever the loss takes
         """Look at the targets of the pass that the loss is being computed of."""
         recorder = self._recorder
-        if silenced(recorder) or not torch.is_grad_enabled():
+        if is_suspended(recorder) or not torch.is_grad_enabled():
             return
         self.weigh(recorder, targets)
         if self.ghosts is not None:

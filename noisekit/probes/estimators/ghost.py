@@ -19,8 +19,8 @@ from noisekit.core.layers.rule import widen
 from noisekit.core.reductions import sq_norms
 from noisekit.core.risk import LossFn
 from noisekit.noise.moments import GradientMoments
+from noisekit.probes.capture.hooks import is_suspended, suspend_recording
 from noisekit.probes.capture.recorder import Recorder
-from noisekit.probes.capture.silence import silence, silenced
 from noisekit.probes.capture.step_record import ForwardPass
 from noisekit.probes.estimators.assembly import LossReduction
 
@@ -46,7 +46,7 @@ class GhostReplay:
     def observe(self, targets: Any) -> None:  # whatever the loss takes
         """Replay the pass that the loss is being computed of, if it is to be read."""
         active = self._recorder.active
-        if silenced(self._recorder) or not torch.is_grad_enabled():
+        if is_suspended(self._recorder) or not torch.is_grad_enabled():
             return
         if active is None or active.inputs is None:
             return
@@ -64,7 +64,7 @@ class GhostReplay:
         """
         assert forward_pass.inputs is not None
         assert forward_pass.num_examples is not None
-        with silence():
+        with suspend_recording():
             return _ghost_moments(
                 self._recorder.model,
                 self._loss_fn,

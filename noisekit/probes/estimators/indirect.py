@@ -10,7 +10,6 @@ from torch import Tensor
 from noisekit.noise.moments import GradientMoments
 from noisekit.probes.capture.unit_norms import is_norm_layer
 from noisekit.probes.estimators.calibration import Calibration
-from noisekit.probes.estimators.choice import COUPLED
 from noisekit.probes.estimators.step_inputs import Evidence, StepNoise, call_fault
 
 
@@ -18,7 +17,7 @@ def random_signs(evidence: Evidence) -> StepNoise | str:
     """Return the noise with random signs, or why there is none."""
     passes = evidence.passes
     faults = [fault for p in passes for fault in p.signed_faults]
-    faults += [fault for p in passes for fault in p.faults if COUPLED in fault]
+    faults += [p.coupling for p in passes if p.coupling]
     if faults:
         return faults[0]
     if not all(p.signed_norms for p in passes):

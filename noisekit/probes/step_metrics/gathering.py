@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from noisekit.noise.step_quantity import HessianForms, StepQuantity
+from noisekit.probes.capture.hooks import is_suspended
 from noisekit.probes.capture.recorder import Recorder
-from noisekit.probes.capture.silence import silenced
 from noisekit.probes.capture.step_record import CapturedCall, StepRecord
 from noisekit.probes.estimators.assembly import scale_of
 from noisekit.probes.history import Pending
@@ -126,7 +126,7 @@ class StepQuantities:
     def observe(self, targets: Any, loss: Tensor) -> None:  # whatever the loss takes
         """Look at the loss of the open pass, before its backward pass."""
         active = self._recorder.active
-        if not self._wanted or silenced(self._recorder) or active is None:
+        if not self._wanted or is_suspended(self._recorder) or active is None:
             return
         if not torch.is_grad_enabled():
             return

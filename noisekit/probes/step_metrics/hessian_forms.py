@@ -17,8 +17,8 @@ from noisekit.core.evaluation_mode import preserve_model_state
 from noisekit.core.layers.per_example import coupling
 from noisekit.curvature.operators.graph_cache import refuse_once_differentiable
 from noisekit.noise.step_quantity import HessianForms
+from noisekit.probes.capture.hooks import suspend_recording
 from noisekit.probes.capture.recorder import Recorder
-from noisekit.probes.capture.silence import silence
 from noisekit.probes.capture.step_record import ForwardPass
 from noisekit.probes.estimators.ghost import narrow
 from noisekit.probes.options import ProbeOptions
@@ -77,7 +77,11 @@ class HessianReplay:
             return [self._loss(active, targets, (start, size)) for start in starts]
 
         middle = num_chunks * size
-        with silence(), preserve_model_state(model), _differentiable_twice(model):
+        with (
+            suspend_recording(),
+            preserve_model_state(model),
+            _differentiable_twice(model),
+        ):
             vectors = _gradients(losses(0), parameters)
             graph = losses(middle)
             forms = _curvatures(graph, parameters, vectors)

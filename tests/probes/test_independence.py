@@ -1,4 +1,6 @@
-"""The run on one example less: which axis, which order, whose outputs."""
+"""Runs of a copy with other examples: which axis, which order, whose outputs."""
+
+import os
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.probes import Reading, attach
+from tests.probes import planted
 from tests.probes.exactness import (
     assert_agree,
     data,
@@ -95,8 +98,8 @@ def test_outputs_for_pairs_of_examples_are_refused(detached: bool) -> None:
     assert probe.readings[0].coverage.reason == (None if detached else reason)
 
 
-def test_random_models_are_not_compared() -> None:
-    """Catches: other dropout masks on a smaller batch taken for coupled examples."""
+def test_random_models_are_compared_with_the_same_draws() -> None:
+    """Catches: other dropout masks in another run taken for coupled examples."""
     model = seeded(lambda: Headed(nn.Sequential(nn.Linear(6, 6), nn.Dropout()), 6))
     assert all(r.coverage.complete for r in readings_of(model, *data(4, 6)))
 
@@ -117,8 +120,11 @@ class _Loop(nn.Module):
         return logits
 
 
-def test_a_longer_loop_needs_no_other_run() -> None:
-    """Catches: a forward pass more for every length, whose calls nobody has seen."""
+def test_the_model_itself_runs_once_a_step() -> None:
+    """Whatever is tried is tried on copies, also for lengths that were not seen.
+
+    Catches: a second forward pass of the user's own modules.
+    """
     model = seeded(_Loop)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     runs = []
@@ -130,7 +136,7 @@ def test_a_longer_loop_needs_no_other_run() -> None:
             before = len(runs)
             outputs = model(inputs)
             taken = len(runs) - before
-            assert taken == (2 * length if length == 3 else length)
+            assert taken == length
             functional.cross_entropy(outputs, targets).backward()
             optimizer.step()
             reading = probe.readings[-1]
@@ -151,7 +157,7 @@ class _Bags(nn.Module):
         self.offsets = offsets
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if len(tokens) == 4:  # the run on one example less
+        if len(tokens) == 4:  # a run on one example less
             raise ValueError("needs another batch size")
         if not self.offsets:
             return self.head(self.bags(tokens))
@@ -194,3 +200,73 @@ def test_bags_by_offsets_have_no_axis_of_examples() -> None:
     reading = first_reading(model, torch.arange(5)[:, None], torch.arange(5) % 3)
     expected = "bags: its input has no axis of 5 examples ((5,), (5,))"
     assert reading.coverage.reason == expected
+
+
+# ------------------------------------------------------------------ a planted coupling
+
+
+@pytest.fixture
+def num_planted() -> int:
+    """Random models per kind of coupling; a soak sets the variable to 50 or 500."""
+    return int(os.environ.get("NOISEKIT_NUM_PLANTED", "3"))
+
+
+def planted_reading(
+    seed: int, coupling: str | None
+) -> tuple[Reading, nn.Module, Tensor, Tensor]:
+    """The third reading of a random model, with the draws of its last step."""
+    torch.manual_seed(seed)
+    chosen = None if coupling is None else planted.COUPLINGS[coupling]
+    model = planted.Planted(planted.draw(seed), chosen).double()
+    inputs = torch.randn(planted.NUM_EXAMPLES, planted.WIDTH, dtype=torch.float64)
+    targets = torch.randint(planted.CLASSES, (planted.NUM_EXAMPLES,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with attach(model, optimizer) as probe:
+        for _ in range(4):
+            optimizer.zero_grad()
+            torch.manual_seed(9)
+            functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+    return probe.readings[-1], model, inputs, targets
+
+
+def losses_apart(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared norms of the gradients of the batch's single losses, same draws."""
+    torch.manual_seed(9)
+    losses = functional.cross_entropy(model(inputs), targets, reduction="none")
+    parameters = list(model.parameters())
+    norms = []
+    for loss in losses:
+        grads = torch.autograd.grad(
+            loss, parameters, retain_graph=True, materialize_grads=True
+        )
+        norms.append(sum(grad.square().sum() for grad in grads))
+    return torch.stack(norms)
+
+
+@pytest.mark.parametrize("coupling", planted.COUPLINGS)
+def test_a_planted_coupling_is_found(coupling: str, num_planted: int) -> None:
+    """With and without dropout, in every place, whatever else the model does.
+
+    Catches: draws that switch the check off; coupling within groups, in one direction,
+    through a few examples, or in sorted rows; a run that fails and counts as passed.
+    """
+    for seed in range(num_planted):
+        reading, *_ = planted_reading(seed, coupling)
+        assert not reading.coverage.complete, (seed, planted.draw(seed))
+
+
+def test_nothing_planted_is_read_exactly(num_planted: int) -> None:
+    """Sorted, routed, merged and time-major rows, with and without dropout.
+
+    Catches: such rows taken for coupling, or for the examples in their order.
+    """
+    for seed in range(10 * num_planted):
+        reading, model, inputs, targets = planted_reading(seed, None)
+        assert reading.coverage.reason is None, (seed, planted.draw(seed))
+        assert reading.example_sq_norms is not None
+        torch.testing.assert_close(
+            reading.example_sq_norms,
+            losses_apart(model, inputs, targets),
+            msg=lambda text, seed=seed: f"{planted.draw(seed)}: {text}",
+        )
