@@ -1,9 +1,10 @@
 """How noisy are the gradients, and what does batch size do to their norm?
 =======================================================================
 
-Reads the probe's readings of any set of runs. Nothing here is a claim about
-generalisation: the squared gradient norm against batch size is an identity that checks
-the instrument, and the noise scale over training describes the runs.
+Reads the probe's readings of any set of runs, also of a loop of your own. Nothing here
+is a claim about generalisation: the squared gradient norm against batch size is an
+identity that checks the instrument, and the noise scale over training describes the
+runs.
 
 Run it with ``noisekit analyse gradient_noise DIR``.
 """
@@ -15,45 +16,33 @@ Run it with ``noisekit analyse gradient_noise DIR``.
 # backward pass. Averages are taken over readings before anything is divided, and a
 # noise scale that is not resolved is drawn as the bound that it is.
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-import numpy as np
 import pandas as pd
 import torch
 
 import noisekit as nk
 from noisekit import figures, report
 
+NAME = "gradient_noise"
 QUESTION = "How noisy are the gradients, and what does batch size do to their norm?"
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 DRAWS = 64
-SLACK = 5.0
-ROUNDING = 1e-4
+SLACK = 5.0  # standard errors, over all arms and batch sizes together
 
 
 def analyse(runs: nk.Runs) -> report.AnalysisResult:
     """Return figures and tables of the gradient noise in a set of runs."""
     if runs.snapshots.empty:
-        return recorded_readings(runs)
+        return report.own_loop_result(runs, name=NAME, question=QUESTION)
     snapshot = early_snapshot(runs)
     draws, moments, num_examples = drawn_norms(runs, snapshot)
     return report.AnalysisResult(
-        name="gradient_noise",
+        name=NAME,
         question=QUESTION,
         answer=answer(draws, moments, num_examples, snapshot),
         plots=tuple(plots(runs, draws, moments, num_examples)),
         tables=tuple(tables(runs)),
-    )
-
-
-def recorded_readings(runs: nk.Runs) -> report.AnalysisResult:
-    """Return what a probe recorded in somebody's own loop; there is no more to read."""
-    return report.AnalysisResult(
-        name="gradient_noise",
-        question=QUESTION,
-        answer=f"{len(runs.steps)} readings of gradient noise were recorded; a loop "
-        "outside of an experiment claims nothing.",
-        plots=tuple(noise_plots(runs, figures.arm_styles(runs.runs))),
     )
 
 
@@ -69,8 +58,8 @@ def recorded_readings(runs: nk.Runs) -> report.AnalysisResult:
 def early_snapshot(runs: nk.Runs) -> str:
     """Return the highest training loss that every run reached, else the start.
 
-    Late in training a few examples carry most of the gradient, and the mean over a few
-    drawn batches says little.
+    Late in training a few examples carry most of the gradient, and a mean over a few
+    drawn batches is far from normal.
     """
     table = runs.snapshots[runs.snapshots["kind"] == "loss"]
     reached = table.groupby("snapshot")["run_id"].nunique() == len(runs)
@@ -85,14 +74,9 @@ def drawn_norms(runs: nk.Runs, snapshot: str) -> tuple[pd.DataFrame, pd.DataFram
         net = nk.revisit(runs, str(rows["run_id"].iloc[0]), snapshot)
         batches = net.batches("train")
         noise = nk.gradient_noise(net.model, net.loss_fn, batches)
-        moments.append(
-            {
-                "arm": arm,
-                "grad_sq_norm": noise.grad_sq_norm.value,
-                "variance_trace": noise.variance_trace.value,
-                "simple_noise_scale": noise.simple_noise_scale.value,
-            }
-        )
+        names = ("grad_sq_norm", "variance_trace", "simple_noise_scale")
+        values = {name: getattr(noise, name).value for name in names}
+        moments.append({"arm": arm, **values})
         inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
         num_examples = len(targets)
         generator = torch.Generator().manual_seed(0)
@@ -110,53 +94,26 @@ def answer(
     draws: pd.DataFrame, moments: pd.DataFrame, num_examples: int, snapshot: str
 ) -> str:
     """Return how far drawn batches are from the identity, and where noise dominates."""
-    far = deviations(draws, moments, num_examples)
+    far = report.norm_deviations(draws, moments, num_examples)
     scales = moments["simple_noise_scale"].dropna()
     unresolved = len(moments) - len(scales)
-    spread = (
-        f"lies between {scales.min():.3g} and {scales.max():.3g} examples"
-        if len(scales)
-        else "is not resolved in any arm"
-    )
-    rest = (
-        f" (not resolved in {unresolved} of {len(moments)} arms)" if unresolved else ""
-    )
+    spread = "is not resolved in any arm"
+    if len(scales):
+        spread = f"lies between {scales.min():.3g} and {scales.max():.3g} examples"
+    rest = f" (not resolved in {unresolved} of {len(moments)} arms)"
     sizes = f"{draws['batch_size'].min()} to {draws['batch_size'].max()}"
     agrees = "checks" if (far < SLACK).all() else "does not check"
     return (
-        f"At the snapshot {snapshot!r} of the first seed the simple noise scale "
-        f"{spread}{rest}. Mean squared norms of drawn batches of {sizes} examples lie "
-        f"within {far.max():.1f} standard errors of |g|² + (1 - B/N) tr Σ/B in "
-        f"{len(far)} cases, which {agrees} the instrument."
+        f"At {figures.snapshot_words(snapshot)} of the first seed the simple noise "
+        f"scale {spread}{rest if unresolved else ''}. Mean squared norms of drawn "
+        f"batches of {sizes} examples lie within {far.max():.1f} standard errors of "
+        f"|g|² + (1 - B/N) tr Σ/B in {len(far)} cases, which {agrees} the instrument."
     )
 
 
-def deviations(
-    draws: pd.DataFrame, moments: pd.DataFrame, num_examples: int
-) -> np.ndarray:
-    """Return how many standard errors each mean of drawn norms is off."""
-    far = []
-    for (arm, size), rows in draws.groupby(["arm", "batch_size"]):
-        norms = rows["grad_sq_norm"]
-        wanted = expected(moments, str(arm), int(size), num_examples)
-        # Rounding of float32 sums is all that is left when a batch holds all examples.
-        stderr = norms.std() / np.sqrt(len(norms)) + ROUNDING * wanted
-        far.append(abs(norms.mean() - wanted) / stderr)
-    return np.array(far)
-
-
-def expected(
-    moments: pd.DataFrame, arm: str, batch_size: int, num_examples: int
-) -> float:
-    """Return the squared norm that the moments predict, drawn without replacement."""
-    row = moments.set_index("arm").loc[arm]
-    left = 1 - batch_size / num_examples
-    return float(row["grad_sq_norm"] + row["variance_trace"] * left / batch_size)
-
-
 # %%
-# Figures
-# -------
+# Figures and table
+# -----------------
 
 
 def plots(
@@ -164,7 +121,8 @@ def plots(
 ) -> Iterator[figures.Plot]:
     """Yield the figures."""
     styles = figures.arm_styles(runs.runs)
-    yield from noise_plots(runs, styles)
+    if runs.steps["variance_trace"].notna().any():
+        yield figures.noise_over_training(runs.steps, styles=styles)
     yield figures.grad_sq_norm_against_batch_size(
         draws, moments, num_examples=num_examples, styles=styles
     )
@@ -175,29 +133,13 @@ def plots(
         )
 
 
-def noise_plots(
-    runs: nk.Runs, styles: Mapping[str, figures.ArmStyle]
-) -> Iterator[figures.Plot]:
-    """Yield the noise over training, where a probe read it."""
-    if runs.steps["variance_trace"].notna().any():
-        yield figures.noise_over_training(runs.steps, styles=styles)
-
-
-# %%
-# Table
-# -----
-
-
 def tables(runs: nk.Runs) -> Iterator[report.Table]:
     """Yield the noise at frozen weights, where it was measured."""
-    table = runs.measurements
     names = ("variance_trace", "debiased_grad_sq_norm", "simple_noise_scale")
-    table = table[table["quantity"].isin(names)]
-    if len(table):
-        by_arm = table.groupby(["snapshot", "arm", "quantity"], sort=False)["value"]
+    if len(rows := report.measured_table(runs, names)):
         yield report.Table(
             "noise_by_arm",
-            by_arm.agg(["mean", "std", "count"]).reset_index(),
+            rows,
             "Gradient noise at frozen weights over all training examples: mean and "
             "standard deviation over seeds, and how many had a value.",
         )

@@ -1,11 +1,9 @@
 """How did each arm end, beside the statistics of the paper?
 =========================================================
 
-Reads the runs of ``small_vs_large_batch`` (any profile) and describes them with the
-statistics of Keskar et al. 2017: accuracy (table 2), epsilon-sharpness (tables 3 and
-4), curves (figure 2), the straight line between two solutions (figure 3) and the
-distance from the start. Nothing here is judged; the contrasts are in
-``sharpness_vs_batch_size``.
+Describes any set of runs with the statistics of Keskar et al. 2017: accuracy (table 2),
+epsilon-sharpness (tables 3 and 4), curves (figure 2), the straight line between two
+solutions (figure 3) and the distance from the start. Nothing here is judged.
 
 Run it with ``noisekit analyse outcomes_by_arm DIR``.
 """
@@ -27,60 +25,58 @@ QUESTION = "How did each arm end, beside the statistics of the paper?"
 
 def analyse(runs: nk.Runs) -> report.AnalysisResult:
     """Return figures and tables of a set of runs."""
+    styles = figures.arm_styles(runs.runs)
+    labels = {arm: style.label for arm, style in styles.items()}
+    pair = report.extreme_arms(runs)
     return report.AnalysisResult(
         name="outcomes_by_arm",
         question=QUESTION,
-        answer=answer(runs),
-        plots=tuple(plots(runs)),
-        tables=tuple(tables(runs)),
+        answer=answer(runs, labels),
+        plots=tuple(plots(runs, styles, pair)),
+        tables=tuple(tables(runs, labels, pair)),
+        arms=labels,
     )
 
 
-def answer(runs: nk.Runs) -> str:
-    """Return what each arm's test accuracy was at each budget, in a sentence."""
-    told = [
-        f"{snapshot.replace('_', ' ')} " + ", ".join(arm_words(runs, snapshot))
-        for snapshot in report.budget_snapshots(runs)
-    ]
-    return (
-        f"Test accuracy, mean ± standard deviation over seeds: at {'; at '.join(told)}."
-    )
-
-
-def arm_words(runs: nk.Runs, snapshot: str) -> Iterator[str]:
-    """Yield each arm's test accuracy at a snapshot."""
-    for arm, here in at_snapshot(runs, snapshot):
-        yield f"{spread(100 * (1 - here['test_error']))} % ({arm.replace('_', ' ')})"
+def answer(runs: nk.Runs, labels: dict[str, str]) -> str:
+    """Return what each arm's test accuracy was at each budget, a line a budget."""
+    lines = ["Test accuracy, mean ± standard deviation over seeds:"]
+    for snapshot in report.budget_snapshots(runs):
+        accuracies = [
+            f"{report.accuracy_words(rows['test_error'])} ({labels[arm]})"
+            for arm, rows in report.rows_by_arm(runs, snapshot)
+        ]
+        lines.append(f"At {figures.snapshot_words(snapshot)} {'; '.join(accuracies)}.")
+    return "\n".join(lines)
 
 
 # %%
 # Figures
 # -------
+# The line goes from the smallest batch (alpha 0) to the largest (alpha 1). How wide a
+# valley looks depends on the scale of the weights: their norm is in the table.
 
 
-def plots(runs: nk.Runs) -> Iterator[figures.Plot]:
+def plots(
+    runs: nk.Runs, styles: dict[str, figures.ArmStyle], pair: tuple[str, str] | None
+) -> Iterator[figures.Plot]:
     """Yield the curves and the line between two solutions."""
-    styles = figures.arm_styles(runs.runs)
     yield figures.training_curves(runs.evaluations, styles=styles)
-    yield figures.linear_path(line_between(runs))
+    if pair is not None and report.same_network(runs, pair):
+        start, end = (styles[arm].label for arm in pair)
+        yield figures.linear_path(
+            line_between(runs, pair), start_label=start, end_label=end
+        )
 
 
-# %%
-# The straight line between two solutions
-# ---------------------------------------
-# Alpha 0 is the small batch, 1 the large one. A valley that looks narrow may belong to
-# small weights: the line says nothing of scale, so the weight norm stands in the table.
-
-
-def line_between(runs: nk.Runs) -> pd.DataFrame:
+def line_between(runs: nk.Runs, pair: tuple[str, str]) -> pd.DataFrame:
     """Return losses and errors on training and test data along the line, per seed."""
-    small, large = extreme_arms(runs)
-    snapshot = end_snapshot(runs, (small, large))
+    snapshot = report.end_snapshot(runs, pair)
     ends = runs.snapshots.query("snapshot == @snapshot").pivot(
         index="seed", columns="arm", values="run_id"
     )
     rows = []
-    for seed, (start, end) in ends[[small, large]].dropna().iterrows():
+    for seed, (start, end) in ends[list(pair)].dropna().iterrows():
         first = nk.revisit(runs, start, snapshot)
         second = nk.revisit(runs, end, snapshot)
         for split in ("train", "test"):
@@ -96,26 +92,12 @@ def line_between(runs: nk.Runs) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def extreme_arms(runs: nk.Runs) -> tuple[str, str]:
-    """Return the first arms of the recipe with the smallest and the largest batch."""
-    sizes = runs.runs.drop_duplicates("arm").set_index("arm")["batch_size"]
-    return str(sizes.idxmin()), str(sizes.idxmax())
-
-
-def end_snapshot(runs: nk.Runs, arms: tuple[str, str]) -> str:
-    """Return where both arms count as trained: stalled if all seeds are, else last."""
-    table = runs.snapshots
-    table = table[table["arm"].isin(arms) & (table["snapshot"] == "stalled")]
-    complete = len(table) == len(arms) * runs.runs["seed"].nunique()
-    return "stalled" if complete else "final"
-
-
 # %%
 # Tables
 # ------
 # Accuracy and epsilon-sharpness as in the paper's tables 2 to 4, the paper's own
 # numbers beside ours. The paper trained on MNIST; its numbers show the size of the
-# effect that it reported and are not what our contrasts test.
+# effect that it reported.
 
 PAPER = pd.DataFrame(
     [
@@ -130,17 +112,19 @@ PAPER = pd.DataFrame(
 )
 
 
-def tables(runs: nk.Runs) -> Iterator[report.Table]:
+def tables(
+    runs: nk.Runs, labels: dict[str, str], pair: tuple[str, str] | None
+) -> Iterator[report.Table]:
     """Yield the tables, those of the paper first."""
     yield report.Table(
         "accuracy",
-        accuracy_table(runs),
+        report.accuracy_table(runs),
         "Accuracy per arm, mean ± standard deviation over seeds (Keskar's table 2).",
     )
-    if "epsilon_sharpness" in set(runs.measurements["quantity"]):
+    if len(rows := report.epsilon_table(runs)):
         yield report.Table(
             "epsilon_sharpness",
-            epsilon_table(runs),
+            rows,
             "Epsilon-sharpness in percent with its first-order share: how much of it "
             "is slope (Keskar's tables 3 and 4). A lower bound of the maximum.",
         )
@@ -152,78 +136,15 @@ def tables(runs: nk.Runs) -> Iterator[report.Table]:
         )
     yield report.Table(
         "distance",
-        distance_table(runs),
+        report.weights_table(runs),
         "Weight norm and distance from the start, mean ± standard deviation. Keskar "
         "et al. report that the small batch ends 3 to 10 times further away.",
     )
-
-
-def accuracy_table(runs: nk.Runs) -> pd.DataFrame:
-    """Return train and test accuracy in percent per arm, at each budget."""
-    rows = []
-    for snapshot in (*report.budget_snapshots(runs), "stalled", "final"):
-        for arm, here in at_snapshot(runs, snapshot):
-            rows.append(
-                {
-                    "snapshot": snapshot,
-                    "arm": arm,
-                    "train accuracy [%]": spread(100 * (1 - here["train_error"])),
-                    "test accuracy [%]": spread(100 * (1 - here["test_error"])),
-                    "training loss": spread(here["train_loss"]),
-                    "updates": spread(here["step"]),
-                }
-            )
-    return pd.DataFrame(rows).drop_duplicates(["snapshot", "arm"], ignore_index=True)
-
-
-def distance_table(runs: nk.Runs) -> pd.DataFrame:
-    """Return weight norm and distance from the start per arm, at each budget."""
-    return pd.DataFrame(
-        {
-            "snapshot": snapshot,
-            "arm": arm,
-            "weight norm": spread(here["weight_norm"]),
-            "distance from start": spread(here["distance_from_start"]),
-        }
-        for snapshot in dict.fromkeys((*report.budget_snapshots(runs), "final"))
-        for arm, here in at_snapshot(runs, snapshot)
-    )
-
-
-def at_snapshot(runs: nk.Runs, snapshot: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield each arm's rows of a snapshot, in the order of the arms."""
-    table = runs.snapshots[runs.snapshots["snapshot"] == snapshot]
-    for arm in runs.runs["arm"].drop_duplicates():
-        here = table[table["arm"] == arm]
-        if len(here):
-            yield str(arm), here
-
-
-def spread(values: "pd.Series[float]") -> str:
-    """Write mean and standard deviation over seeds."""
-    deviation = values.std(ddof=1) if len(values) > 1 else float("nan")
-    return f"{values.mean():.4g} ± {deviation:.2g}"
-
-
-def epsilon_table(runs: nk.Runs) -> pd.DataFrame:
-    """Return epsilon-sharpness per snapshot, arm and variant of the box."""
-    table = runs.measurements
-    shares = table[table["quantity"] == "first_order_share"]
-    found = table[table["quantity"] == "epsilon_sharpness"].merge(
-        shares[["run_id", "snapshot", "variant", "value"]],
-        on=["run_id", "snapshot", "variant"],
-        how="left",
-        suffixes=("", "_share"),
-    )
-    return pd.DataFrame(
-        {
-            "snapshot": snapshot,
-            "box": variant,
-            "arm": arm,
-            "φ [%]": spread(rows["value"]),
-            "first-order share": spread(rows["value_share"]),
-        }
-        for (snapshot, variant, arm), rows in found.groupby(
-            ["snapshot", "variant", "arm"], sort=False
+    if pair and len(rows := report.curve_gap_table(runs, pair[1], pair[0])):
+        yield report.Table(
+            "curve_gaps",
+            rows,
+            f"Largest gap between the curves of {labels[pair[1]]} and "
+            f"{labels[pair[0]]} along the epochs, paired by seed, beside what "
+            "exchanging the arms within pairs gives.",
         )
-    )

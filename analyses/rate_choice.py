@@ -1,10 +1,10 @@
 """Which base rate does the rule choose, on validation data alone?
 ===============================================================
 
-Reads the runs of the profile ``tuning`` of ``small_vs_large_batch``: other seeds than
-those that are judged, a grid of rates at both batch sizes. The rule was stated before:
-at the smaller batch, the rate with the lowest validation error among those of which
-eight times still trains there.
+Reads a grid of learning rates, such as the runs of the profile ``tuning`` of
+``small_vs_large_batch``: other seeds than those that are judged. The rule: at the
+smallest batch, the rate with the lowest validation error among those of which the
+multiple with the same rate per example still trains at the largest batch size's factor.
 
 Run it with ``noisekit analyse rate_choice DIR``.
 """
@@ -23,28 +23,29 @@ import noisekit as nk
 from noisekit import figures, report
 
 QUESTION = "Which base rate does the rule choose, on validation data alone?"
-FACTOR = 8
-TRAINED = 0.05
+TRAINED = 0.05  # a training loss that counts as trained
 
 
 def analyse(runs: nk.Runs) -> report.AnalysisResult:
     """Return the rate that the rule chooses, with the grid that it chose from."""
     grid = outcomes(runs)
-    batch_size = int(grid["batch_size"].min())
-    rate = base_rate(grid[grid["batch_size"] == batch_size])
+    sizes = sorted(grid["batch_size"].unique())
+    factor = sizes[-1] / sizes[0]
+    rate = base_rate(grid[grid["batch_size"] == sizes[0]], factor)
     return report.AnalysisResult(
         name="rate_choice",
         question=QUESTION,
-        answer=answer(batch_size, rate, runs),
-        plots=tuple(plots(grid, batch_size, rate)),
+        answer=answer(sizes[0], rate, factor, runs),
+        plots=tuple(plots(grid, sizes[0], rate)),
         tables=(
             report.Table(
                 "grid",
                 averages(grid),
-                "Means over the tuning seeds at the end of training; empty where a run "
+                "Means over the seeds at the end of training; empty where a run "
                 "diverged.",
             ),
         ),
+        warnings=tuple(warnings(runs)),
     )
 
 
@@ -52,11 +53,24 @@ def outcomes(runs: nk.Runs) -> pd.DataFrame:
     """Return one row per run: its factors and how it ended, empty if it diverged."""
     ends = runs.snapshots[runs.snapshots["snapshot"] == "final"]
     columns = ["run_id", "train_loss", "validation_error"]
-    factors = runs.runs[["run_id", "batch_size", "learning_rate", "seed", "status"]]
-    grid = factors.merge(ends[columns], on="run_id", how="left")
+    grid = runs.runs[["run_id", "seed", "status"]].merge(
+        ends[columns], on="run_id", how="left"
+    )
+    grid["batch_size"] = report.run_settings(runs, "training.batch_size")
+    grid["learning_rate"] = report.run_settings(runs, "optimizer.learning_rate")
     diverged = grid["status"] != "done"
     grid.loc[diverged, ["train_loss", "validation_error"]] = float("nan")
     return grid
+
+
+def warnings(runs: nk.Runs) -> Iterator[str]:
+    """Yield why these runs should not choose a rate, if so."""
+    yield from runs.faults
+    if report.claims(runs):
+        yield (
+            "These runs carry verdicts. A rate chosen on the seeds that are judged "
+            "makes the comparison unfair; choose it on runs of other seeds."
+        )
 
 
 # %%
@@ -64,7 +78,7 @@ def outcomes(runs: nk.Runs) -> pd.DataFrame:
 # --------
 
 
-def base_rate(grid: pd.DataFrame) -> float | None:
+def base_rate(grid: pd.DataFrame, factor: float) -> float | None:
     """Return the rate that the rule chooses at one batch size, if there is one."""
     by_rate = grid.groupby("learning_rate")
     trains = by_rate["train_loss"].apply(lambda losses: bool((losses < TRAINED).all()))
@@ -72,23 +86,25 @@ def base_rate(grid: pd.DataFrame) -> float | None:
     allowed = [
         rate
         for rate in errors.index
-        if any(abs(high / rate - FACTOR) < 1e-6 for high in trains[trains].index)
+        if any(abs(high / rate - factor) < 1e-6 for high in trains[trains].index)
     ]
     return float(errors[allowed].idxmin()) if allowed else None
 
 
-def answer(batch_size: int, rate: float | None, runs: nk.Runs) -> str:
+def answer(batch_size: int, rate: float | None, factor: float, runs: nk.Runs) -> str:
     """Return what the rule chose, in a sentence."""
     seeds = sorted(int(seed) for seed in runs.runs["seed"].unique())
-    basis = (
-        f"by validation error at batch {batch_size} over {len(seeds)} tuning seeds "
-        f"({seeds[0]} to {seeds[-1]})"
-    )
     if rate is None:
         return (
-            f"The rule chooses no rate: {FACTOR} times none of the grid still trains."
+            f"The rule chooses no rate: of no rate in the grid does {factor:g} times "
+            f"reach a training loss below {TRAINED:g} at batch {batch_size:g}."
         )
-    return f"The rule chooses a base rate of {rate:g}, {basis}. No test data were used."
+    noun = "seed" if len(seeds) == 1 else "seeds"
+    return (
+        f"The rule chooses a base rate of {rate:g}, by validation error at batch "
+        f"{batch_size:g} over {len(seeds)} {noun} ({seeds[0]} to {seeds[-1]}). No test "
+        "data were used."
+    )
 
 
 # %%

@@ -55,7 +55,8 @@ def analyse(runs: nk.Runs) -> report.AnalysisResult:
         contrasts=tuple(results),
         arms=labels,
         plots=tuple(plots(runs, results, arms)),
-        tables=tuple(tables(runs, contrasts)),
+        # Test error over images as well, PyHessian's eigenvalue beside ours, and ranks.
+        tables=tuple(report.check_tables(runs, contrasts)),
         warnings=tuple(warnings(runs)),
     )
 
@@ -104,34 +105,6 @@ def plots(
     ratios = report.ratio_table(runs, contrasts, DESCRIPTIVE)
     if len(ratios):
         yield figures.descriptive_ratios(ratios)
-
-
-# %%
-# Two checks beside the verdicts
-# ------------------------------
-# Test error depends on the seeds and on which images were drawn: the wider interval
-# decides, and the table has them all. PyHessian's eigenvalue is printed beside ours.
-
-
-def tables(
-    runs: nk.Runs, contrasts: Sequence[stats.Contrast]
-) -> Iterator[report.Table]:
-    """Yield the tables."""
-    if len(rows := report.image_error_table(runs, contrasts)):
-        yield report.Table(
-            "test_error_over_images",
-            rows,
-            "Test-error differences with 95 % intervals over seeds alone, and over "
-            "seeds and images, given this split of the data. The wider of the first "
-            "two, at the level of its contrast, decides.",
-        )
-    if len(rows := report.agreement_table(runs, "lambda_max", "lambda_max_pyhessian")):
-        yield report.Table(
-            "pyhessian",
-            rows,
-            "PyHessian's largest eigenvalue of the same problem over ours, per arm: "
-            "median and range over seeds.",
-        )
 
 
 # %%

@@ -11,7 +11,7 @@ from noisekit.figures.density import spectral_density
 from noisekit.figures.example_norms import example_norm_histograms
 from noisekit.figures.forest import contrast_forest
 from noisekit.figures.landscape import linear_path
-from noisekit.figures.noise import noise_over_training
+from noisekit.figures.noise import noise_over_training, windowed_noise
 from noisekit.figures.plot import FORMATS, Plot, writable_folder, write_table
 from noisekit.figures.ratios import descriptive_ratios, paired_ratios
 from noisekit.figures.slices import loss_lines, loss_surface
@@ -49,6 +49,7 @@ __all__ = [
     "spectral_density",
     "themed",
     "training_curves",
+    "windowed_noise",
     "writable_folder",
     "write_table",
 ]

@@ -86,7 +86,7 @@ def rate_tuning(
     crosses = f" Crosses at the top: {diverged} diverged {noun}." if diverged else ""
     caption = (
         f"{quantity(measured).label} against the learning rate for each batch size. "
-        f"Small: each of {finite['seed'].nunique()} tuning seeds; line: their mean; "
+        f"Small: each of {finite['seed'].nunique()} seeds; line: their mean; "
         f"star: the rate that was chosen.{crosses}"
     )
     return Plot(figure, table, name, caption)

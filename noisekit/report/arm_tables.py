@@ -7,7 +7,11 @@ import pandas as pd
 from noisekit.figures import paired_ratios
 from noisekit.records import Runs
 from noisekit.report.comparability import budget_snapshots, fades_with_loss
-from noisekit.report.recipe_view import arm_settings, numbers_by_arm
+from noisekit.report.recipe_view import (
+    arm_settings,
+    numbers_by_arm,
+    stated_contrasts,
+)
 from noisekit.stats import Contrast
 
 _MATCHED = 2
@@ -27,6 +31,11 @@ def mean_and_spread(values: "pd.Series[float]") -> str:
     """Return mean ± standard deviation over seeds, as text."""
     deviation = values.std(ddof=1) if len(values) > 1 else float("nan")
     return f"{values.mean():.4g} ± {deviation:.2g}"
+
+
+def accuracy_words(errors: "pd.Series[float]") -> str:
+    """Return the accuracy of a row of error rates, in percent, as text."""
+    return f"{mean_and_spread(100 * (1 - errors))} %"
 
 
 def accuracy_table(runs: Runs) -> pd.DataFrame:
@@ -57,6 +66,28 @@ def weights_table(runs: Runs) -> pd.DataFrame:
         }
         for snapshot in dict.fromkeys((*budget_snapshots(runs), "final"))
         for arm, here in rows_by_arm(runs, snapshot)
+    )
+
+
+def epsilon_table(runs: Runs) -> pd.DataFrame:
+    """Return epsilon-sharpness and its first-order share per snapshot, box and arm."""
+    table = runs.measurements
+    keys = ["run_id", "snapshot", "variant"]
+    shares = table[table["quantity"] == "first_order_share"]
+    found = table[table["quantity"] == "epsilon_sharpness"].merge(
+        shares[[*keys, "value"]], on=keys, how="left", suffixes=("", "_share")
+    )
+    return pd.DataFrame(
+        {
+            "snapshot": snapshot,
+            "box": variant,
+            "arm": arm,
+            "φ [%]": mean_and_spread(rows["value"]),
+            "first-order share": mean_and_spread(rows["value_share"]),
+        }
+        for (snapshot, variant, arm), rows in found.groupby(
+            ["snapshot", "variant", "arm"], sort=False
+        )
     )
 
 
@@ -105,6 +136,38 @@ def matched_snapshots(runs: Runs, quantity: str) -> list[str]:
     losses.sort(key=lambda name: float(name.removeprefix("loss_")))
     budgets = [name for name in budget_snapshots(runs) if name in names]
     return [*reversed(losses[:_MATCHED]), *budgets]
+
+
+def extreme_arms(runs: Runs) -> tuple[str, str] | None:
+    """Return the first arms with the smallest and the largest batch.
+
+    Where the arms do not differ in batch size: the reference and the treatment of the
+    first contrast, else the first and the last arm; ``None`` where there is one arm.
+    """
+    sizes = numbers_by_arm(runs, "training.batch_size")
+    if len(set(sizes.values())) > 1:
+        return min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    contrasts = stated_contrasts(runs)
+    if contrasts:
+        return contrasts[0].reference, contrasts[0].treatment
+    arms = [str(arm) for arm in runs.runs["arm"].drop_duplicates()]
+    return (arms[0], arms[-1]) if len(arms) > 1 else None
+
+
+def same_network(runs: Runs, arms: Iterable[str]) -> bool:
+    """Return whether arms train the same network, so that a line can join them."""
+    networks = arm_settings(runs, "model")
+    first, *rest = (networks[arm] for arm in arms)
+    return all(network == first for network in rest)
+
+
+def end_snapshot(runs: Runs, arms: Iterable[str]) -> str:
+    """Return where all arms count as trained: stalled if all seeds are, else final."""
+    names = list(arms)
+    table = runs.snapshots
+    table = table[table["arm"].isin(names) & (table["snapshot"] == "stalled")]
+    complete = len(table) == len(names) * runs.runs["seed"].nunique()
+    return "stalled" if complete else "final"
 
 
 def stability_limits(runs: Runs) -> dict[str, float]:

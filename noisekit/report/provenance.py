@@ -1,6 +1,7 @@
 """The runs behind a report: what made them and what they cost."""
 
 from collections.abc import Mapping
+from datetime import datetime
 
 import tomli_w
 
@@ -56,9 +57,21 @@ def _costs(runs: Runs, analysis_seconds: float | None) -> dict[str, str]:
     for column, (words, unit) in _COSTS.items():
         if column in table.columns:
             found[words] = f"{table[column].sum():,.0f} {unit}".rstrip()
+    if not runs.recipe:
+        found["wall time of the loop"] = f"{_loop_seconds(runs):,.0f} s"
     if analysis_seconds is not None:
         found["analysing and drawing"] = f"{analysis_seconds:,.0f} s"
     return found
+
+
+def _loop_seconds(runs: Runs) -> float:
+    """Return seconds from the first to the last write, summed over recorded loops."""
+    manifests = [run.manifest for run in runs.directories]
+    spans = [
+        datetime.fromisoformat(m.updated) - datetime.fromisoformat(m.created)
+        for m in manifests
+    ]
+    return sum(span.total_seconds() for span in spans)
 
 
 def _commands(name: object, profile: object) -> tuple[str, ...]:

@@ -4,10 +4,10 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import pandas as pd
 import pytest
 
 import noisekit as nk
+from noisekit import report
 from tests.analyses.scripts import load_script
 
 
@@ -17,7 +17,7 @@ def script() -> ModuleType:
     return load_script("gradient_noise")
 
 
-def test_expected_norm_is_the_finite_population_identity(script: ModuleType) -> None:
+def test_expected_norm_is_the_finite_population_identity() -> None:
     """The prediction equals the exact mean over all pairs of a tiny population.
 
     Catches: a missing finite-population factor; a biased variance.
@@ -29,14 +29,10 @@ def test_expected_norm_is_the_finite_population_identity(script: ModuleType) -> 
         for j in range(6)
         if i < j
     ]
-    moments = pd.DataFrame(
-        {
-            "arm": ["a"],
-            "grad_sq_norm": [np.square(grads.mean(0)).sum()],
-            "variance_trace": [grads.var(axis=0, ddof=1).sum()],
-        }
-    )
-    assert script.expected(moments, "a", 2, 6) == pytest.approx(np.mean(pairs))
+    squared = np.square(grads.mean(0)).sum()
+    variance = grads.var(axis=0, ddof=1).sum()
+    got = report.expected_sq_norm(squared, variance, 2, 6)
+    assert got == pytest.approx(np.mean(pairs))
 
 
 def test_drawn_batches_follow_the_prediction(
@@ -48,7 +44,7 @@ def test_drawn_batches_follow_the_prediction(
     """
     runs = nk.open_runs(smoke_runs)
     draws, moments, num_examples = script.drawn_norms(runs, "equal_updates")
-    assert script.deviations(draws, moments, num_examples).max() < script.SLACK
+    assert report.norm_deviations(draws, moments, num_examples).max() < script.SLACK
 
 
 def test_wrong_moments_do_not_check_out(script: ModuleType, smoke_runs: Path) -> None:

@@ -27,6 +27,7 @@ def test_paper_s_tables_and_figures_are_there(result: report.AnalysisResult) -> 
     assert {plot.name for plot in result.plots} == {"linear_path", "training_curves"}
     assert {table.name for table in result.tables} == {
         "accuracy",
+        "curve_gaps",
         "distance",
         "epsilon_sharpness",
         "keskar_2017",
@@ -63,7 +64,7 @@ def test_line_runs_from_small_to_large_batch(
     Catches: ends exchanged; another snapshot; test data taken for training data.
     """
     runs = nk.open_runs(smoke_runs)
-    arms = script.extreme_arms(runs)
+    arms = report.extreme_arms(runs)
     assert arms == ("small_low", "large_low")
     (line,) = (plot.table for plot in result.plots if plot.name == "linear_path")
     kept = runs.snapshots[runs.snapshots["snapshot"] == "final"]
@@ -73,6 +74,16 @@ def test_line_runs_from_small_to_large_batch(
             wanted = kept[kept["arm"] == arm].set_index("seed")[f"{split}_loss"]
             got = drawn.set_index("seed")["loss"]
             assert dict(got) == pytest.approx(dict(wanted), rel=1e-5)
+
+
+def test_arms_that_differ_in_network_are_described(
+    script: ModuleType, network_runs: Path
+) -> None:
+    """Catches: a KeyError where no batch size varies; a line between two networks."""
+    result = script.analyse(nk.open_runs(network_runs))
+    assert [plot.name for plot in result.plots] == ["training_curves"]
+    assert "% (with batchnorm)" in result.answer
+    assert "% (plain)" in result.answer
 
 
 def test_paper_s_own_numbers_stand_beside_ours(script: ModuleType) -> None:

@@ -71,7 +71,7 @@ def test_analysis_draws_and_tabulates(script: ModuleType, smoke_runs: Path) -> N
     names = {plot.name for plot in result.plots}
     assert names >= {"contrasts", "paired_test_error", "sharpness_against_loss"}
     tables = {table.name for table in result.tables}
-    assert tables == {"pyhessian", "test_error_over_images"}
+    assert tables == {"pyhessian", "rank_correlation", "test_error_over_images"}
     assert all(item.caption for item in (*result.plots, *result.tables))
     assert any("rescaled twin" in text for text in result.warnings)
 
