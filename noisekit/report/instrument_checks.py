@@ -201,7 +201,8 @@ def _curves_by_seed(
     known = values > 0 if _is_loss(quantity) else values >= 0
     curves = {}
     for (arm, _), rows in evaluations[known].groupby(["arm", "seed"], sort=False):
-        rows, seed = rows.drop_duplicates("epoch").sort_values("epoch"), rows["seed"]
+        place = (str(arm), int(rows["seed"].iloc[0]))
+        rows = rows.drop_duplicates("epoch").sort_values("epoch")
         heights = rows[quantity].to_numpy(dtype=float)
         curve = np.log(heights) if _is_loss(quantity) else heights
         curves[str(arm), int(seed.iloc[0])] = (
