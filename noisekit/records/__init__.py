@@ -1,11 +1,12 @@
 """Runs on disk: written so that a crash loses nothing, read as tidy tables."""
 
 from noisekit.records.files import exclusive_lock, read_json, write_json_atomic
+from noisekit.records.manifest import Manifest, RunStatus
 from noisekit.records.reader import Runs, open_runs, read_set, write_set
-from noisekit.records.rundir import Manifest, RunDirectory, RunStatus
+from noisekit.records.rundir import RunDirectory
 from noisekit.records.schema import FORMAT, TABLES, Column, Table, table
-from noisekit.records.segments import StoredTable
 from noisekit.records.sink import RunSink
+from noisekit.records.stored_table import StoredTable
 from noisekit.records.tensors import load_tensors, save_tensors
 from noisekit.records.text_sink import TEXT_SINKS, CsvSink, JsonLinesSink
 from noisekit.records.writer import TableWriter

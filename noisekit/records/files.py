@@ -80,6 +80,33 @@ def read_json(path: Path, *, remedy: str) -> dict[str, object]:
     return value
 
 
+def exists(path: Path) -> bool:
+    """Whether ``path`` is there.
+
+    Raises:
+        StorageError: If it cannot be, as where its name is too long.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, in which files can be made.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise storage_error(path, refused)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames inside ``path`` survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -119,6 +146,22 @@ def exclusive_lock(path: Path, *, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock file ``path``; nothing is written."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # Shared, since it needs no right to write.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in {errno.EWOULDBLOCK, errno.EACCES}
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _take(descriptor: int, path: Path, what: str) -> None:

@@ -5,30 +5,40 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from noisekit.core.errors import NewerFormatError, RunDirectoryError
-from noisekit.records.files import read_json, write_json_atomic
-from noisekit.records.rundir import Manifest, RunDirectory
+from noisekit.records.files import plain, read_json, write_json_atomic
+from noisekit.records.integrity import check_object, signed
+from noisekit.records.manifest import Manifest
+from noisekit.records.rundir import RunDirectory
 from noisekit.records.schema import FORMAT, table
-from noisekit.records.segments import newer_format
-from noisekit.records.tensors import Array, load_tensors
+from noisekit.records.stored_table import conform, joined
+from noisekit.records.tensors import Array
 
 SET_FILE = "set.json"
-_REMEDY = "restore it, or run the recipe again into a new directory"
+_IDENTITY = {"run_id": pa.string(), "arm": pa.string(), "seed": pa.int64()}
+"""Columns in front of each table."""
+_REMEDY = (
+    "restore it, or run the same recipe again with --out and this directory, which "
+    "keeps its runs"
+)
 
 
 def write_set(path: Path | str, content: Mapping[str, object]) -> None:
     """Write what a set of runs is, such as its recipe, into the set's directory."""
-    write_json_atomic(Path(path) / SET_FILE, {"format": FORMAT, **content})
+    plain_content = plain({**content, "format": FORMAT})
+    assert isinstance(plain_content, dict)
+    write_json_atomic(Path(path) / SET_FILE, signed(plain_content))
 
 
 def read_set(path: Path | str) -> dict[str, object]:
     """Return what ``write_set`` wrote.
 
     Raises:
-        RunDirectoryError: If it is missing or damaged.
+        RunDirectoryError: If it is missing, damaged or altered.
         NewerFormatError: If a newer noisekit wrote it.
     """
     file = Path(path) / SET_FILE
@@ -38,8 +48,7 @@ def read_set(path: Path | str) -> dict[str, object]:
         raise RunDirectoryError(
             f"{file} needs a format number, got {written!r}; {_REMEDY}."
         )
-    if written > FORMAT:
-        raise NewerFormatError(newer_format(file, written))
+    check_object(file, content, remedy=_REMEDY)
     return content
 
 
@@ -106,29 +115,33 @@ class Runs:
 
         Raises:
             RunDirectoryError: If there is no such run or snapshot, or its file is
-                damaged.
+                missing, damaged, or not the one that the run wrote.
         """
         for run in self.directories:
             if run.manifest.run_id == run_id:
-                path = run.snapshots / f"{snapshot}.safetensors"
-                return load_tensors(path)[0]
+                return run.load_snapshot(snapshot)
         known = ", ".join(run.manifest.run_id for run in self.directories)
         raise RunDirectoryError(
             f"weights needs one of the runs {known}, got {run_id!r}."
         )
 
     def _gather(self, name: str) -> pd.DataFrame:
-        parts = [_joined(run, name, self.faults) for run in self.directories]
-        if not parts:
-            parts = [_identified(table(name).schema.empty_table(), "", "", 0)]
-        frame: pd.DataFrame = pa.concat_tables(parts).to_pandas()
+        identified = [_identified(run, name, self.faults) for run in self.directories]
+        rows = joined([part for part, _ in identified] or [pa.table({})])
+        rows = conform(rows, table(name))
+        counts = [part.num_rows for part, _ in identified]
+        for place, (column, kind) in enumerate(_IDENTITY.items()):
+            values = pa.array([getattr(run, column) for _, run in identified], kind)
+            rows = rows.add_column(place, column, values.take(_places(counts)))
+        frame: pd.DataFrame = rows.to_pandas()
         return frame
 
 
 def open_runs(where: Path | str | Iterable[Path | str]) -> Runs:
     """Open a set of runs, one run, or several of either.
 
-    A run whose manifest is damaged is left out and named in ``faults``.
+    A run whose manifest cannot be trusted is left out, and named in ``faults`` as is
+    every file that is missing or not as it was written.
 
     Raises:
         RunDirectoryError: If there is no run.
@@ -146,48 +159,85 @@ def open_runs(where: Path | str | Iterable[Path | str]) -> Runs:
         )
     for run in runs:
         faults += [f"{run.manifest.run_id}: {text}" for text in run.manifest.faults]
-    if len(paths) == 1 and (paths[0] / SET_FILE).exists():
-        content = read_set(paths[0])
-        recipe, planned = content.get("recipe"), content.get("runs")
-        named = recipe if isinstance(recipe, Mapping) else {}
-        if isinstance(planned, list):
-            place = {name: number for number, name in enumerate(planned)}
-            runs.sort(key=lambda run: place.get(run.manifest.run_id, len(place)))
-        return Runs(tuple(runs), named, paths[0], faults)
+        faults += [f"{run.manifest.run_id}: {text}" for text in run.damage()]
+    faults += _unverified(runs)
+    if len(paths) == 1 and (paths[0] / "runs").is_dir():
+        return Runs(*_in_order(paths[0], runs, faults), paths[0], faults)
     return Runs(tuple(runs), faults=faults)
+
+
+def _in_order(
+    path: Path, runs: list[RunDirectory], faults: list[str]
+) -> tuple[tuple[RunDirectory, ...], Mapping[str, object]]:
+    """Return runs in the order of their set, and its recipe, as far as it is known."""
+    try:
+        content = read_set(path)
+    except NewerFormatError:
+        raise
+    except RunDirectoryError as error:
+        faults.append(f"the recipe of the set is not known: {error}")
+        return tuple(runs), {}
+    recipe, planned = content.get("recipe"), content.get("runs")
+    if isinstance(planned, list):
+        place = {name: number for number, name in enumerate(planned)}
+        runs.sort(key=lambda run: place.get(run.manifest.run_id, len(place)))
+        lost = [name for name in planned if not (path / "runs" / str(name)).is_dir()]
+        faults += [f"{name} is missing: its directory is not there" for name in lost]
+    return tuple(runs), recipe if isinstance(recipe, Mapping) else {}
+
+
+def _unverified(runs: Iterable[RunDirectory]) -> list[str]:
+    names = [run.manifest.run_id for run in runs if not run.verified]
+    if not names:
+        return []
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [
+        f"{len(names)} runs are unverified ({listed}): they were recorded before files "
+        "had digests, so that damage to them would not be noticed"
+    ]
 
 
 def _runs_in(path: Path, faults: list[str]) -> list[RunDirectory]:
     if (path / "manifest.json").exists():
         return _opened(path, faults)
     children = sorted((path / "runs").glob("*/"))
-    return [run for child in children for run in _opened(child, faults)]
+    runs = [run for child in children for run in _opened(child, faults)]
+    return [run for run in runs if not _is_copy(run, faults)]
+
+
+def _is_copy(run: RunDirectory, faults: list[str]) -> bool:
+    """Whether a directory of a set holds a run of another name, such as a backup."""
+    if run.manifest.run_id == run.path.name:
+        return False
+    faults.append(
+        f"{run.path.name} is left out: it holds the run {run.manifest.run_id}, whose "
+        f"place is runs/{run.manifest.run_id}; move a copy out of the set"
+    )
+    return True
 
 
 def _opened(path: Path, faults: list[str]) -> list[RunDirectory]:
     try:
         return [RunDirectory.open(path)]
-    except NewerFormatError:
-        raise
     except RunDirectoryError as error:
         faults.append(f"{path.name} is left out: {error}")
         return []
 
 
-def _joined(run: RunDirectory, name: str, faults: list[str]) -> pa.Table:
+def _identified(
+    run: RunDirectory, name: str, faults: list[str]
+) -> tuple[pa.Table, Manifest]:
+    """Return the rows of a run's table with the run that they belong to."""
     stored = run.read(name)
-    manifest = run.manifest
-    text = f"{manifest.run_id}: {stored.fault}"
+    text = f"{run.manifest.run_id}: {stored.fault}"
     if stored.fault and text not in faults:
         faults.append(text)
-    return _identified(stored.rows, manifest.run_id, manifest.arm, manifest.seed)
+    return stored.sparse, run.manifest
 
 
-def _identified(rows: pa.Table, run_id: str, arm: str, seed: int) -> pa.Table:
-    count = rows.num_rows
-    for place, (name, value) in enumerate((("run_id", run_id), ("arm", arm))):
-        rows = rows.add_column(place, name, pa.array([value] * count, pa.string()))
-    return rows.add_column(2, "seed", pa.array([seed] * count, pa.int64()))
+def _places(counts: list[int]) -> pa.Array:
+    """Return for each row of tables below each other the number of its table."""
+    return pa.array(np.repeat(np.arange(len(counts)), counts))
 
 
 def _run_row(manifest: Manifest) -> dict[str, object]:

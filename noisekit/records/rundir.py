@@ -1,153 +1,39 @@
 """A run is a directory: manifest, tables, checkpoints, snapshots, one writer."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from enum import StrEnum
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from noisekit.core.errors import (
-    NewerFormatError,
-    RunDirectoryError,
-    UsageError,
-)
+from noisekit.core.errors import RunDirectoryError, UsageError
 from noisekit.records.files import (
     exclusive_lock,
-    read_json,
+    is_locked,
+    plain,
+    sync_directory,
     write_bytes_atomic,
     write_json_atomic,
 )
-from noisekit.records.provenance import host_facts, now, software_versions
-from noisekit.records.schema import (
-    FORMAT,
-    FORMAT_KEY,
-    LAST_SEGMENT_KEY,
-    TABLES,
-    Table,
-    table,
-)
-from noisekit.records.segments import (
+from noisekit.records.integrity import digest_of, signed
+from noisekit.records.manifest import Manifest
+from noisekit.records.provenance import now
+from noisekit.records.schema import FORMAT, TABLES, Table, table
+from noisekit.records.segments import segments_of
+from noisekit.records.stored_table import (
+    RESTORE,
     StoredTable,
-    newer_format,
+    encode_sealed,
+    pending_path,
     read_table,
+    sealed_fault,
     sealed_path,
-    segment_numbers,
-    segment_path,
 )
+from noisekit.records.tensors import Array, load_tensors, stated_checksum
 from noisekit.records.writer import TableWriter
 
-_REMEDY = "restore it, or delete the run's directory and resume to run it again"
-
-
-class RunStatus(StrEnum):
-    """How far a run is."""
-
-    CREATED = "created"
-    RUNNING = "running"
-    DONE = "done"
-    DIVERGED = "diverged"
-    """The loss left the finite numbers, which is a result, recorded and complete."""
-    FAILED = "failed"
-    """An error stopped it; it can be resumed."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self in {RunStatus.DONE, RunStatus.DIVERGED}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """What a run is, what it was made with, and how far it is.
-
-    Attributes:
-        run_id: Name, unique in its set.
-        arm: Arm of the experiment.
-        seed: Seed of all its random streams.
-        factors: What the arms differ in.
-        recipe: Everything that decides its bits, resolved.
-        data: Name, origin and digest of its data.
-        status: How far it is.
-        reason: Why it ended as it did.
-        versions: Versions of the software that began it.
-        host: The machine that began it.
-        created: When it was created, ISO 8601.
-        updated: When this manifest was written, ISO 8601.
-        costs: What it took, such as ``train_seconds``.
-        faults: What a reader should know before trusting its bits.
-        format: Version of the directory.
-    """
-
-    run_id: str
-    arm: str
-    seed: int
-    factors: Mapping[str, object] = field(default_factory=dict)
-    recipe: Mapping[str, object] = field(default_factory=dict)
-    data: Mapping[str, str] = field(default_factory=dict)
-    status: RunStatus = RunStatus.CREATED
-    reason: str = ""
-    versions: Mapping[str, str] = field(default_factory=software_versions)
-    host: Mapping[str, str] = field(default_factory=host_facts)
-    created: str = field(default_factory=now)
-    updated: str = field(default_factory=now)
-    costs: Mapping[str, float] = field(default_factory=dict)
-    faults: tuple[str, ...] = ()
-    format: int = FORMAT
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Return the manifest in ``path``.
-
-        Raises:
-            RunDirectoryError: If it is missing or damaged.
-            NewerFormatError: If a newer noisekit wrote it.
-        """
-        content = read_json(path, remedy=_REMEDY)
-        written = content.get("format")
-        if isinstance(written, int) and written > FORMAT:
-            raise NewerFormatError(newer_format(path, written))
-        try:
-            return cls._from(content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunDirectoryError(
-                f"{path} needs to hold a run's manifest, got a damaged one "
-                f"({type(error).__name__}: {error}); {_REMEDY}."
-            ) from error
-
-    @classmethod
-    def _from(cls, content: dict[str, object]) -> Self:
-        missing = {"run_id", "arm", "seed", "status", "format"} - content.keys()
-        if missing:
-            raise KeyError(", ".join(sorted(missing)))
-        for name, kind in _KINDS.items():
-            if name in content and not isinstance(content[name], kind):
-                raise TypeError(f"{name} is {content[name]!r}")
-        known = {item.name for item in fields(cls)}
-        values = {key: value for key, value in content.items() if key in known}
-        values["status"] = RunStatus(str(content["status"]))
-        faults = content.get("faults")
-        values["faults"] = tuple(faults) if isinstance(faults, list) else ()
-        # The kinds were checked above, one by one.
-        return cls(**values)  # type: ignore[arg-type]
-
-
-_KINDS: Mapping[str, type] = {
-    "run_id": str,
-    "arm": str,
-    "seed": int,
-    "factors": dict,
-    "recipe": dict,
-    "data": dict,
-    "versions": dict,
-    "host": dict,
-    "costs": dict,
-    "faults": list,
-    "format": int,
-}
+_NO_RUN = frozenset({"lock", "error.txt", ".manifest.json.tmp"})
+"""Files that a directory may hold before it holds a run."""
 
 
 class RunDirectory:
@@ -171,7 +57,7 @@ class RunDirectory:
         """Make the directory of a new run.
 
         Raises:
-            RunDirectoryError: If ``path`` holds a run already.
+            RunDirectoryError: If ``path`` holds a run already, or what is left of one.
         """
         path = Path(path)
         if (path / "manifest.json").exists():
@@ -179,6 +65,8 @@ class RunDirectory:
                 f"a new run needs an empty directory, but {path} holds a run; "
                 "resume that one, or choose another place."
             )
+        if any(item.is_file() and item.name not in _NO_RUN for item in path.rglob("*")):
+            raise RunDirectoryError(f"{path / 'manifest.json'} is missing; {RESTORE}.")
         run = cls(path, manifest)
         run.write_manifest(manifest)
         return run
@@ -214,9 +102,11 @@ class RunDirectory:
                 self._locked = False
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Replace the manifest, durably."""
-        manifest = replace(manifest, updated=now())
-        write_json_atomic(self.path / "manifest.json", asdict(manifest))
+        """Replace the manifest, durably, with a digest of its own."""
+        manifest = replace(manifest, updated=now(), format=FORMAT)
+        content = plain(asdict(manifest))
+        assert isinstance(content, dict)
+        write_json_atomic(self.path / "manifest.json", signed(content))
         self.manifest = manifest
 
     def add_fault(self, text: str) -> None:
@@ -227,7 +117,99 @@ class RunDirectory:
 
     def read(self, name: str) -> StoredTable:
         """Return what can be read of the table called ``name``."""
-        return read_table(self.path, table(name))
+        stored = self._stored(table(name))
+        if stored.fault:
+            # Sealed anew since the manifest was read?
+            with suppress(RunDirectoryError):
+                fresh = Manifest.read(self.path / "manifest.json")
+                if fresh.digests != self.manifest.digests:
+                    self.manifest = fresh
+                    stored = self._stored(table(name))
+        return stored
+
+    def _stored(self, item: Table) -> StoredTable:
+        manifest = self.manifest
+        return read_table(
+            self.path, item, run_id=manifest.run_id, digests=manifest.digests
+        )
+
+    def load_snapshot(self, name: str) -> dict[str, Array]:
+        """Return the tensors of a snapshot, verified to be this run's.
+
+        Raises:
+            RunDirectoryError: If there is none of that name, or its file is missing,
+                damaged, or not the one that this run wrote.
+        """
+        path = self.snapshots / f"{name}.safetensors"
+        if path not in self.snapshots.glob("*"):
+            known = (repr(file.stem) for file in sorted(self.snapshots.glob("*")))
+            raise RunDirectoryError(
+                f"run {self.manifest.run_id} needs the name of one of its snapshots "
+                f"({', '.join(known) or 'there is none'}), got {name!r}; if the file "
+                f"is lost, {RESTORE}."
+            )
+        arrays, facts = load_tensors(path, remedy=RESTORE, ours=True)
+        wrong = self._snapshot_fault(path) or self._other_owner(name, facts)
+        if wrong:
+            raise RunDirectoryError(
+                f"{path} needs to be snapshot {name!r} of run {self.manifest.run_id}, "
+                f"but {wrong}; {RESTORE}."
+            )
+        return arrays
+
+    def _other_owner(self, name: str, facts: Mapping[str, str]) -> str | None:
+        """Return whose a snapshot is, by its own facts, where it is not this run's."""
+        taken = self.read("snapshots")
+        names, places = (taken.column(c).to_pylist() for c in ("snapshot", "step"))
+        steps = dict(zip(names, map(str, places), strict=True))
+        run_id, step = facts.get("run_id"), facts.get("step")
+        if run_id in {None, self.manifest.run_id} and step == steps.get(name, step):
+            return None
+        return f"it is of run {run_id}, update {step}"
+
+    def _snapshot_fault(self, path: Path) -> str | None:
+        """Return what is wrong with a sealed snapshot, by its header and size."""
+        known = (self.manifest.digests or {}).get(f"snapshots/{path.name}")
+        if known is None:
+            return None
+        if not path.exists():
+            return "it is missing"
+        try:
+            stated = stated_checksum(path)
+        except RunDirectoryError:
+            return "it is damaged"
+        same = stated == known
+        return None if same else "it does not match its digest in the manifest"
+
+    def damage(self) -> list[str]:
+        """Return what is wrong with the sealed files, in words.
+
+        Tables are compared with their digests, and so are the checksums that the
+        snapshots state; the weights themselves are verified when they are loaded.
+        """
+        digests = self.manifest.digests
+        if digests is None:
+            return []
+        tables = (sealed_fault(self.path, item, digests) for item in TABLES.values())
+        snapshots = (
+            self.path / name for name in digests if name.startswith("snapshots/")
+        )
+        wrong = ((path, self._snapshot_fault(path)) for path in snapshots)
+        return [
+            *(fault for fault in tables if fault),
+            *(f"{path.name}: {fault}; {RESTORE}" for path, fault in wrong if fault),
+        ]
+
+    @property
+    def verified(self) -> bool:
+        """Whether damage to its files would be noticed; not in runs of format 1."""
+        sealed = self.manifest.digests is not None
+        return sealed or not self.manifest.status.complete
+
+    @property
+    def locked(self) -> bool:
+        """Whether a process is writing to it; asking writes nothing."""
+        return is_locked(self.path / "lock")
 
     def writer(self, name: str, *, first_row: int | None = None) -> TableWriter:
         """Return a writer that goes on with the table called ``name``.
@@ -245,38 +227,86 @@ class RunDirectory:
                 f"writing to {self.path} needs its lock; use 'with run.lock():'."
             )
         stored = self.read(name)
-        start = stored.rows.num_rows if first_row is None else first_row
-        if start > stored.rows.num_rows:
+        if stored.sealed_lost:
+            raise RunDirectoryError(f"{self.path}: {stored.fault}.")
+        start = stored.num_rows if first_row is None else first_row
+        if start > stored.num_rows:
             raise RunDirectoryError(
                 f"table {name!r} of {self.path} needs {start} rows to go on from, got "
-                f"{stored.rows.num_rows}; resume from an earlier checkpoint."
+                f"{stored.num_rows} ({stored.fault or 'the others were lost'}); "
+                f"{RESTORE}."
             )
         return TableWriter(
-            self.path, table(name), number=stored.last_segment + 1, first_row=start
+            self.path,
+            table(name),
+            run_id=self.manifest.run_id,
+            number=stored.last_segment + 1,
+            first_row=start,
         )
 
     def seal(self) -> Iterator[str]:
-        """Turn the segments of each table into Parquet.
+        """Turn the segments of each table into Parquet; digests go into the manifest.
 
         May be cut short and begun again at any point; where the disk is full the
         segments stay.
 
         Yields:
             The name of each table once it is sealed.
-        """
-        for item in TABLES.values():
-            if segment_numbers(self.path, item):
-                self._seal(item)
-                yield item.name
 
-    def _seal(self, item: Table) -> None:
-        stored = read_table(self.path, item)
+        Raises:
+            RunDirectoryError: If a table that was sealed before is lost.
+        """
+        open_tables = [item for item in TABLES.values() if segments_of(self.path, item)]
+        known = self.manifest.digests
+        # New files first, under other names, then their digests, then their names: a
+        # reader finds the digest's file under one of the two at every moment.
+        digests = {
+            **(self._adopted() if known is None else known),
+            **{sealed_path(self.path, t).name: self._prepare(t) for t in open_tables},
+            **self._snapshot_digests(),
+        }
+        if digests != self.manifest.digests:
+            self.write_manifest(replace(self.manifest, digests=digests))
+        for item in open_tables:
+            self._name_sealed(item)
+            yield item.name
+
+    def _name_sealed(self, item: Table) -> None:
+        """Give a table's new Parquet file its name, and remove what it holds."""
+        with suppress(FileNotFoundError):  # has its name since an earlier attempt
+            pending_path(self.path, item).replace(sealed_path(self.path, item))
+        sync_directory(self.path)
+        for path in segments_of(self.path, item).values():
+            path.unlink()
+
+    def _adopted(self) -> dict[str, str]:
+        """Return digests of what format 1 sealed, as it is now."""
+        found = {}
+        for path in (sealed_path(self.path, item) for item in TABLES.values()):
+            if path.exists():
+                found[path.name] = digest_of(path.read_bytes())
+                self.add_fault(f"{path.name} was sealed before files had digests")
+        return found
+
+    def _snapshot_digests(self) -> dict[str, str]:
+        found = {}
+        for path in sorted(self.snapshots.glob("*.safetensors")):
+            try:
+                found[f"snapshots/{path.name}"] = stated_checksum(path)
+            except RunDirectoryError as error:
+                self.add_fault(str(error))
+        return found
+
+    def _prepare(self, item: Table) -> str:
+        """Write a table's Parquet file beside the old one and return its digest."""
+        stored = self._stored(item)
+        if stored.sealed_lost:
+            raise RunDirectoryError(f"{self.path}: {stored.fault}.")
         if stored.fault:
             self.add_fault(stored.fault)
-        metadata = {FORMAT_KEY: str(FORMAT), LAST_SEGMENT_KEY: str(stored.last_segment)}
-        sink = pa.BufferOutputStream()
-        rows = stored.rows.replace_schema_metadata(metadata)
-        pq.write_table(rows, sink, compression="zstd")
-        write_bytes_atomic(sealed_path(self.path, item), sink.getvalue().to_pybytes())
-        for number in segment_numbers(self.path, item):
-            segment_path(self.path, item, number).unlink()
+        known = (self.manifest.digests or {}).get(sealed_path(self.path, item).name)
+        if known and stored.sealed_through == stored.last_segment:
+            return known
+        data = encode_sealed(stored)
+        write_bytes_atomic(pending_path(self.path, item), data)
+        return digest_of(data)

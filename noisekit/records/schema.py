@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import pyarrow as pa
@@ -9,8 +10,12 @@ import pyarrow as pa
 from noisekit.core.errors import UsageError
 from noisekit.core.vocabulary import COLUMNS_OF, QUANTITIES
 
-FORMAT = 1
-"""Version of the run directory; raised when an older reader would go wrong."""
+FORMAT = 2
+"""Version of the run directory; raised when an older reader would go wrong.
+
+1: segments are plain Arrow streams, and nothing states a digest. 2: segments have
+checksums, manifests and sets a digest of their own, sealed files one in the manifest.
+"""
 
 FORMAT_KEY = b"noisekit.format"
 FIRST_ROW_KEY = b"noisekit.first_row"
@@ -43,17 +48,22 @@ class Column:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Table:
     """One table: its name and its columns, in order; every cell may be empty."""
 
     name: str
     columns: tuple[Column, ...]
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         """The Arrow schema."""
         return pa.schema([column.field() for column in self.columns])
+
+    @cached_property
+    def types(self) -> dict[str, pa.DataType]:
+        """Each column's type."""
+        return {column.name: column.type for column in self.columns}
 
     @property
     def timing_columns(self) -> tuple[str, ...]:

@@ -1,162 +1,216 @@
-"""How a table lies on disk while it grows, and what of it can be read.
+"""Segments: append-only files of row batches, each batch with a checksum.
 
-Every process that writes a table begins a new segment, an Arrow stream, which states
-the row of the table that it starts at. Rows of earlier segments from there on are
-superseded: the process resumed before them and wrote them again. Sealing turns all
-segments into one Parquet file, which states the last segment that it holds.
+A segment is a magic line and then frames ``length | checksum | payload``. The first
+payload is a JSON header: format, run, table, and the row of the table at which the
+segment starts. Each later payload is an Arrow stream of one batch, with only those
+columns that have a value in it. A checksum is the SHA-256 of the checksum before it
+and of its own payload, so that a frame that was altered, moved, dropped or taken from
+another segment is noticed at that frame.
+
+Segments of format 1 are plain Arrow streams (``.arrow``), which are still read.
 """
 
+import hashlib
+import json
 import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from noisekit.core.errors import NewerFormatError
-from noisekit.records.schema import (
-    FIRST_ROW_KEY,
-    FORMAT,
-    FORMAT_KEY,
-    LAST_SEGMENT_KEY,
-    Table,
-)
+from noisekit.records.integrity import newer_format
+from noisekit.records.schema import FIRST_ROW_KEY, FORMAT, FORMAT_KEY, Table
 
-_SEGMENT = re.compile(r"(?P<table>[a-z]+)-(?P<number>\d{4,})\.arrow")
-_UNREADABLE = (pa.ArrowInvalid, pa.ArrowSerializationError, OSError, EOFError)
+MAGIC = b"noisekit segment\n"
+_LENGTH = struct.Struct("<I")
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
+_NAME = re.compile(r"(?P<table>[a-z]+)-(?P<number>\d{4,})\.(segment|arrow)")
+UNREADABLE = (pa.ArrowException, OSError, EOFError, ValueError, OverflowError)
+"""What pyarrow raises on bytes that are not what they should be."""
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTable:
-    """What can be read of one table.
+class Segment:
+    """What can be read of one segment.
 
     Attributes:
-        rows: The rows, in the order written.
-        fault: What could not be read, in words.
-        last_segment: Number of the newest segment, 0 where there is none.
+        first_row: Row of the table that it starts at; ``None`` where the header
+            cannot be read.
+        batches: Its whole batches, in order, in the columns that the table knows.
+        fault: Why what follows them cannot be read, in words.
     """
 
-    rows: pa.Table
-    fault: str | None
-    last_segment: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
     first_row: int | None
-    rows: pa.Table
+    batches: list[pa.Table]
     fault: str | None
+
+
+class FrameEncoder:
+    """Makes the frames of one segment, one after the other."""
+
+    def __init__(self) -> None:
+        self._previous = self._next = b""
+
+    def header(
+        self, *, run_id: str, table: Table, number: int, first_row: int
+    ) -> bytes:
+        """Return the beginning of a segment's file."""
+        facts = {
+            "format": FORMAT,
+            "run_id": run_id,
+            "table": table.name,
+            "number": number,
+            "first_row": first_row,
+        }
+        return MAGIC + self.frame(json.dumps(facts).encode())
+
+    def frame(self, payload: bytes) -> bytes:
+        """Return ``payload`` as the frame that follows the last one committed."""
+        self._next = _checksum(self._previous, payload)
+        return _LENGTH.pack(len(payload)) + self._next + payload
+
+    def commit(self) -> None:
+        """Take the frame made last as written."""
+        self._previous = self._next
+
+
+def encode_batch(rows: Sequence[Mapping[str, object]], schema: pa.Schema) -> bytes:
+    """Return rows as an Arrow stream of the columns that have a value in them.
+
+    Most cells of the steps table are empty: 112 columns cost 885 bytes a row, those
+    of a typical reading a fifth of that.
+    """
+    used = {name for row in rows for name, cell in row.items() if cell is not None}
+    # One column at least, since an Arrow batch has its number of rows from there.
+    fields = [field for field in schema if field.name in used] or [schema.field(0)]
+    sparse = pa.schema([pa.field(field.name, field.type) for field in fields])
+    batch = pa.RecordBatch.from_pylist(rows, schema=sparse)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, sparse) as stream:
+        stream.write_batch(batch)
+    payload: bytes = sink.getvalue().to_pybytes()
+    return payload
 
 
 def segment_path(run: Path, table: Table, number: int) -> Path:
-    """Return where segment ``number`` of ``table`` lies."""
-    return run / "segments" / f"{table.name}-{number:04d}.arrow"
+    """Return where segment ``number`` of ``table`` is written."""
+    return run / "segments" / f"{table.name}-{number:04d}.segment"
 
 
-def sealed_path(run: Path, table: Table) -> Path:
-    """Return where the sealed table lies."""
-    return run / f"{table.name}.parquet"
+def segments_of(run: Path, table: Table) -> dict[int, Path]:
+    """Return the segments of ``table`` by number, oldest first."""
+    found = {
+        int(match["number"]): path
+        for path in (run / "segments").glob("*")
+        if (match := _NAME.fullmatch(path.name)) and match["table"] == table.name
+    }
+    return dict(sorted(found.items()))
 
 
-def segment_numbers(run: Path, table: Table) -> list[int]:
-    """Return the numbers of the segments of ``table``, oldest first."""
-    found = (_SEGMENT.fullmatch(path.name) for path in (run / "segments").glob("*"))
-    return sorted(
-        int(match["number"])
-        for match in found
-        if match and match["table"] == table.name
-    )
+def read_segment(path: Path, table: Table, *, run_id: str) -> Segment:
+    """Read a segment up to the first frame that is not whole.
 
-
-def read_table(run: Path, table: Table) -> StoredTable:
-    """Return the rows of ``table``: sealed ones, then those of newer segments.
-
-    Reading needs no lock and may go on while the table is written or sealed.
+    Raises:
+        NewerFormatError: If a newer noisekit wrote it.
     """
-    while True:
-        try:
-            return _read_once(run, table)
-        except FileNotFoundError:
-            # Sealed between listing and reading; what was listed is in Parquet now.
-            continue
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        return Segment(None, [], f"{path.name} cannot be read: {error.strerror}")
+    if path.suffix == ".arrow":
+        return _read_stream(path, data, table)
+    frames = _frames(data)
+    first_row = _first_row(path, next(frames), table, run_id)
+    if isinstance(first_row, str):
+        return Segment(None, [], f"{path.name} is {first_row}")
+    batches: list[pa.Table] = []
+    for frame in frames:
+        if isinstance(frame, str):
+            return Segment(first_row, batches, _lost(path, frame, batches))
+        batches.append(known_columns(pa.ipc.open_stream(frame).read_all(), table))
+    return Segment(first_row, batches, None)
 
 
-def _read_once(run: Path, table: Table) -> StoredTable:
-    numbers = segment_numbers(run, table)
-    rows, last = _read_sealed(sealed_path(run, table), table)
-    fault = None
-    for number in numbers:
-        if number <= last:
-            continue
-        path = segment_path(run, table, number)
-        segment = _read_segment(path, table)
-        if segment.first_row is None:
-            fault = fault or segment.fault
-            continue
-        if segment.first_row > rows.num_rows:
-            fault = (
-                f"{path.name} starts at row {segment.first_row}, but only "
-                f"{rows.num_rows} rows before it can be read; it is left out"
-            )
-            break
-        rows = pa.concat_tables([rows.slice(0, segment.first_row), segment.rows])
-        # An earlier tear is made good where a later segment goes on without a gap.
-        fault = segment.fault
-    return StoredTable(rows, fault, max([last, *numbers]))
+def _first_row(path: Path, header: bytes | str, table: Table, run_id: str) -> int | str:
+    """Return the row that a segment starts at, or what is wrong with its header."""
+    if isinstance(header, str):
+        return f"{header} before its first row"
+    facts = json.loads(header)
+    if facts["format"] > FORMAT:
+        raise NewerFormatError(newer_format(path, facts["format"]))
+    name = segment_path(path, table, facts["number"]).name
+    if facts["run_id"] != run_id or facts["table"] != table.name or name != path.name:
+        owner = f"segment {facts['number']} of {facts['table']}, run {facts['run_id']}"
+        return f"{owner}, and is left out"
+    return int(facts["first_row"])
 
 
-def _read_sealed(path: Path, table: Table) -> tuple[pa.Table, int]:
-    if not path.exists():
-        return table.schema.empty_table(), 0
-    rows = pq.read_table(pa.BufferReader(path.read_bytes()))
-    metadata = rows.schema.metadata or {}
-    _refuse_newer(path, metadata)
-    return _conform(rows, table), int(metadata.get(LAST_SEGMENT_KEY, b"0"))
+def _frames(data: bytes) -> Iterator[bytes | str]:
+    """Yield payloads; at the first that is not whole, what is wrong with it."""
+    view, place, previous = memoryview(data), len(MAGIC), b""
+    if data[:place] != MAGIC:
+        yield "torn" if MAGIC.startswith(data[:place]) else "damaged"
+        return
+    if place == len(data):
+        yield "torn"
+    while place < len(data):
+        start = place + _LENGTH.size + _CHECKSUM_BYTES
+        if start > len(data):
+            yield "torn"
+            return
+        (length,) = _LENGTH.unpack_from(data, place)
+        payload = bytes(view[start : start + length])
+        if len(payload) < length:
+            yield "torn"
+            return
+        previous = _checksum(previous, payload)
+        if previous != data[start - _CHECKSUM_BYTES : start]:
+            yield "damaged"
+            return
+        yield payload
+        place = start + length
 
 
-def _read_segment(path: Path, table: Table) -> _Segment:
-    """Read up to the first batch that is torn."""
-    data = path.read_bytes()
-    empty = table.schema.empty_table()
+def _checksum(previous: bytes, payload: bytes) -> bytes:
+    return hashlib.sha256(previous + payload).digest()
+
+
+def _lost(path: Path, how: str, batches: list[pa.Table]) -> str:
+    kept = sum(batch.num_rows for batch in batches)
+    return f"{path.name} is {how} after {kept} rows, which are kept"
+
+
+def known_columns(rows: pa.Table, table: Table) -> pa.Table:
+    """Return the columns that the table has, in their types."""
+    columns = {}
+    for name, column in zip(rows.column_names, rows.columns, strict=True):
+        kind = table.types.get(name)
+        if kind is not None:
+            columns[name] = column if column.type == kind else column.cast(kind)
+    return pa.table(columns)
+
+
+def _read_stream(path: Path, data: bytes, table: Table) -> Segment:
+    """Read a segment of format 1, which has no checksums."""
     try:
         reader = pa.ipc.open_stream(pa.BufferReader(data))
-    except _UNREADABLE:
-        return _Segment(None, empty, f"{path.name} is torn before its first row")
-    metadata = reader.schema.metadata or {}
-    _refuse_newer(path, metadata)
-    batches: list[pa.RecordBatch] = []
-    fault = None
+        metadata = reader.schema.metadata or {}
+        written = int(metadata.get(FORMAT_KEY, b"0"))
+        first_row = int(metadata.get(FIRST_ROW_KEY, b"0"))
+    except UNREADABLE:
+        return Segment(None, [], f"{path.name} is torn before its first row")
+    if written > FORMAT:
+        raise NewerFormatError(newer_format(path, written))
+    batches: list[pa.Table] = []
     try:
         for batch in reader:
             batch.validate(full=True)
-            batches.append(batch)
-    except _UNREADABLE:
-        kept = sum(batch.num_rows for batch in batches)
-        fault = f"{path.name} is torn after {kept} rows, which are kept"
-    rows = _conform(pa.Table.from_batches(batches, reader.schema), table)
-    return _Segment(int(metadata.get(FIRST_ROW_KEY, b"0")), rows, fault)
-
-
-def _conform(rows: pa.Table, table: Table) -> pa.Table:
-    """Return ``rows`` in today's columns; older files may lack some."""
-    columns = []
-    for field in table.schema:
-        if field.name in rows.column_names:
-            columns.append(rows.column(field.name).cast(field.type))
-        else:
-            columns.append(pa.chunked_array([pa.nulls(rows.num_rows, field.type)]))
-    return pa.Table.from_arrays(columns, schema=table.schema)
-
-
-def _refuse_newer(path: Path, metadata: dict[bytes, bytes]) -> None:
-    written = int(metadata.get(FORMAT_KEY, b"0"))
-    if written > FORMAT:
-        raise NewerFormatError(newer_format(path, written))
-
-
-def newer_format(path: Path, written: int) -> str:
-    """Return what to say of a file that a newer noisekit wrote."""
-    return (
-        f"{path} has format {written}, but this noisekit reads up to format {FORMAT}; "
-        "update noisekit (pip install --upgrade noisekit)."
-    )
+            batches.append(known_columns(pa.Table.from_batches([batch]), table))
+    except UNREADABLE:
+        return Segment(first_row, batches, _lost(path, "torn", batches))
+    return Segment(first_row, batches, None)

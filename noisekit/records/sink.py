@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from noisekit.records.rundir import Manifest, RunDirectory, RunStatus
+from noisekit.records.manifest import Manifest, RunStatus
+from noisekit.records.rundir import RunDirectory
 from noisekit.records.writer import Cell
 
 

@@ -16,6 +16,19 @@ from noisekit.records.files import write_bytes_atomic
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 _OURS = "noisekit"
+_REMEDY = "restore it from a copy"
+_UNREADABLE = (
+    OSError,
+    SafetensorError,
+    ValueError,
+    struct.error,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)
+"""What a file that is not whole raises on the way to its arrays."""
 
 
 def save_tensors(
@@ -38,10 +51,16 @@ def save_tensors(
     write_bytes_atomic(path, save(arrays, header))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+def load_tensors(
+    path: Path, *, ours: bool = False, remedy: str = _REMEDY
+) -> tuple[dict[str, Array], dict[str, str]]:
     """Return the arrays and texts of ``path``, verified against their checksum.
 
-    Files of other programs, which state no checksum, are read without the check.
+    Args:
+        path: The file.
+        ours: Whether the file has to state a checksum; those of other programs are
+            read without the check otherwise.
+        remedy: What to do where it cannot be read, for the message.
 
     Raises:
         RunDirectoryError: If the file is missing, cut short or altered.
@@ -49,27 +68,51 @@ def load_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     try:
         data = path.read_bytes()
         tensors: dict[str, Array] = load(data)
-        header = _header(data)
-        if _OURS not in header:
+        header = _metadata(data)
+        if _OURS not in header and not ours:
             return tensors, header
         stated = json.loads(header[_OURS])
         names, metadata = stated["names"], dict(stated["metadata"])
         digest = stated["sha256"]
-    except (OSError, SafetensorError, ValueError, struct.error, KeyError) as error:
-        raise RunDirectoryError(
-            f"{path} needs to be a whole safetensors file, got {error}; "
-            "remove it and resume the run."
-        ) from error
+        # In the order written, which safetensors does not keep.
+        tensors = {name: tensors[name] for name in names}
+    except _UNREADABLE as error:
+        raise RunDirectoryError(_damaged(path, error, remedy)) from error
     if digest != _checksum(tensors, metadata):
         raise RunDirectoryError(
-            f"{path} does not match its checksum, so its content was altered; "
-            "remove it and resume the run."
+            f"{path} does not match its checksum, so its content was altered; {remedy}."
         )
-    # In the order written, which safetensors does not keep.
-    return {name: tensors[name] for name in names}, metadata
+    return tensors, metadata
 
 
-def _header(data: bytes) -> dict[str, str]:
+def stated_checksum(path: Path, *, remedy: str = _REMEDY) -> str:
+    """Return the checksum that a file of ours states, by its header and size alone.
+
+    Raises:
+        RunDirectoryError: If the file is missing, cut short or states none.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = path.stat().st_size - 8 - length
+            if size < 0:
+                raise ValueError("it is cut short")
+            header = json.loads(file.read(length))
+        checksum = str(json.loads(header.pop("__metadata__")[_OURS])["sha256"])
+        end = max([0, *(entry["data_offsets"][1] for entry in header.values())])
+        if end != size:
+            raise ValueError(f"it has {size} bytes of data and needs {end}")
+    except _UNREADABLE as error:
+        raise RunDirectoryError(_damaged(path, error, remedy)) from error
+    return checksum
+
+
+def _damaged(path: Path, error: Exception, remedy: str) -> str:
+    reason = "no checksum" if isinstance(error, KeyError) else error
+    return f"{path} needs to be a whole safetensors file, got {reason}; {remedy}."
+
+
+def _metadata(data: bytes) -> dict[str, str]:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     return dict(header.get("__metadata__", {}))

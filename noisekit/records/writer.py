@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from noisekit.core.errors import StorageError, UsageError
 from noisekit.records.files import storage_error, sync_directory
-from noisekit.records.schema import FIRST_ROW_KEY, FORMAT, FORMAT_KEY, Table
-from noisekit.records.segments import segment_path
+from noisekit.records.schema import Table
+from noisekit.records.segments import FrameEncoder, encode_batch, segment_path
 
 Cell = bool | int | float | str | None
 
@@ -33,7 +33,9 @@ class TableWriter:
         num_rows: Rows of the table so far, those of earlier segments included.
     """
 
-    def __init__(self, run: Path, table: Table, *, number: int, first_row: int) -> None:
+    def __init__(
+        self, run: Path, table: Table, *, run_id: str, number: int, first_row: int
+    ) -> None:
         self._table = table
         self._names = frozenset(column.name for column in table.columns)
         self._schema = table.schema
@@ -43,7 +45,10 @@ class TableWriter:
         self._size = 0
         self._durable_size = 0
         self.num_rows = first_row
-        metadata = {FORMAT_KEY: str(FORMAT), FIRST_ROW_KEY: str(first_row)}
+        self._frames = FrameEncoder()
+        header = self._frames.header(
+            run_id=run_id, table=table, number=number, first_row=first_row
+        )
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(
@@ -52,7 +57,7 @@ class TableWriter:
         except OSError as error:
             raise storage_error(self._path, error) from error
         try:
-            self._write(self._schema.with_metadata(metadata).serialize())
+            self._write(header)
             sync_directory(self._path.parent)
         except StorageError:
             self.close()
@@ -83,13 +88,13 @@ class TableWriter:
         """
         if self._pending:
             try:
-                batch = pa.RecordBatch.from_pylist(self._pending, schema=self._schema)
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                payload = encode_batch(self._pending, self._schema)
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
                 raise UsageError(
                     f"table {self._table.name!r} needs values of its columns' types: "
                     f"{error}."
                 ) from error
-            self._write(batch.serialize())
+            self._write(self._frames.frame(payload))
             self._pending = []
         self._flushed_at = time.monotonic()
         if durable and self._durable_size < self._size:
@@ -133,7 +138,7 @@ class TableWriter:
         self._pending.append(row)
         self.num_rows += 1
 
-    def _write(self, data: pa.Buffer) -> None:
+    def _write(self, data: bytes) -> None:
         view = memoryview(data)
         written = 0
         try:
@@ -144,3 +149,4 @@ class TableWriter:
             os.lseek(self._file, self._size, os.SEEK_SET)
             raise storage_error(self._path, error) from error
         self._size += written
+        self._frames.commit()

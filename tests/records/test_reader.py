@@ -113,13 +113,13 @@ def test_faults_of_runs_and_tables_are_collected(set_dir: Path) -> None:
     run = RunDirectory.open(set_dir / "runs" / "small-seed0")
     with run.lock():
         run.add_fault("resumed elsewhere")
-    segment = set_dir / "runs/small-seed1/segments/evaluations-0001.arrow"
+    segment = set_dir / "runs/small-seed1/segments/evaluations-0001.segment"
     segment.write_bytes(segment.read_bytes()[:-1])
     runs = open_runs(set_dir)
     assert len(runs.evaluations) == 6
     assert runs.faults == [
         "small-seed0: resumed elsewhere",
-        "small-seed1: evaluations-0001.arrow is torn after 0 rows, which are kept",
+        "small-seed1: evaluations-0001.segment is torn after 0 rows, which are kept",
     ]
 
 

@@ -24,6 +24,7 @@ from noisekit.records import (
     read_json,
     write_json_atomic,
 )
+from noisekit.records.integrity import signed
 
 FACTORS = {"batch_size": 16, "learning_rate": 0.05}
 
@@ -71,9 +72,14 @@ def test_creating_over_a_run_is_refused(run: RunDirectory) -> None:
 def test_a_manifest_of_a_newer_noisekit_is_refused(run: RunDirectory) -> None:
     """Catches: reading a format that this version does not know."""
     path = run.path / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    with pytest.raises(NewerFormatError, match=r"format 2, but .* up to format 1; upd"):
-        RunDirectory.open(run.path)
+    content = {**json.loads(path.read_text()), "format": 3}
+    del content["digest"]
+    for newer in (content, signed(content)):
+        path.write_text(json.dumps(newer))
+        with pytest.raises(
+            NewerFormatError, match=r"format 3, but .* up to format 2; upd"
+        ):
+            RunDirectory.open(run.path)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +242,7 @@ def test_a_kill_between_parquet_and_removal_changes_nothing(
     """
     write_steps(run, 0, 10)
     write_steps(run, 6, 12)
-    segment = run.path / "segments" / f"steps-{left:04d}.arrow"
+    segment = run.path / "segments" / f"steps-{left:04d}.segment"
     kept = segment.read_bytes()
     with run.lock():
         list(run.seal())
@@ -266,9 +272,9 @@ def test_a_sealed_table_can_be_gone_on_with(run: RunDirectory) -> None:
 def test_a_tear_at_the_end_is_on_record_when_sealed(run: RunDirectory) -> None:
     """Catches: sealing away the evidence of lost rows."""
     write_steps(run, 0, 5)
-    segment = run.path / "segments" / "steps-0001.arrow"
+    segment = run.path / "segments" / "steps-0001.segment"
     segment.write_bytes(segment.read_bytes()[:-1])
     with run.lock():
         list(run.seal())
     faults = RunDirectory.open(run.path).manifest.faults
-    assert faults == ("steps-0001.arrow is torn after 0 rows, which are kept",)
+    assert faults == ("steps-0001.segment is torn after 0 rows, which are kept",)

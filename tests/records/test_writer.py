@@ -37,7 +37,7 @@ def steps_of(run: RunDirectory) -> list[int]:
 
 
 def segment(run: RunDirectory, number: int = 1) -> Path:
-    return run.path / "segments" / f"steps-{number:04d}.arrow"
+    return run.path / "segments" / f"steps-{number:04d}.segment"
 
 
 def test_rows_are_readable_while_the_writer_is_open(run: RunDirectory) -> None:
@@ -99,7 +99,7 @@ def test_a_torn_batch_leaves_the_rows_before_it(run: RunDirectory, lost: int) ->
     path.write_bytes(path.read_bytes()[:-lost])
     stored = run.read("steps")
     assert stored.rows["step"].to_pylist() == [0, 1, 2]
-    assert stored.fault == "steps-0001.arrow is torn after 3 rows, which are kept"
+    assert stored.fault == "steps-0001.segment is torn after 3 rows, which are kept"
 
 
 def test_a_torn_batch_that_was_written_again_is_no_fault(run: RunDirectory) -> None:
@@ -179,7 +179,7 @@ def test_a_full_disk_loses_no_row(
             patch.setattr(os, "write", full)
             with pytest.raises(
                 StorageError,
-                match=r"cannot write .*steps-0001.arrow: No space left on device\. "
+                match=r"cannot write .*steps-0001.segment: No space left on device\. "
                 r"What was durable before is still there; free some space",
             ):
                 writer.flush()
@@ -265,14 +265,14 @@ def test_a_segment_after_a_gap_is_left_out_and_named(run: RunDirectory) -> None:
     stored = run.read("steps")
     assert stored.rows.num_rows == 0
     assert stored.fault is not None
-    assert "steps-0002.arrow starts at row 4, but only 0 rows" in stored.fault
+    assert "steps-0002.segment starts at row 4, but only 0 rows" in stored.fault
 
 
 def test_a_segment_of_a_newer_format_is_refused(run: RunDirectory) -> None:
     """Catches: reading columns whose meaning has changed."""
     metadata = {FORMAT_KEY: b"99", FIRST_ROW_KEY: b"0"}
     schema = table("steps").schema.with_metadata(metadata)
-    path = segment(run)
+    path = segment(run).with_suffix(".arrow")
     path.parent.mkdir()
     path.write_bytes(schema.serialize().to_pybytes())
     with pytest.raises(NewerFormatError, match=r"has format 99, .* update noisekit"):
@@ -283,7 +283,7 @@ def test_an_older_segment_with_fewer_columns_is_read(run: RunDirectory) -> None:
     """Catches: schemas compared as a whole, so that a new column breaks old runs."""
     schema = pa.schema([("step", pa.int32()), ("gone", pa.string())])
     batch = pa.RecordBatch.from_pylist([{"step": 3, "gone": "x"}], schema=schema)
-    path = segment(run)
+    path = segment(run).with_suffix(".arrow")
     path.parent.mkdir()
     path.write_bytes(schema.serialize().to_pybytes() + batch.serialize().to_pybytes())
     rows = run.read("steps").rows.to_pylist()

@@ -10,8 +10,14 @@ from pandas import DataFrame
 
 from noisekit.figures import ONE_COLUMN, Plot
 from noisekit.figures.theme import panels, themed
-from noisekit.records import Manifest, RunDirectory, Runs, open_runs, write_set
-from noisekit.records.rundir import RunStatus
+from noisekit.records import (
+    Manifest,
+    RunDirectory,
+    Runs,
+    RunStatus,
+    open_runs,
+    write_set,
+)
 from noisekit.report import AnalysisResult, Provenance, Rule, Table
 from noisekit.stats import Contrast, ContrastResult, PairedSample, judge
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from noisekit.records import Runs
-from noisekit.records.rundir import RunStatus
+from noisekit.records import Runs, RunStatus
 from noisekit.report import (
     Rule,
     fades_with_loss,

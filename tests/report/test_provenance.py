@@ -3,8 +3,7 @@
 import tomllib
 from pathlib import Path
 
-from noisekit.records import Manifest, RunDirectory, open_runs
-from noisekit.records.rundir import RunStatus
+from noisekit.records import Manifest, RunDirectory, RunStatus, open_runs
 from noisekit.report import build_report, provenance_of
 from tests.report.samples import make_runs, read
 

@@ -12,7 +12,7 @@ from noisekit.records.provenance import host_facts, software_versions
 from noisekit.train.data.datasets import DataSplits
 from noisekit.train.recipes.run_spec import ComputeSpec
 
-_DECIDE_BITS = ("python", "torch", "numpy")
+_DECIDE_BITS = ("python", "torch", "numpy", "noisekit")
 _SAME_HOST = ("machine", "processor")
 
 

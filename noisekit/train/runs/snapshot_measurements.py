@@ -140,7 +140,7 @@ class Bench:
 
     def _load(self, snapshot: str) -> None:
         if snapshot != self._loaded:
-            self._model.load_state_dict(load_weights(self._run.snapshots, snapshot))
+            self._model.load_state_dict(load_weights(self._run, snapshot))
             self._loaded = snapshot
 
     def _subject(self, task: Task) -> Subject:

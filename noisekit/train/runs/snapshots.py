@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from noisekit.records import load_tensors, save_tensors
+from noisekit.records import RunDirectory, save_tensors
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.evaluate import Evaluation
 from noisekit.train.runs.state import Candidate, Row, TrainState
@@ -59,7 +59,7 @@ def save_weights(
     save_tensors(directory / f"{name}.safetensors", arrays, facts)
 
 
-def load_weights(directory: Path, name: str) -> dict[str, Tensor]:
+def load_weights(run: RunDirectory, name: str) -> dict[str, Tensor]:
     """Return a snapshot's weights as a state dictionary, on the CPU."""
-    arrays, _ = load_tensors(directory / f"{name}.safetensors")
+    arrays = run.load_snapshot(name)
     return {key: torch.tensor(array) for key, array in arrays.items()}

@@ -7,7 +7,6 @@ parent, so that the parent knows whose run it was.
 import multiprocessing
 import os
 import signal
-import threading
 import time
 import traceback
 from collections import deque
@@ -19,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from noisekit.core.errors import NoisekitError, RunFailedError, RunLockedError
+from noisekit.core.worker_process import run_while_parent_lives
 from noisekit.records import Manifest, RunDirectory, RunStatus
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.loop import train_run
@@ -105,6 +105,8 @@ def execute_in_processes(
                 pool = [worker for worker in pool if worker.alive]
     finally:
         for worker in pool:
+            worker.process.terminate()
+        for worker in pool:
             worker.stop()
     return outcomes
 
@@ -116,9 +118,17 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
-            target=_work, args=(theirs,), daemon=True
+            target=run_while_parent_lives,
+            args=(f"{__name__}:_work", theirs),
+            daemon=True,
         )
-        self.process.start()
+        # Inherited: Ctrl-C reaches the whole group, and must not end a worker that is
+        # still importing with a traceback. The parent ends it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # Kept open here, it would hide that the process has died.
         theirs.close()
         self.job: Job | None = None
@@ -191,9 +201,6 @@ def _how_it_died(code: int) -> str:
 
 def _work(connection: Connection) -> None:
     """Be a worker: execute what comes through the pipe until the parent is gone."""
-    # Ctrl-C reaches the whole group; the parent decides what becomes of the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
     connection.send(_READY)
     while True:
         try:
@@ -201,14 +208,6 @@ def _work(connection: Connection) -> None:
         except EOFError:
             return
         connection.send(execute(job, progress=_Throttle(connection)))
-
-
-def _die_with_parent() -> None:
-    """End at once when the parent has: an orphan would keep its run locked."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 class _Throttle:

@@ -1,16 +1,15 @@
 """What a set of runs was made from, and how far its runs are."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from noisekit.core.errors import RunDirectoryError, RunLockedError
-from noisekit.records import RunDirectory, RunStatus, exclusive_lock, read_set
+from noisekit.core.errors import RunDirectoryError
+from noisekit.records import RunDirectory, RunStatus, read_set
 from noisekit.train.recipes.recipe import Recipe
-from noisekit.train.recipes.run_spec import RunSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +19,8 @@ class RunProgress:
     Attributes:
         run_id: The run.
         status: As in its manifest, or ``missing``, ``damaged``, ``interrupted``.
-        updates: Updates up to its last evaluation.
-        max_updates: Most updates that it may take.
+        updates: Updates up to its last evaluation, or its last reading.
+        max_updates: Most updates that it may take; ``None`` where no recipe says.
         snapshots: Snapshots that have been measured.
         detail: Why it ended as it did.
     """
@@ -29,7 +28,7 @@ class RunProgress:
     run_id: str
     status: str
     updates: int
-    max_updates: int
+    max_updates: int | None
     snapshots: int
     detail: str
 
@@ -40,7 +39,8 @@ class RunProgress:
 
     def cells(self) -> tuple[str, str, str, str, str]:
         """Return the row as text: run, status, updates, snapshots, detail."""
-        updates = f"{self.updates}/{self.max_updates}"
+        most = "" if self.max_updates is None else f"/{self.max_updates}"
+        updates = f"{self.updates}{most}"
         return (self.run_id, self.status, updates, str(self.snapshots), self.detail)
 
 
@@ -64,40 +64,55 @@ def recorded_recipe(set_dir: Path | str) -> Recipe:
 
 
 def status(set_dir: Path | str) -> list[RunProgress]:
-    """Return how far each run of a set is, also while others are at work on it."""
+    """Return how far each run is, also while others are at work; nothing is written.
+
+    Args:
+        set_dir: A set of runs, or the directory of one run. Where the recipe of a set
+            is lost, the runs that are there are listed.
+
+    Raises:
+        RunDirectoryError: If there is no run.
+    """
     path = Path(set_dir)
+    if (path / "manifest.json").exists():
+        return [_run_progress(path.name, path, None)]
+    try:
+        specs = recorded_recipe(path).run_specs()
+    except RunDirectoryError:
+        found = sorted((path / "runs").glob("*/"))
+        if not found:
+            raise
+        return [_run_progress(run.name, run, None) for run in found]
     return [
-        _run_progress(spec, path / "runs" / spec.run_id)
-        for spec in recorded_recipe(path).run_specs()
+        _run_progress(spec.run_id, path / "runs" / spec.run_id, spec.max_updates)
+        for spec in specs
     ]
 
 
-def _run_progress(spec: RunSpec, path: Path) -> RunProgress:
-    bare = RunProgress(spec.run_id, "missing", 0, spec.max_updates, 0, "")
+def _run_progress(run_id: str, path: Path, max_updates: int | None) -> RunProgress:
+    progress = RunProgress(run_id, "missing", 0, max_updates, 0, "")
     if not path.exists():
-        return bare
+        return progress
     try:
         run = RunDirectory.open(path)
-        steps = run.read("evaluations").rows["step"]
-        measured = run.read("measurements").rows["snapshot"]
+        if path.parent.name == "runs" and run.manifest.run_id != run_id:
+            raise RunDirectoryError(f"it holds the run {run.manifest.run_id}")
+        damage = run.damage()
+        tables = ("evaluations",) if max_updates else ("evaluations", "steps")
+        steps = [run.read(name).column("step") for name in tables]
+        measured = run.read("measurements").column("snapshot")
     except RunDirectoryError as error:
-        return RunProgress(spec.run_id, "damaged", 0, spec.max_updates, 0, str(error))
-    return RunProgress(
-        run_id=spec.run_id,
-        status=_status(run),
-        updates=pc.max(steps).as_py() or 0,
-        max_updates=spec.max_updates,
+        return replace(progress, status="damaged", detail=str(error))
+    return replace(
+        progress,
+        status="damaged" if damage else _status(run),
+        updates=max(pc.max(column).as_py() or 0 for column in steps),
         snapshots=len(measured.unique()),
-        detail=run.manifest.reason,
+        detail="; ".join(damage) or run.manifest.reason,
     )
 
 
 def _status(run: RunDirectory) -> str:
     """Return the manifest's status; a run that nobody is at was interrupted."""
-    if run.manifest.status is not RunStatus.RUNNING:
-        return run.manifest.status.value
-    try:
-        with exclusive_lock(run.path / "lock", what=run.manifest.run_id):
-            return "interrupted"
-    except RunLockedError:
-        return run.manifest.status.value
+    status = run.manifest.status
+    return "interrupted" if status is RunStatus.RUNNING and not run.locked else status

@@ -1,11 +1,13 @@
 """From a recipe to a directory of runs, and back to what is left to do."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from noisekit.core.errors import (
+    NewerFormatError,
     RunDirectoryError,
     RunFailedError,
     UsageError,
@@ -19,6 +21,7 @@ from noisekit.records import (
     open_runs,
     write_set,
 )
+from noisekit.records.files import exists, make_directory
 from noisekit.records.provenance import software_versions
 from noisekit.train.data.datasets import DataSplits, load_data
 from noisekit.train.models import build_model
@@ -35,6 +38,10 @@ from noisekit.train.sweeps.executors import (
 from noisekit.train.sweeps.run_status import recorded_recipe
 
 _LISTED = 5
+_OF_A_SET = frozenset(
+    {"lock", "set.json", ".set.json.tmp", "runs", "report.html", "analyses"}
+)
+"""What noisekit writes into the directory of a set."""
 
 
 def run(
@@ -64,11 +71,12 @@ def run(
         progress: Called with the events of all runs.
         allow_download: Whether data that are not found may be asked of the network.
     """
+    _check_workers(workers)
     recipe = recipe.adjusted(device=device, seeds=seeds)
     path = Path(out_dir)
     _check_place(path, recipe)
     data = _check_machine(recipe, allow_download=allow_download)
-    path.mkdir(parents=True, exist_ok=True)
+    make_directory(path)
     with exclusive_lock(path / "lock", what=f"the set of runs {path}"):
         _write_recipe(path, recipe, data)
         return _finish(
@@ -90,6 +98,7 @@ def resume(
             none but this one.
         progress: Called with the events of all runs.
     """
+    _check_workers(workers)
     path = Path(set_dir)
     recipe = recorded_recipe(path)
     _check_machine(recipe, allow_download=False)
@@ -99,27 +108,60 @@ def resume(
         )
 
 
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 0:
+        raise UsageError(
+            f"workers needs a number of processes, or 0 for none but this one, got "
+            f"{workers}; leave it out to take the recipe's number."
+        )
+
+
 def _check_place(path: Path, recipe: Recipe) -> None:
     """Refuse a directory that holds anything but runs of this recipe."""
-    if not path.exists():
+    if not exists(path):
         return
     if not path.is_dir():
         raise UsageError(f"runs need a directory, got the file {path}; use another.")
-    if (path / "set.json").exists():
-        different = differences(_identity(recorded_recipe(path)), _identity(recipe))
-        if different:
-            listed = ", ".join(different[:_LISTED])
-            more = ", ..." if len(different) > _LISTED else ""
-            raise UsageError(
-                f"{path} holds runs of another recipe, which differs in {listed}"
-                f"{more}; choose another --out, or finish those with "
-                f"`noisekit resume {path}`."
-            )
-    elif any(path.iterdir()):
+    try:
+        recorded = recorded_recipe(path)
+    except NewerFormatError:
+        raise
+    except RunDirectoryError:
+        _check_what_is_left(path, recipe)
+        return
+    different = differences(_identity(recorded), _identity(recipe))
+    if different:
+        listed = ", ".join(different[:_LISTED])
+        more = ", ..." if len(different) > _LISTED else ""
         raise UsageError(
-            f"runs need a new or empty directory, got {path}, which holds other files; "
-            "choose another --out."
+            f"{path} holds runs of another recipe, which differs in {listed}"
+            f"{more}; choose another --out, or finish those with "
+            f"`noisekit resume {path}`."
         )
+
+
+def _check_what_is_left(path: Path, recipe: Recipe) -> None:
+    """Refuse a directory without a usable set.json, unless all in it is the recipe's.
+
+    So it is where a sweep ended before it could write the file, or lost it since.
+    """
+    others = [item.name for item in path.iterdir() if item.name not in _OF_A_SET]
+    if others:
+        raise UsageError(
+            f"runs need a new or empty directory, got {path}, which holds other files "
+            f"({', '.join(sorted(others)[:_LISTED])}); choose another --out."
+        )
+    planned = {spec.run_id: spec.model_dump(mode="json") for spec in recipe.run_specs()}
+    for child in sorted((path / "runs").glob("*/")):
+        try:
+            manifest = RunDirectory.open(child).manifest
+        except RunDirectoryError:
+            continue  # executing it says what is wrong
+        if planned.get(manifest.run_id) != manifest.recipe:
+            raise UsageError(
+                f"{path} has lost its set.json and holds {child.name}, which is no run "
+                "of this recipe; run the recipe that made it, or choose another --out."
+            )
 
 
 def _identity(recipe: Recipe) -> Table:
@@ -159,7 +201,8 @@ def _check_device(name: str) -> None:
 
 
 def _write_recipe(path: Path, recipe: Recipe, data: DataSplits) -> None:
-    if (path / "set.json").exists():
+    with suppress(RunDirectoryError):
+        recorded_recipe(path)
         return
     write_set(
         path,
@@ -177,6 +220,7 @@ def _finish(
 ) -> Runs:
     jobs = [Job(spec, path / "runs" / spec.run_id) for spec in recipe.run_specs()]
     left = [job for job in jobs if not _complete(job)]
+    damaged = [outcome for job in jobs if (outcome := _damage(job))]
     count = recipe.compute.workers if workers is None else workers
     try:
         if count == 0:
@@ -185,23 +229,34 @@ def _finish(
             outcomes = execute_in_processes(
                 left, workers=count, threads=recipe.compute.threads, progress=progress
             )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"Stopped. What was computed is kept; go on with `noisekit resume {path}`."
-        ) from None
-    _raise_failures(path, outcomes, len(jobs))
+    except KeyboardInterrupt as stop:
+        stop.args = (
+            f"Stopped. What was computed is kept; go on with `noisekit resume {path}`.",
+        )
+        raise
+    _raise_failures(path, [*damaged, *outcomes], len(jobs))
     return open_runs(path)
 
 
 def _complete(job: Job) -> bool:
     """Make the run's directory if it has none, and return whether it is complete."""
-    if not (job.path / "manifest.json").exists():
-        RunDirectory.create(job.path, _manifest(job.spec))
-        return False
     try:
+        if not (job.path / "manifest.json").exists():
+            RunDirectory.create(job.path, _manifest(job.spec))
         return RunDirectory.open(job.path).manifest.status.complete
     except RunDirectoryError:
         return False  # executing it says what is wrong
+
+
+def _damage(job: Job) -> JobOutcome | None:
+    """Return what a complete run has lost, as a failure, or ``None``."""
+    try:
+        run = RunDirectory.open(job.path)
+    except RunDirectoryError:
+        return None
+    damage = run.damage() if run.manifest.status.complete else []
+    reason = "; ".join(damage)
+    return JobOutcome(job.spec.run_id, RunStatus.FAILED, reason) if damage else None
 
 
 def _manifest(spec: RunSpec) -> Manifest:

@@ -1,6 +1,5 @@
 """What of a process decides bits, set and given back."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,17 +74,16 @@ def test_other_software_and_hardware_are_on_record(run: RunDirectory) -> None:
     """
     data = load_data(run_spec().data)
     begin(run, data)
-    path = run.path / "manifest.json"
-    content = json.loads(path.read_text())
-    content["versions"]["torch"] = "2.6.0"
-    content["host"]["processor"] = "abacus"
-    path.write_text(json.dumps(content))
-    run = RunDirectory.open(run.path)
+    before = run.manifest
+    versions = {**before.versions, "torch": "2.6.0", "noisekit": "0.0.9"}
+    host = {**before.host, "processor": "abacus"}
+    run.write_manifest(replace(before, versions=versions, host=host))
     begin(run, data)
     begin(run, data)
     faults = run.manifest.faults
-    assert len(faults) == 2
+    assert len(faults) == 3
     assert faults[0].startswith("begun with torch 2.6.0, resumed with ")
     assert faults[0].endswith("its bits are not those of an unbroken run")
-    assert faults[1].startswith("begun with processor abacus, resumed with ")
+    assert faults[1].startswith("begun with noisekit 0.0.9, resumed with ")
+    assert faults[2].startswith("begun with processor abacus, resumed with ")
     assert run.manifest.versions["torch"] == "2.6.0"

@@ -35,7 +35,7 @@ def by_snapshot(runs: Runs) -> pd.DataFrame:
 
 
 def weights_at(runs: Runs, snapshot: str) -> torch.Tensor:
-    found = load_weights(runs.directories[0].snapshots, snapshot)
+    found = load_weights(runs.directories[0], snapshot)
     return torch.cat([tensor.reshape(-1).double() for tensor in found.values()])
 
 
@@ -185,9 +185,7 @@ def test_a_crossing_has_the_weights_of_its_first_evaluation(tmp_path: Path) -> N
         assert row["train_loss"] == losses[step]
         data = load_data(spec.data).train
         model = build_model(spec.model, input_shape=(1, 8, 8), num_classes=10, seed=0)
-        model.load_state_dict(
-            load_weights(runs.directories[0].snapshots, f"loss_{level:g}")
-        )
+        model.load_state_dict(load_weights(runs.directories[0], f"loss_{level:g}"))
         found, _ = mean_loss_and_error(model, data.inputs, data.targets)
         assert found == pytest.approx(losses[step], rel=1e-5)
 

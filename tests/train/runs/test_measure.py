@@ -68,7 +68,7 @@ def value(final: pd.DataFrame, quantity: str, variant: str = "") -> float:
 def trained_model(runs: Runs) -> tuple[nn.Module, TensorPair]:
     model = build_model(SPEC.model, input_shape=(1, 8, 8), num_classes=10, seed=0)
     model = model.double().eval()
-    model.load_state_dict(load_weights(runs.directories[0].snapshots, "final"))
+    model.load_state_dict(load_weights(runs.directories[0], "final"))
     data = load_data(SPEC.data).train
     return model, TensorPair(data.inputs.double(), data.targets)
 

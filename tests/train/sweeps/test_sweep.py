@@ -12,7 +12,7 @@ from noisekit.core.errors import (
     RunLockedError,
     UsageError,
 )
-from noisekit.records import exclusive_lock, read_set
+from noisekit.records import exclusive_lock, read_set, write_set
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.runs.progress import ProgressEvent
@@ -237,8 +237,13 @@ def test_resume_needs_a_set(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"set.json is missing"):
         sweep.resume(tmp_path)
     sweep.run(tiny(), tmp_path, workers=0)
+    content = read_set(tmp_path)
     text = (tmp_path / "set.json").read_text()
     (tmp_path / "set.json").write_text(text.replace('"mlp"', '"mpl"'))
+    with pytest.raises(RunDirectoryError, match=r"set\.json .* was altered since"):
+        sweep.resume(tmp_path)
+    content["recipe"]["model"]["name"] = "mpl"
+    write_set(tmp_path, content)
     with pytest.raises(
         RunDirectoryError, match=r"one whose model.name does not fit .*new directory"
     ):
