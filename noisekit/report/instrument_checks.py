@@ -205,10 +205,7 @@ def _curves_by_seed(
         rows = rows.drop_duplicates("epoch").sort_values("epoch")
         heights = rows[quantity].to_numpy(dtype=float)
         curve = np.log(heights) if _is_loss(quantity) else heights
-        curves[str(arm), int(seed.iloc[0])] = (
-            rows["epoch"].to_numpy(dtype=float),
-            curve,
-        )
+        curves[place] = (rows["epoch"].to_numpy(dtype=float), curve)
     return curves
 
 
