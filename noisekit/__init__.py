@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from noisekit.auditing import audit as audit
     from noisekit.core.data import freeze as freeze
+    from noisekit.core.errors import ClosureError as ClosureError
     from noisekit.core.errors import NoisekitError as NoisekitError
+    from noisekit.core.errors import ProbeWarning as ProbeWarning
     from noisekit.core.results import Estimate as Estimate
     from noisekit.core.results import Interval as Interval
     from noisekit.core.results import Status as Status
@@ -82,7 +84,9 @@ _HOME = {
     "Estimate": "core.results",
     "Interval": "core.results",
     "Status": "core.results",
+    "ClosureError": "core.errors",
     "NoisekitError": "core.errors",
+    "ProbeWarning": "core.errors",
     "quantity": "core.vocabulary",
     # data
     "EmpiricalRisk": "core.risk",

@@ -10,11 +10,13 @@ import functools
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from noisekit.core.errors import ModelCopyError
 
@@ -63,6 +65,20 @@ def copy_value(value: Any, memo: _Memo | None = None) -> Any:
         raise ModelCopyError(
             f"needs what can be copied, got {type(value).__name__} ({reason})"
         ) from error
+
+
+@contextmanager
+def uncached_parametrizations() -> Iterator[None]:
+    """Compute parametrised weights anew, also inside ``parametrize.cached()``.
+
+    That cache goes by ``id`` of the module, which another copy may have had before.
+    """
+    enabled = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
 
 
 def _copied(value: Any, memo: _Memo) -> Any:

@@ -12,6 +12,7 @@ from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import LossFn
 from noisekit.core.vocabulary import QuantityName
 from noisekit.probes.capture.example_weights import ExampleWeights
+from noisekit.probes.capture.hooks import OnError
 from noisekit.probes.capture.tokens import TokenCounts
 from noisekit.probes.estimators.assembly import LossReduction, MicrobatchWeights
 from noisekit.probes.estimators.choice import Estimator, Unit
@@ -42,6 +43,7 @@ def attach(
     params: ParameterPatterns = None,
     scaler: "torch.amp.GradScaler | None" = None,
     exact_bits: bool = True,
+    on_error: OnError = "warn",
     quantities: QuantityName | Iterable[QuantityName] = (),
     hessian_every: int = 100,
     budget: float | None = None,
@@ -100,6 +102,9 @@ def attach(
         scaler: The loop's gradient scaler; a step that it skips gives no reading.
         exact_bits: Whether training must keep its bits; faster ways that round
             differently may be taken otherwise.
+        on_error: What becomes of an error inside the probe while training: ``"warn"``
+            ends the step's reading with the reason in its coverage and one warning,
+            ``"raise"`` lets it out of the training's own forward or backward pass.
         quantities: What else is computed of the same passes, such as ``"norm_test"``
             or ``"gsnr"``; ``QuantityName`` has all names. They are in
             ``Reading.quantities``, and why one is missing is in the coverage.
@@ -138,6 +143,7 @@ def attach(
         params=params,
         scaler=scaler,
         exact_bits=exact_bits,
+        on_error=on_error,
         quantities=quantities,
         hessian_every=hessian_every,
         budget=budget,

@@ -1,5 +1,6 @@
 """Probes: gradient noise of somebody's training loop, or at frozen weights."""
 
+from noisekit.core.errors import ClosureError, ProbeWarning
 from noisekit.noise.step_quantity import HessianForms, StepQuantity
 from noisekit.probes.attachment import attach
 from noisekit.probes.capture.tokens import TokenCount
@@ -16,6 +17,7 @@ from noisekit.probes.self_check import SelfCheck, self_check
 from noisekit.probes.step_metrics.gradient_norms import GradientNorms
 
 __all__ = [
+    "ClosureError",
     "Coverage",
     "GradientNoise",
     "GradientNorms",
@@ -23,6 +25,7 @@ __all__ = [
     "LayerReading",
     "Overhead",
     "Probe",
+    "ProbeWarning",
     "Reading",
     "SelfCheck",
     "StepQuantity",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from noisekit.probes.capture.hooks import guarded
 from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.history import Pending
 from noisekit.probes.reading import Reading
@@ -51,6 +52,7 @@ class OptimizerSteps:
         self.clip_factor: Tensor | float | None = None
         self._optimizer = optimizer
         self._recorder = recorder
+        self.faults = recorder.faults
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._after = after
         self._num_at_first = self._num_trainable()
@@ -129,6 +131,7 @@ class OptimizerSteps:
     def _on_end(self, *_: object) -> None:
         self._after()
 
+    @guarded
     def _note_clipping(self) -> None:
         factor = self._recorder.clip_factor()
         scale = self.loss_scale

@@ -8,6 +8,7 @@ from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import LossFn
 from noisekit.core.vocabulary import QuantityName
 from noisekit.probes.capture.example_weights import ExampleWeights
+from noisekit.probes.capture.hooks import OnError
 from noisekit.probes.capture.tokens import TokenCounts
 from noisekit.probes.estimators.assembly import LossReduction, MicrobatchWeights
 from noisekit.probes.estimators.choice import Estimator, Unit
@@ -43,6 +44,7 @@ class ProbeOptions:
     params: ParameterPatterns = None
     scaler: "torch.amp.GradScaler | None" = None
     exact_bits: bool = True
+    on_error: OnError = "warn"
     quantities: tuple[QuantityName, ...] = ()
     hessian_every: int = 100
     sinks: tuple[Sink, ...] = ()

@@ -122,17 +122,10 @@ class Probe:
         local: Reading | None = None
         parts: StepParts | None = None
         if record.gradient is not None:
-            # Over several ranks the count of examples comes with the sums.
-            seen = self._seen.total if self.ranks.alone else 0
-            local = self._noise.reading(
-                record,
-                StepPosition(self.step, seen),
-                self._steps.loss_scale,
-                num_ranks=self.ranks.size,
-            )
-            local = self._steps.annotated(local)
-            local = self._quantities.added(local, record)
-            parts = self._quantities.parts(local, record, self._steps.loss_scale)
+            try:
+                local, parts = self._local_reading(record)
+            except Exception as error:  # the training is not to stop for it
+                self._recorder.faults.report(error)
         reading: Reading | SummedReading | None = local
         if not self.ranks.alone:
             count = self._noise.count(record)
@@ -140,6 +133,20 @@ class Probe:
         if reading is not None:
             whole = self._quantities.completed(reading, parts)
             self._readings.add(self._steps.unless_skipped(whole))
+
+    def _local_reading(self, record: StepRecord) -> tuple[Reading, StepParts | None]:
+        """This rank's part of the reading, and what is to be summed beside it."""
+        # Over several ranks the count of examples comes with the sums.
+        seen = self._seen.total if self.ranks.alone else 0
+        local = self._noise.reading(
+            record,
+            StepPosition(self.step, seen),
+            self._steps.loss_scale,
+            num_ranks=self.ranks.size,
+        )
+        local = self._steps.annotated(local)
+        local = self._quantities.added(local, record)
+        return local, self._quantities.parts(local, record, self._steps.loss_scale)
 
     @property
     def loss_fn(self) -> LossFn:
@@ -157,16 +164,21 @@ class Probe:
 
         def observed(outputs: Any, targets: Any) -> Tensor:  # the user's own types
             loss = loss_fn(outputs, targets)
-            self._quantities.observe(targets, loss)
-            self._noise.observe(targets)
+            self._observe(targets, loss)
             return loss
 
         return observed
 
     def _on_loss(self, module: object, args: tuple[Any, ...], loss: Tensor) -> None:
         if len(args) > 1:
-            self._quantities.observe(args[1], loss)
-            self._noise.observe(args[1])
+            self._observe(args[1], loss)
+
+    def _observe(self, targets: Any, loss: Tensor) -> None:
+        try:
+            self._quantities.observe(targets, loss)
+            self._noise.observe(targets)
+        except Exception as error:  # the training is not to stop for it
+            self._recorder.faults.note(error)
 
     # ------------------------------------------------------------------- readings
 

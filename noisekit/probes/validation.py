@@ -7,6 +7,7 @@ from torch import nn
 
 from noisekit.core.distributed import Ranks
 from noisekit.core.errors import UsageError
+from noisekit.probes.capture.hooks import OnError
 from noisekit.probes.capture.targets import Target, is_compiled_in_place, target_of
 from noisekit.probes.capture.tokens import refusal_of_tokens
 from noisekit.probes.estimators.assembly import LossReduction, MicrobatchWeights
@@ -143,6 +144,7 @@ def refuse_options(options: ProbeOptions) -> None:
     _one_of(
         "microbatch_weights", options.microbatch_weights, get_args(MicrobatchWeights)
     )
+    _one_of("on_error", options.on_error, get_args(OnError))
     refuse_unit(options.unit)
     uncounted = refusal_of_tokens(options.unit, options.tokens, options.loss_fn)
     if uncounted is not None:

@@ -74,7 +74,7 @@ def test_per_example_readings_can_be_insisted_on() -> None:
     """Catches: silence where the user asked for what does not exist."""
     model, (inputs, targets) = build(), data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    probe = attach(model, optimizer, estimator="per_example")
+    probe = attach(model, optimizer, estimator="per_example", on_error="raise")
     message = "use estimator='ghost' with ghost_batch=, or put BatchNorm in eval"
     with pytest.raises(CoupledExamplesError, match=message):
         model(inputs)

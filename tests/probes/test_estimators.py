@@ -220,7 +220,7 @@ def test_chunks_of_wide_layers_go_by_inner_products() -> None:
 def test_parts_of_a_coupled_batch_are_refused(name: str) -> None:
     """Catches: rows and chunks of a batch under BatchNorm, which are biased."""
     model = batch_norm_model()
-    probe, _ = attached(model, estimator=name)
+    probe, _ = attached(model, estimator=name, on_error="raise")
     assert not probe.readings
     with pytest.raises(CoupledExamplesError, match=f"estimator='{name}' needs"):
         model(MLP.data()[0])

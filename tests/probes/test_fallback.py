@@ -277,6 +277,6 @@ def test_counts_over_the_batch_couple_the_examples() -> None:
     reason = "scale_grad_by_freq=True couples the examples (core)"
     assert reading.coverage.reason == reason
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    attach(model, optimizer, estimator="per_example")
+    attach(model, optimizer, estimator="per_example", on_error="raise")
     with pytest.raises(CoupledExamplesError, match=r"or switch that off\.$"):
         model(tokens)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.core.errors import BatchSizeError
 from noisekit.core.results import Status
 from noisekit.probes import Reading, attach
 from tests.probes.models import CASES, IDS, MLP, Case, random_attention
@@ -223,8 +222,11 @@ def test_chosen_parameters_only() -> None:
     assert reading.variance_trace.value == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_time_axis_as_long_as_the_batch_is_refused_where_no_run_can_tell() -> None:
-    """Catches: the first axis taken, which gives a fraction of the truth."""
+def test_a_time_axis_as_long_as_the_batch_is_told_apart_at_one_batch_size() -> None:
+    """A model of one batch size only, which no smaller batch could tell.
+
+    Catches: the first axis taken, which gives a fraction of the truth.
+    """
 
     class OneSize(nn.Module):
         def __init__(self) -> None:
@@ -235,11 +237,20 @@ def test_a_time_axis_as_long_as_the_batch_is_refused_where_no_run_can_tell() -> 
             hidden: Tensor = self.layer(x.view(4, 4, 3).transpose(0, 1)).sum(0)
             return hidden
 
-    model = OneSize()
+    torch.manual_seed(0)
+    model, inputs = OneSize().double(), torch.randn(4, 4, 3, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attach(model, optimizer)
-    with pytest.raises(BatchSizeError, match="use another batch size for the first"):
-        model(torch.randn(4, 4, 3))
+    probe = attach(model, optimizer)
+    losses = model(inputs).square().sum(1)
+    parameters = list(model.parameters())
+    rows = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True)
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    losses.mean().backward()
+    optimizer.step()
+    expected = reference.variance_trace([torch.stack(rows)])
+    assert probe.readings[0].variance_trace.value == pytest.approx(expected, rel=1e-9)
 
 
 def test_one_example_has_a_gradient_but_no_noise() -> None:

@@ -156,7 +156,7 @@ def test_a_penalty_is_not_in_the_signed_gradient() -> None:
 
     Catches: a closure that is checked for per-example readings only.
     """
-    probe, optimizer = attached(MLP.model(), estimator="random_signs")
+    probe, optimizer = attached(MLP.model(), estimator="random_signs", on_error="raise")
     model, (inputs, targets) = probe._recorder.model, MLP.data()
 
     def step() -> None:

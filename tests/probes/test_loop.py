@@ -326,7 +326,7 @@ def test_a_model_used_by_its_parts_has_no_examples() -> None:
 def test_a_penalty_in_the_loss_is_refused_at_the_first_readings() -> None:
     """Catches: per-example gradients that leave the penalty out."""
     model, optimizer, inputs, targets = setup()
-    probe = attach(model, optimizer)
+    probe = attach(model, optimizer, on_error="raise")
 
     def backward() -> None:
         optimizer.zero_grad()

@@ -137,7 +137,7 @@ def test_a_penalty_on_all_weights_names_some_of_them() -> None:
     """Catches: a message with all the names of a large model."""
     model = deep()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with attach(model, optimizer) as probe:
+    with attach(model, optimizer, on_error="raise") as probe:
 
         def backward() -> None:
             optimizer.zero_grad()

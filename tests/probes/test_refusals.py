@@ -174,6 +174,10 @@ OPTIONS: list[tuple[dict[str, object], str]] = [
         {"estimator": "ghost"},
         "needs loss_fn= and ghost_batch=, got loss_fn=None, ghost_batch=None",
     ),
+    (
+        {"on_error": "ignore"},
+        "on_error needs to be one of 'warn', 'raise', got 'ignore'",
+    ),
     ({"ghost_batch": 0}, "ghost_batch needs 1 or more examples, got 0"),
 ]
 
@@ -189,7 +193,7 @@ def test_options(options: dict[str, object], message: str) -> None:
 def test_an_input_without_a_batch_axis() -> None:
     """Catches: an index error from inside a hook."""
     model = mlp()
-    attach(model, sgd(model), batch_dim=1)
+    attach(model, sgd(model), batch_dim=1, on_error="raise")
     message = r"needs a batch axis batch_dim=1, got a first input of shape \(4,\)"
     with pytest.raises(BatchSizeError, match=message):
         model(torch.zeros(4))

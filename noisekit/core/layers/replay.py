@@ -28,7 +28,7 @@ from noisekit.core.layers.rule import (
     row_slices,
     widen,
 )
-from noisekit.core.model_copies import copy_module
+from noisekit.core.model_copies import copy_module, uncached_parametrizations
 from noisekit.core.randomness import preserve_rng_state
 
 
@@ -170,7 +170,7 @@ class _Replay:
         assert self.call.before is not None
         replaced = {self.originals[name]: leaf for name, leaf in params.items()}
         module = copy_module(self.call.before, replaced)
-        with autocast_as(self.call.autocast, tensors):
+        with uncached_parametrizations(), autocast_as(self.call.autocast, tensors):
             outputs = module(*args, **kwargs)
         found = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
         return [

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.layers.per_example import Site
-from noisekit.core.model_copies import copy_module, copy_value
+from noisekit.core.model_copies import (
+    copy_module,
+    copy_value,
+    uncached_parametrizations,
+)
 from noisekit.core.randomness import preserve_rng_state
 from noisekit.probes.capture.calls import tensors_of
 from noisekit.probes.capture.step_record import CallKey
@@ -54,6 +58,7 @@ class CopiedRuns:
             module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         with ExitStack() as stack:
             stack.enter_context(preserve_rng_state())
+            stack.enter_context(uncached_parametrizations())
             stack.enter_context(eagerly("torch._dynamo" in sys.modules))
             # As in training, but for the tensors that a backward pass would need.
             stack.enter_context(torch.enable_grad())

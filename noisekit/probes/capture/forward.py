@@ -22,7 +22,9 @@ from noisekit.probes.capture.calls import (
 from noisekit.probes.capture.example_axes import ExampleAxes
 from noisekit.probes.capture.fused_weight_grads import Replacement
 from noisekit.probes.capture.hooks import (
+    Faults,
     ModelHook,
+    guarded,
     is_suspended,
     suspend_recording,
 )
@@ -58,6 +60,8 @@ class Wanted:
 class Listener(Protocol):
     """The backward side, to which captured calls are handed through tensor hooks."""
 
+    faults: Faults
+
     def on_forward_start(self) -> None:
         """A new pass begins; no backward pass is under way."""
 
@@ -79,6 +83,7 @@ class ForwardCapture:
     Attributes:
         active: The last pass with gradients, also while it runs.
         refusal: Why no pass can be read any more; empty while passes can.
+        faults: What has gone wrong in this step.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class ForwardCapture:
     ) -> None:
         self.active: ForwardPass | None = None
         self.refusal = ""
+        self.faults = listener.faults
         self._model = model
         self._caller = model if caller is None else caller
         self._plan = plan
@@ -157,6 +163,7 @@ class ForwardCapture:
 
     # ------------------------------------------------------------ the whole model
 
+    @guarded
     def _start(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_suspended(self._listener):
             return
@@ -168,6 +175,7 @@ class ForwardCapture:
             self._hook_sites()
         self.active = ForwardPass(batch_size_of((args, kwargs), self._batch_dim))
         self.active.unread.update(self._plan.left_out)
+        self.active.faults.extend(_unreadable_inputs((args, kwargs)))
         if self._wanted.examples:
             self._note_obstacles(self.active)
             self._inputs = (args, kwargs)
@@ -213,6 +221,7 @@ class ForwardCapture:
             )
         active.refuse_coupled(reason)
 
+    @guarded
     def _end(self, _: object, args: object, outputs: Any) -> None:
         if is_suspended(self._listener) or self.active is None:
             return
@@ -237,10 +246,12 @@ class ForwardCapture:
             and active is not None
             and active.num_examples is not None
             and not active.faults
+            and not self.faults.reason
             and not is_suspended(self._listener)
             and torch.is_grad_enabled()
         )
 
+    @guarded
     def _call_start(self, site: object, args: object) -> None:
         if self._captures():
             assert isinstance(site, Site)
@@ -257,6 +268,7 @@ class ForwardCapture:
         else:
             self._states.setdefault(site, []).append(state)
 
+    @guarded
     def _call_end(
         self,
         site: object,
@@ -340,6 +352,7 @@ class ForwardCapture:
                 f"independence of examples not checked: {self._unchecked}"
             )
 
+    @guarded
     def _on_output_grad(
         self, forward_pass: ForwardPass, position: int, grad: Tensor | None
     ) -> None:
@@ -360,6 +373,16 @@ class ForwardCapture:
                 self._listener.on_unreadable(
                     captured.site, captured.forward_pass, str(error)
                 )
+
+
+def _unreadable_inputs(inputs: object) -> list[str]:
+    """Why a batch has no examples that could be told apart."""
+    tensors = tensors_of(inputs)
+    if any(t.layout is not torch.strided or t.is_nested for t in tensors):
+        return ["a sparse or nested input has no rows that can be told apart"]
+    if any(tensor.numel() == 0 for tensor in tensors[:1]):
+        return ["the batch has no examples"]
+    return []
 
 
 def _kind_of_call(captured: CapturedCall) -> tuple[str, bool, tuple[int, ...]]:

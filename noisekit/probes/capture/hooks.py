@@ -1,15 +1,20 @@
 """Hook objects that never outlive their probe and never follow a copied model.
 
-And what keeps probes from recording what a measurement does with their model.
+Also what keeps probes from recording what a measurement does with their model, and
+what keeps a probe's own faults out of somebody's training.
 """
 
+import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from noisekit.core.errors import NoisekitError, ProbeWarning
 
 
 class InertHook:
@@ -100,3 +105,78 @@ def is_suspended(recorder: object) -> bool:
     if torch.compiler.is_compiling():
         return True
     return _SUSPENSION.imposed and _SUSPENSION.exempt is not recorder
+
+
+OnError = Literal["warn", "raise"]
+"""What becomes of a fault of the probe: a step without a reading, or an error."""
+
+
+class Faults:
+    """What has gone wrong in a probe's hooks, where that must not stop a training.
+
+    Attributes:
+        on_error: Whether faults are raised, or end the reading with one warning.
+        reason: Why the present step cannot be read; empty while nothing is wrong.
+    """
+
+    def __init__(self, on_error: OnError = "raise") -> None:
+        self.on_error = on_error
+        self.reason = ""
+        self._has_warned = False
+
+    def note(self, error: Exception) -> None:
+        """Raise ``error``, or end the step's reading because of it."""
+        self.report(error)
+        self.reason = self.reason or _reason(error)
+
+    def report(self, error: Exception) -> None:
+        """Raise ``error``, or warn of it, the first time only."""
+        if self.on_error == "raise":
+            raise error
+        if self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"a probe could not read a step, and training goes on. {_reason(error)} "
+            "Later faults are in the readings' coverage alone; attach with "
+            "on_error='raise' to see where this one comes from.",
+            ProbeWarning,
+            stacklevel=3,
+        )
+
+
+def _reason(error: Exception) -> str:
+    """What a reader of the coverage is told of an error."""
+    if isinstance(error, NoisekitError):
+        return str(error)
+    said = str(error).partition("\n")[0].rstrip(".")
+    return f"The probe failed with {type(error).__name__}: {said}."
+
+
+class HasFaults(Protocol):
+    """Whoever has methods that hooks call."""
+
+    faults: Faults
+
+
+_Owner = TypeVar("_Owner", bound=HasFaults)
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def guarded(
+    method: Callable[Concatenate[_Owner, _Args], _Result],
+) -> Callable[Concatenate[_Owner, _Args], _Result | None]:
+    """Keep what goes wrong in a hook's method from the training that calls it."""
+
+    def call(
+        self: _Owner, /, *args: _Args.args, **kwargs: _Args.kwargs
+    ) -> _Result | None:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self.faults.note(error)
+            return None
+
+    functools.update_wrapper(call, method)
+    return call

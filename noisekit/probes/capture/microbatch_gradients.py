@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from noisekit.core.layers.rule import widen
 from noisekit.core.reductions import sq_norms
-from noisekit.probes.capture.hooks import is_suspended
+from noisekit.probes.capture.hooks import HasFaults, guarded, is_suspended
 from noisekit.probes.capture.step_record import Norms
 
 HELD_BYTES = 2**25
@@ -46,10 +46,11 @@ class OwnGradients:
             that no gradient may be read there.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], owner: object) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], owner: HasFaults) -> None:
         self.wanted = False
         self.reduced = False
         self._owner = owner
+        self.faults = owner.faults
         self._parameters = parameters
         self._fresh: dict[int, list[int]] = {}
         self._held: dict[int, dict[int, Tensor]] = {}
@@ -95,6 +96,7 @@ class OwnGradients:
             found.append((tuple(fresh), _sq_norms(own)))
         return found
 
+    @guarded
     def _on_gradient(self, index: int, grad: Tensor) -> None:
         if not self.wanted or is_suspended(self._owner):
             return

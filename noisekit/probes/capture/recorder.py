@@ -22,7 +22,14 @@ from noisekit.probes.capture.accumulation import GradientWatch
 from noisekit.probes.capture.backward_graph_tasks import BackwardTasks
 from noisekit.probes.capture.calls import versions_of
 from noisekit.probes.capture.forward import ForwardCapture, Wanted
-from noisekit.probes.capture.hooks import ParameterHook, is_suspended, suspend_recording
+from noisekit.probes.capture.hooks import (
+    Faults,
+    OnError,
+    ParameterHook,
+    guarded,
+    is_suspended,
+    suspend_recording,
+)
 from noisekit.probes.capture.microbatch_gradients import OwnGradients
 from noisekit.probes.capture.replicas import Replicas
 from noisekit.probes.capture.signed_backward import SignedBackward
@@ -57,6 +64,7 @@ class Recorder:
         own_gradients: Gathers the norms of micro-batches' own gradients.
         signed: Runs backward passes with random signs, where they are asked for.
         listener: Told of parameters' calls and of gradients, beside the norms.
+        faults: What has gone wrong in this step.
         verified: Whether the closure held when it was last checked, or is known not to.
     """
 
@@ -70,7 +78,9 @@ class Recorder:
         caller: nn.Module | None = None,
         opaque: Mapping[str, str] | None = None,
         exact_bits: bool = True,
+        on_error: OnError = "raise",
     ) -> None:
+        self.faults = Faults(on_error)
         self.model = model
         self.caller = model if caller is None else caller
         self.opaque = dict(opaque or {})
@@ -134,6 +144,11 @@ class Recorder:
                 backward passes add to them.
         """
         record, self._record = self._record, StepRecord()
+        if torch._C._current_graph_task_id() != -1:
+            record.faults.append("the optimiser steps inside the backward pass")
+        if self.faults.reason:
+            record.faults.insert(0, self.faults.reason)
+            self.faults.reason = ""
         if self._unreduced and record.gradient is not None:
             record.faults.append(
                 "the last backward pass was under no_sync(), so that every rank "
@@ -165,11 +180,13 @@ class Recorder:
         self._tasks.forget()
         self.own_gradients.forget()
 
+    @guarded
     def on_model_grad(self, forward_pass: ForwardPass, grad: Tensor) -> None:
         """Note that a backward pass goes through ``forward_pass``."""
         if not is_suspended(self):
             self._enter().visit(forward_pass, twice=grad.requires_grad)
 
+    @guarded
     def on_output_grad(
         self, captured: CapturedCall, position: int, grad: Tensor
     ) -> None:
@@ -198,6 +215,7 @@ class Recorder:
             self._record.start(self._watch.before())
         return self._tasks
 
+    @guarded
     def _on_accumulated(self, index: int) -> None:
         if is_suspended(self):
             return
@@ -208,7 +226,7 @@ class Recorder:
             end = partial(self._on_backward_end, tasks.task)
             torch.autograd.Variable._execution_engine.queue_callback(end)
             self._record.add(self._passes())
-        if not self.wanted.examples:
+        if not self.wanted.examples or self.faults.reason:
             return
         if len(self.plan.sites_of(index)) > 1:
             tasks.deferred.append(index)  # other layers may still add to it
@@ -293,6 +311,7 @@ class Recorder:
         for captured in calls:
             captured.count_read()
 
+    @guarded
     def _on_backward_end(self, task: int) -> None:
         self._tasks.enter(task)
         with torch.no_grad():
@@ -323,6 +342,7 @@ class Recorder:
         if self.signed is not None:
             self.signed.commit(task)
 
+    @guarded
     def _on_reduced(self) -> None:
         """Take the norm of the gradient as it is applied, before anybody clips it."""
         if self.wanted.gradient:
@@ -334,6 +354,7 @@ class Recorder:
         self._unreduced = not self._reduces
         self._watch.after_backward()
 
+    @guarded
     def clip_factor(self) -> Tensor | float | None:
         """Return by what ``|.grad|`` was multiplied since it was read, if it was."""
         before = self._record.gradient
@@ -345,6 +366,7 @@ class Recorder:
             after = gradient_sq_norms(self.parameters)
             return (after.sum() / before.sum()).sqrt()
 
+    @guarded
     def before_step(self) -> None:
         """Read a gradient that no backward pass has left, such as one set by hand."""
         if (
@@ -377,11 +399,14 @@ class Recorder:
             self.plan.leave_out(failed, fault)
         # Where it has held before, training goes on; its readings say what is wrong.
         if self.verified and not self._has_held:
-            raise ClosureError(
-                "a probe needs per-example gradients that add up to .grad, got another "
-                f"gradient for {names}. A penalty on the weights inside the loss, a "
-                "gradient penalty or a hook that changes gradients does this; use the "
-                "optimiser's weight_decay, or leave these parameters out with params=."
+            self.faults.report(
+                ClosureError(
+                    "a probe needs per-example gradients that add up to .grad, got "
+                    f"another gradient for {names}. A penalty on the weights inside "
+                    "the loss, a gradient penalty or a hook that changes gradients "
+                    "does this; use the optimiser's weight_decay, or leave these "
+                    "parameters out with params=."
+                )
             )
 
 

@@ -21,7 +21,13 @@ from noisekit.core.layers.rule import widen
 from noisekit.core.randomness import stream
 from noisekit.core.reductions import sq_norms
 from noisekit.probes.capture.calls import tensors_of
-from noisekit.probes.capture.hooks import ModelHook, is_suspended, suspend_recording
+from noisekit.probes.capture.hooks import (
+    Faults,
+    ModelHook,
+    guarded,
+    is_suspended,
+    suspend_recording,
+)
 from noisekit.probes.capture.step_record import ForwardPass
 
 KEPT_OUTPUTS = 4
@@ -32,6 +38,8 @@ _TWICE = "random signs need one backward pass through one output of the model"
 
 class Owner(Protocol):
     """Who records: it may be suspended, and it knows the pass that is open."""
+
+    faults: Faults
 
     @property
     def active(self) -> ForwardPass | None:
@@ -58,6 +66,7 @@ class SignedBackward:
         self.num_signs = 0
         self._parameters = list(parameters)
         self._owner = owner
+        self.faults = owner.faults
         self._generator = generator
         self._batch_dim = batch_dim
         self._rank = rank
@@ -84,6 +93,7 @@ class SignedBackward:
             forward_pass.signed_norms.extend(norms)
             self._outputs.pop(key, None)
 
+    @guarded
     def _on_forward(self, _: object, args: object, outputs: Any) -> None:
         forward_pass = self._owner.active
         if not self.num_signs or forward_pass is None or is_suspended(self._owner):
@@ -97,6 +107,7 @@ class SignedBackward:
         while len(self._outputs) > KEPT_OUTPUTS:
             del self._outputs[next(iter(self._outputs))]
 
+    @guarded
     def _on_gradient(self, forward_pass: ForwardPass, key: int, grad: Tensor) -> None:
         output = self._outputs.get(key)
         if is_suspended(self._owner):
