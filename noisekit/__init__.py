@@ -1,158 +1,23 @@
 """Gradient-noise and sharpness analysis for PyTorch.
 
 Public names are imported when they are first used, so that ``import noisekit`` costs
-nothing and the command line can answer ``--help`` without loading PyTorch.
+nothing and the command line can answer ``--help`` without loading PyTorch. The names
+and their homes stand in ``__init__.pyi``, which type checkers read too.
 """
 
+import ast
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from noisekit.auditing import audit as audit
-    from noisekit.core.data import freeze as freeze
-    from noisekit.core.errors import ClosureError as ClosureError
-    from noisekit.core.errors import NoisekitError as NoisekitError
-    from noisekit.core.errors import ProbeWarning as ProbeWarning
-    from noisekit.core.results import Estimate as Estimate
-    from noisekit.core.results import Interval as Interval
-    from noisekit.core.results import Status as Status
-    from noisekit.core.risk import EmpiricalRisk as EmpiricalRisk
-    from noisekit.core.vocabulary import quantity as quantity
-    from noisekit.curvature import EigenPairs as EigenPairs
-    from noisekit.curvature import FisherOperator as FisherOperator
-    from noisekit.curvature import GGNOperator as GGNOperator
-    from noisekit.curvature import (
-        GradientCovarianceOperator as GradientCovarianceOperator,
-    )
-    from noisekit.curvature import HessianOperator as HessianOperator
-    from noisekit.curvature import SpectralDensity as SpectralDensity
-    from noisekit.curvature import adam_preconditioned as adam_preconditioned
-    from noisekit.curvature import diagonal as diagonal
-    from noisekit.curvature import frobenius_norm as frobenius_norm
-    from noisekit.curvature import spectral_density as spectral_density
-    from noisekit.curvature import top_eigenpairs as top_eigenpairs
-    from noisekit.curvature import trace as trace
-    from noisekit.curvature import weight_scaled as weight_scaled
-    from noisekit.integrations import attach as attach
-    from noisekit.probes import Probe as Probe
-    from noisekit.probes import Reading as Reading
-    from noisekit.probes import example_sq_norms as example_sq_norms
-    from noisekit.probes import gradient_noise as gradient_noise
-    from noisekit.probes import hessian_weighted_noise as hessian_weighted_noise
-    from noisekit.probes import self_check as self_check
-    from noisekit.records import Runs as Runs
-    from noisekit.records import open_runs as open_runs
-    from noisekit.sharpness import MeasureSettings as MeasureSettings
-    from noisekit.sharpness import SGDRule as SGDRule
-    from noisekit.sharpness import SharpnessCard as SharpnessCard
-    from noisekit.sharpness import average_sharpness as average_sharpness
-    from noisekit.sharpness import batch_sharpness as batch_sharpness
-    from noisekit.sharpness import check_invariance as check_invariance
-    from noisekit.sharpness import connecting_curve as connecting_curve
-    from noisekit.sharpness import edge_of_stability_ratio as edge_of_stability_ratio
-    from noisekit.sharpness import effective_dimension as effective_dimension
-    from noisekit.sharpness import epsilon_sharpness as epsilon_sharpness
-    from noisekit.sharpness import fisher_rao_norm as fisher_rao_norm
-    from noisekit.sharpness import gauge_fixed_lambda_max as gauge_fixed_lambda_max
-    from noisekit.sharpness import hessian_frobenius_norm as hessian_frobenius_norm
-    from noisekit.sharpness import hessian_trace as hessian_trace
-    from noisekit.sharpness import interpolate as interpolate
-    from noisekit.sharpness import lambda_max as lambda_max
-    from noisekit.sharpness import lambda_min as lambda_min
-    from noisekit.sharpness import loss_slice as loss_slice
-    from noisekit.sharpness import measure as measure
-    from noisekit.sharpness import pac_bayes_flatness as pac_bayes_flatness
-    from noisekit.sharpness import pac_bayes_sharpness as pac_bayes_sharpness
-    from noisekit.sharpness import relative_flatness as relative_flatness
-    from noisekit.sharpness import rescaled_twin as rescaled_twin
-    from noisekit.sharpness import sharpened_twin as sharpened_twin
-    from noisekit.sharpness import stability_threshold as stability_threshold
-    from noisekit.sharpness import step_sharpness as step_sharpness
-    from noisekit.sharpness import track_sharpness as track_sharpness
-    from noisekit.sharpness import weighted_hessian_trace as weighted_hessian_trace
-    from noisekit.sharpness import worst_case_sharpness as worst_case_sharpness
-    from noisekit.train import Recipe as Recipe
-    from noisekit.train import load_recipe as load_recipe
-    from noisekit.train import resume as resume
-    from noisekit.train import revisit as revisit
-    from noisekit.train import run as run
+from pathlib import Path
 
 __version__ = "0.1.0"
 
 _HOME = {
-    # results, errors, vocabulary
-    "Estimate": "core.results",
-    "Interval": "core.results",
-    "Status": "core.results",
-    "ClosureError": "core.errors",
-    "NoisekitError": "core.errors",
-    "ProbeWarning": "core.errors",
-    "quantity": "core.vocabulary",
-    # data
-    "EmpiricalRisk": "core.risk",
-    "freeze": "core.data",
-    # probes
-    "attach": "integrations",
-    "gradient_noise": "probes",
-    "hessian_weighted_noise": "probes",
-    "example_sq_norms": "probes",
-    "self_check": "probes",
-    "Probe": "probes",
-    "Reading": "probes",
-    # curvature
-    "HessianOperator": "curvature",
-    "GGNOperator": "curvature",
-    "FisherOperator": "curvature",
-    "GradientCovarianceOperator": "curvature",
-    "top_eigenpairs": "curvature",
-    "trace": "curvature",
-    "diagonal": "curvature",
-    "frobenius_norm": "curvature",
-    "spectral_density": "curvature",
-    "adam_preconditioned": "curvature",
-    "weight_scaled": "curvature",
-    "EigenPairs": "curvature",
-    "SpectralDensity": "curvature",
-    # sharpness
-    "lambda_max": "sharpness",
-    "lambda_min": "sharpness",
-    "hessian_trace": "sharpness",
-    "weighted_hessian_trace": "sharpness",
-    "gauge_fixed_lambda_max": "sharpness",
-    "hessian_frobenius_norm": "sharpness",
-    "effective_dimension": "sharpness",
-    "epsilon_sharpness": "sharpness",
-    "worst_case_sharpness": "sharpness",
-    "average_sharpness": "sharpness",
-    "pac_bayes_flatness": "sharpness",
-    "pac_bayes_sharpness": "sharpness",
-    "fisher_rao_norm": "sharpness",
-    "relative_flatness": "sharpness",
-    "batch_sharpness": "sharpness",
-    "step_sharpness": "sharpness",
-    "stability_threshold": "sharpness",
-    "edge_of_stability_ratio": "sharpness",
-    "measure": "sharpness",
-    "MeasureSettings": "sharpness",
-    "SharpnessCard": "sharpness",
-    "SGDRule": "sharpness",
-    "track_sharpness": "sharpness",
-    "interpolate": "sharpness",
-    "connecting_curve": "sharpness",
-    "loss_slice": "sharpness",
-    "check_invariance": "sharpness",
-    "rescaled_twin": "sharpness",
-    "sharpened_twin": "sharpness",
-    "audit": "auditing",
-    # experiments and their runs
-    "load_recipe": "train",
-    "run": "train",
-    "resume": "train",
-    "revisit": "train",
-    "Recipe": "train",
-    "open_runs": "records",
-    "Runs": "records",
+    name.asname or name.name: f"{statement.module}"
+    for statement in ast.parse(Path(__file__).with_suffix(".pyi").read_text()).body
+    if isinstance(statement, ast.ImportFrom)
+    for name in statement.names
 }
+"""The module that each public name is imported from."""
 
 __all__ = [*_HOME, "__version__"]
 
@@ -161,7 +26,7 @@ def __getattr__(name: str) -> object:
     """Import the public ``name`` from its home on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'noisekit' has no attribute {name!r}")
-    value = getattr(import_module(f"noisekit.{_HOME[name]}"), name)
+    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

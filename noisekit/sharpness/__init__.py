@@ -1,10 +1,6 @@
 """How sharp a minimum is: eigenvalues, boxes, balls, noise, lines, rescaled twins."""
 
-from noisekit.sharpness.card.card import CardRow, Conditions, SharpnessCard
-from noisekit.sharpness.card.measuring import measure
-from noisekit.sharpness.card.registry import MEASURES as SHARPNESS_MEASURES
-from noisekit.sharpness.card.registry import Measure
-from noisekit.sharpness.card.subject import MeasureSettings
+from noisekit.sharpness.card import CardRow, Conditions, SharpnessCard
 from noisekit.sharpness.invariance import check_invariance
 from noisekit.sharpness.invariance_report import (
     Invariance,
@@ -23,48 +19,68 @@ from noisekit.sharpness.landscape.interpolation import (
     interpolate,
 )
 from noisekit.sharpness.landscape.slices import LossSlice, loss_slice
+from noisekit.sharpness.measurement import Measure, Measurement, MeasurementContext
+from noisekit.sharpness.measures import MEASURES as SHARPNESS_MEASURES
 from noisekit.sharpness.measures.average import (
-    AverageSharpness,
+    AverageCase,
+    AverageCaseResult,
     average_sharpness,
 )
 from noisekit.sharpness.measures.batch import (
     BatchSharpness,
+    BatchSharpnessResult,
     batch_sharpness,
     step_sharpness,
 )
-from noisekit.sharpness.measures.epsilon import (
-    EpsilonSharpness,
-    epsilon_sharpness,
-)
-from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm
-from noisekit.sharpness.measures.pac_bayes import (
-    PacBayesFlatness,
-    pac_bayes_flatness,
-    pac_bayes_sharpness,
-)
-from noisekit.sharpness.measures.relative_flatness import (
-    relative_flatness,
-)
-from noisekit.sharpness.measures.spectrum import (
+from noisekit.sharpness.measures.eigenvalues import (
+    GaugeFixedLambdaMax,
+    LambdaMax,
+    LambdaMin,
     gauge_fixed_lambda_max,
     lambda_max,
     lambda_min,
 )
+from noisekit.sharpness.measures.epsilon import (
+    EpsilonSharpness,
+    EpsilonSharpnessResult,
+    epsilon_sharpness,
+)
+from noisekit.sharpness.measures.fisher_rao import FisherRaoNorm, fisher_rao_norm
+from noisekit.sharpness.measures.gradient import GradNorm
+from noisekit.sharpness.measures.pac_bayes import (
+    PacBayesFlatness,
+    PacBayesResult,
+    PacBayesSharpness,
+    pac_bayes_flatness,
+    pac_bayes_sharpness,
+)
+from noisekit.sharpness.measures.relative_flatness import (
+    RelativeFlatness,
+    relative_flatness,
+)
+from noisekit.sharpness.measures.spectral_norms import (
+    EffectiveDimension,
+    HessianFrobeniusNorm,
+    effective_dimension,
+    hessian_frobenius_norm,
+)
 from noisekit.sharpness.measures.stability import (
-    SGDRule,
+    EdgeOfStability,
     edge_of_stability_ratio,
     stability_threshold,
 )
 from noisekit.sharpness.measures.traces import (
-    effective_dimension,
-    hessian_frobenius_norm,
+    HessianTrace,
+    WeightedHessianTrace,
     hessian_trace,
     weighted_hessian_trace,
 )
 from noisekit.sharpness.measures.worst_case import (
-    WorstCaseSharpness,
+    WorstCase,
+    WorstCaseResult,
     worst_case_sharpness,
 )
+from noisekit.sharpness.measuring import measure
 from noisekit.sharpness.rescaling.chains import FreeScale, free_scales
 from noisekit.sharpness.rescaling.free_rescalings import free_rescalings
 from noisekit.sharpness.rescaling.twins import (
@@ -74,7 +90,7 @@ from noisekit.sharpness.rescaling.twins import (
     rescaled_twin,
     sharpened_twin,
 )
-from noisekit.sharpness.search.vertices import SearchPlan
+from noisekit.sharpness.sgd_rule import SGDRule
 from noisekit.sharpness.tracking import (
     SharpnessReading,
     SharpnessTracker,
@@ -84,33 +100,50 @@ from noisekit.sharpness.tracking import (
 
 __all__ = [
     "SHARPNESS_MEASURES",
-    "AverageSharpness",
+    "AverageCase",
+    "AverageCaseResult",
     "BatchSharpness",
+    "BatchSharpnessResult",
     "CardRow",
     "Conditions",
     "ConnectingCurve",
     "CurveTraining",
     "DirectionSpec",
     "Directions",
+    "EdgeOfStability",
+    "EffectiveDimension",
     "EpsilonSharpness",
+    "EpsilonSharpnessResult",
+    "FisherRaoNorm",
     "FreeScale",
+    "GaugeFixedLambdaMax",
+    "GradNorm",
+    "HessianFrobeniusNorm",
+    "HessianTrace",
     "Interpolation",
     "Invariance",
     "InvarianceReport",
+    "LambdaMax",
+    "LambdaMin",
     "LossSlice",
     "Measure",
-    "MeasureSettings",
+    "Measurement",
+    "MeasurementContext",
     "PacBayesFlatness",
+    "PacBayesResult",
+    "PacBayesSharpness",
+    "RelativeFlatness",
     "RescaledTwin",
     "RescalingEffect",
     "SGDRule",
-    "SearchPlan",
     "SharpnessCard",
     "SharpnessReading",
     "SharpnessTracker",
     "TrackedEigenvalues",
     "Valley",
-    "WorstCaseSharpness",
+    "WeightedHessianTrace",
+    "WorstCase",
+    "WorstCaseResult",
     "average_sharpness",
     "batch_sharpness",
     "check_invariance",

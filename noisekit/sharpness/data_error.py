@@ -9,10 +9,10 @@ from torch import Tensor
 
 from noisekit.core.data import HeldBatches
 from noisekit.core.distributed import concatenate_over_ranks
-from noisekit.core.params import flatten
 from noisekit.core.results import ErrorSource, Estimate, LogRatio, Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import HessianOperator
+from noisekit.curvature.operators.risk_operator import RiskOperator
 
 WithDataError = tuple[Estimate, float | None]
 """An estimate with its own error, and the error over batches where there is one."""
@@ -51,37 +51,6 @@ def curvature_parts(risk: EmpiricalRisk, vector: Tensor) -> Tensor:
     with HessianOperator(risk, form="rebuilt") as hessian:
         weights, forms = hessian.batch_forms(vector)
     return gathered(weights.to(forms.device) * forms, risk)
-
-
-def gradient_errors(
-    risk: EmpiricalRisk, gradient: Tensor
-) -> tuple[float | None, float | None]:
-    r"""Return the error of ``|g|`` over batches, and the share of noise in ``|g|²``.
-
-    The error is that of the mean of :math:`g_b^\top g / |g|`. The square of a mean is
-    too large by its variance: the share says by how much, and near one nothing is
-    known of the gradient but that it is no larger than its noise.
-
-    Args:
-        risk: Has the batches; each costs one gradient.
-        gradient: Of the whole, ``g``; not zero.
-    """
-    shares = batch_shares(risk)
-    if shares is None or len(shares) < 2:
-        return None, None
-    risk = risk.in_precision(torch.float32)
-    whole = gradient.double()
-    norm = whole.norm()
-    rows = []
-    counted = [count for count in risk.normalisers if count > 0]
-    with risk.evaluating():
-        for count, (weight, loss) in zip(counted, risk.batch_losses(), strict=True):
-            own = flatten(risk.gradients(weight * loss)).double()
-            gap = own - count / risk.total * whole
-            rows.append(torch.stack([own @ whole / norm, gap.square().sum()]))
-    along, squares = gathered(torch.stack(rows), risk).unbind(1)
-    factor = len(along) / (len(along) - 1)
-    return data_stderr(along, shares), factor * float(squares.sum() / norm.cpu() ** 2)
 
 
 def gathered(parts: Tensor, risk: EmpiricalRisk) -> Tensor:
@@ -176,3 +145,43 @@ def over_data(found: Estimate, stderr: float | None, risk: EmpiricalRisk) -> Est
         dof=total**2 / spread if spread > 0 else freedom,
         ratio=ratio,
     )
+
+
+def form(vector: Tensor, product: Tensor) -> Tensor:
+    """Return the inner product of a vector and its product, in double precision."""
+    return vector.double() @ product.double()
+
+
+def has_groups(operator: RiskOperator) -> bool:
+    """Whether there are two batches or more, kept together, to take an error over."""
+    shares = batch_shares(operator.risk)
+    return shares is not None and len(shares) > 1
+
+
+def mean_weights(noted: list[Tensor]) -> Tensor:
+    """Return the weights of a mean over all that was noted."""
+    return torch.full((len(noted),), 1 / len(noted), dtype=torch.float64)
+
+
+def product_parts(
+    operator: RiskOperator, noted: list[Tensor], weights: Tensor
+) -> Tensor:
+    """Return the batches' parts of a weighted sum over products, ``(B, ...)``.
+
+    Args:
+        operator: Whose products.
+        noted: What ``operator.noting`` gave: of each product, a row for each batch.
+        weights: ``(products,)``.
+    """
+    table = torch.stack(noted)  # (products, B, ...)
+    return gathered(torch.tensordot(weights.to(table), table, dims=1), operator.risk)
+
+
+def product_stderr(
+    operator: RiskOperator, noted: list[Tensor], weights: Tensor
+) -> float | None:
+    """Return the error over batches of a weighted sum over products."""
+    parts = product_parts(operator, noted, weights)
+    if not bool(parts.isfinite().all()):
+        return None
+    return data_stderr(parts, batch_shares(operator.risk))

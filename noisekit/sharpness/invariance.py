@@ -18,13 +18,13 @@ from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.results import Estimate, Interval, Status
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.random_vectors import entropy_generator
-from noisekit.sharpness.card.measuring import measure as measure_card
-from noisekit.sharpness.card.registry import measures_called
 from noisekit.sharpness.invariance_report import (
     Invariance,
     InvarianceReport,
     RescalingEffect,
 )
+from noisekit.sharpness.measurement import Measure
+from noisekit.sharpness.measures import chosen_measures
 from noisekit.sharpness.rescaling.free_rescalings import (
     RescaleFn,
     free_rescalings,
@@ -39,7 +39,7 @@ MeasureFn = Callable[[nn.Module, LossFn, Iterable[Batch]], Any]
 
 
 def check_invariance(
-    measure: MeasureFn | str,
+    measure: MeasureFn | Measure | str,
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
@@ -66,8 +66,8 @@ def check_invariance(
         measure: ``measure(model, loss_fn, batches)``, an ``Estimate``, a number
             or a result with ``.estimate``. Each call starts from the same global
             random state; give it a generator with a fixed seed to make it repeatable.
-            Or the name of one of noisekit's measures, which is taken at its usual
-            settings with the same random numbers each time.
+            Or the name of one of noisekit's measures, or an object such as
+            ``WorstCase(rho=0.1)``, which get the same random numbers each time.
         model: The network, or its :class:`EmpiricalRisk`; not changed, nor seen by
             the measure: that gets copies.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
@@ -275,40 +275,29 @@ def _power_law(
 
 
 def _named(
-    measure: MeasureFn | str,
+    measure: MeasureFn | Measure | str,
     generator: torch.Generator,
     *,
     bn: BatchNormPolicy,
     normaliser: Normaliser | None,
 ) -> tuple[str, MeasureFn]:
     """A measure with its name."""
-    if isinstance(measure, str):
+    if isinstance(measure, str | Measure):
+        chosen = chosen_measures(measure)[0]
         bits = torch.randint(2**31, (), generator=generator, device=generator.device)
-        return measure, _registered(measure, int(bits), bn=bn, normaliser=normaliser)
+        return chosen.name, _seeded(chosen, int(bits), bn=bn, normaliser=normaliser)
     inner = getattr(measure, "func", measure)  # of functools.partial
     return str(getattr(inner, "__name__", type(inner).__name__)), measure
 
 
-def _registered(
-    name: str, seed: int, *, bn: BatchNormPolicy, normaliser: Normaliser | None
+def _seeded(
+    measure: Measure, seed: int, *, bn: BatchNormPolicy, normaliser: Normaliser | None
 ) -> MeasureFn:
-    """The first quantity of a measure of the registry, with a seed of its own."""
-    measures_called(name)
+    """The first quantity of a measure, with the same random numbers each time."""
 
     def take(model: nn.Module, loss_fn: LossFn, batches: Iterable[Batch]) -> Estimate:
-        card = measure_card(
-            model,
-            loss_fn,
-            batches,
-            measures=name,
-            generator=torch.Generator().manual_seed(seed),
-            bn=bn,
-            normaliser=normaliser,
-        )
-        row = next(row for row in card.rows if row.measure == name)
-        if row.estimate.status is Status.UNAVAILABLE:
-            raise UsageError(f"{name} cannot be had of this model: {row.reason}")
-        return row.estimate
+        risk = EmpiricalRisk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
+        return measure.estimate(risk, generator=torch.Generator().manual_seed(seed))
 
     return take
 

@@ -20,10 +20,8 @@ from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
 from noisekit.curvature.eigenvalues.subsample_start import can_be_screened
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator
-from noisekit.sharpness.measures.stability import (
-    edge_of_stability_ratio,
-    refuse_steps_of_sum,
-)
+from noisekit.sharpness.measures.stability import edge_of_stability_ratio
+from noisekit.sharpness.sgd_rule import check_steps_of_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ class SharpnessTracker:
         if every < 1:
             raise UsageError(f"every needs to be at least 1 step, got {every}.")
         if optimizer is not None:
-            refuse_steps_of_sum(risk.reduction)
+            check_steps_of_mean(risk.reduction)
             edge_of_stability_ratio(Estimate(0.0), optimizer)
         self.every = every
         self.readings: list[SharpnessReading] = []

@@ -34,7 +34,7 @@ updates = { equal_updates = 32 }
 every = 0
 [measure]
 everywhere = ["lambda_max"]
-max_matvecs = 40
+settings = { lambda_max = { max_matvecs = 40 } }
 [seeds]
 count = 2
 [[arms]]

@@ -1,6 +1,7 @@
 """What may import what, and what importing costs."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -82,24 +83,29 @@ def test_every_public_name_imports() -> None:
     assert not hasattr(nk, "no_such_name")
 
 
-def test_types_are_declared_for_every_public_name() -> None:
-    """What a type checker sees is what can be imported.
+def test_every_public_name_is_declared_once_and_public_at_its_home() -> None:
+    """What a type checker reads is what is imported, from a package's public names.
 
-    Catches: a lazy name without its import under TYPE_CHECKING, or the other way.
+    Catches: a name that is declared twice, or under another name than its own; a home
+    that does not list it, so that it could vanish there unnoticed.
     """
     import noisekit as nk
 
-    tree = ast.parse((ROOT / "noisekit" / "__init__.py").read_text())
-    declared = {
-        alias.asname: f"{node.module}"
-        for block in tree.body
-        if isinstance(block, ast.If)
-        for node in block.body
+    tree = ast.parse((ROOT / "noisekit" / "__init__.pyi").read_text())
+    declared = [
+        (alias.name, alias.asname, str(node.module))
+        for node in tree.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
-    }
-    homes = {name: f"noisekit.{home}" for name, home in nk._HOME.items()}
-    assert declared == homes
+    ]
+    names = [name for name, _, _ in declared]
+    assert len(names) == len(set(names)) > 60
+    assert all(name == public for name, public, _ in declared)
+    assert {name: home for name, _, home in declared} == nk._HOME
+    for name, _, home in declared:
+        public = getattr(importlib.import_module(home), "__all__", None)
+        assert public is None or name in public, (name, home)
+        assert getattr(nk, name) is getattr(importlib.import_module(home), name)
 
 
 def test_experiments_hold_no_python() -> None:

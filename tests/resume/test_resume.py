@@ -24,8 +24,10 @@ SECTIONS: dict[str, dict[str, JsonValue]] = {
         "measure": {
             "everywhere": ["lambda_max"],
             "at": {"final": ["hessian_trace", "epsilon_sharpness"]},
-            "epsilon": [1e-3],
-            "trace_matvecs": 4,
+            "settings": {
+                "epsilon_sharpness": [{"epsilon": 1e-3}],
+                "hessian_trace": {"num_matvecs": 6},
+            },
             "examples": ["test"],
         },
         "compute": {"checkpoint_updates": 10},

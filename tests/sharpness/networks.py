@@ -1,8 +1,12 @@
 """Small networks in double precision, and data for them."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from noisekit.sharpness import SHARPNESS_MEASURES, Measure
 from tests.sharpness.quadratics import seeded
 
 LOSS = nn.CrossEntropyLoss()
@@ -68,3 +72,14 @@ def state_of(model: nn.Module) -> list[object]:
     modes = [module.training for module in model.modules()]
     hooks = [len(module._forward_hooks) for module in model.modules()]
     return [tensors, gradients, modes, hooks]
+
+
+def quick(
+    names: Iterable[str] = SHARPNESS_MEASURES, **settings: object
+) -> list[Measure]:
+    """Measures with settings laid over the usual ones, where they have them."""
+    return [
+        replace(measure, **{k: v for k, v in settings.items() if k in measure.settings})
+        for name in names
+        for measure in SHARPNESS_MEASURES[name]
+    ]

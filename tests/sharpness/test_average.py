@@ -214,7 +214,7 @@ def test_model_and_random_state_are_given_back() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sigma": 0.0}, "sigma needs to be a positive and finite .* got 0.0"),
+        ({"sigma": 0.0}, "sigma needs to be positive and finite, got 0.0"),
         ({"num_draws": 1}, "num_draws needs to be at least 2 .* got 1"),
     ],
 )

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
+from noisekit.sharpness.jackknife import mean_of_ratios, ratio_of_means
 from noisekit.sharpness.measures.batch import (
     batch_sharpness,
     step_sharpness,
 )
-from noisekit.sharpness.measures.batch_ratios import mean_of_ratios, ratio_of_means
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
 from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled, seeded

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from noisekit.sharpness.search import boxes
-from noisekit.sharpness.search.boxes import FullSpace, RandomSubspace
+from noisekit.sharpness.search import subspace
+from noisekit.sharpness.search.regions import keskar_box
+from noisekit.sharpness.search.subspace import RandomSubspace
 from tests.reference import sharpness as reference
 
 
@@ -25,7 +26,7 @@ def origin() -> Tensor:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns in many blocks of rows, the last of them shorter."""
-    monkeypatch.setattr(boxes, "_BLOCK_ENTRIES", 7 * 12)
+    monkeypatch.setattr(subspace, "_BLOCK_ENTRIES", 7 * 12)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -101,7 +102,7 @@ def test_full_space_box(origin: Tensor) -> None:
 
     Catches: bounds relative to the largest weight.
     """
-    box = FullSpace(origin, 5e-4)
+    box = keskar_box(origin, 5e-4)
     torch.testing.assert_close(box.radius, 5e-4 * (origin.abs() + 1))
     assert torch.equal(box.displacement(origin), origin)
     assert torch.equal(box.gradient(origin), origin)
@@ -112,12 +113,12 @@ def test_random_points_and_corners_fill_the_box(origin: Tensor) -> None:
 
     Catches: points of the positive half only; corners inside.
     """
-    box = FullSpace(origin, 1e-3)
+    box = keskar_box(origin, 1e-3)
     generator = torch.Generator().manual_seed(0)
     share = box.random_point(generator) / box.radius
     assert float(share.abs().max()) <= 1
     assert float(share.min()) < -0.9
     assert float(share.max()) > 0.9
-    corner = box.random_corner(generator)
+    corner = box.random_point(generator)
     assert torch.equal(corner.abs(), box.radius)
     assert 60 < int((corner > 0).sum()) < 140

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -10,12 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
-from noisekit.core.results import ErrorSource, Status
+from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.core.vocabulary import QUANTITIES
+from noisekit.core.vocabulary import INVARIANCES, QUANTITIES
 from noisekit.curvature import HessianOperator
 from noisekit.sharpness import (
-    MeasureSettings,
+    AverageCase,
+    EpsilonSharpness,
+    FisherRaoNorm,
+    Measure,
+    Measurement,
+    MeasurementContext,
+    PacBayesFlatness,
     SGDRule,
     SharpnessCard,
     epsilon_sharpness,
@@ -24,16 +32,23 @@ from noisekit.sharpness import (
     measure,
     worst_case_sharpness,
 )
-from noisekit.sharpness.card.citations import CITATIONS
-from noisekit.sharpness.card.registry import GAUGES, MEASURES
+from noisekit.sharpness.citations import CITATIONS
 from noisekit.sharpness.data_error import curvature_parts, data_stderr
+from noisekit.sharpness.measures import MEASURES, chosen_measures
 from tests.reference import sharpness as reference
-from tests.sharpness.networks import LOSS, classes, ragged, rectified, state_of
+from tests.sharpness.networks import LOSS, classes, quick, ragged, rectified, state_of
 from tests.sharpness.quadratics import seeded
 
-QUICK = MeasureSettings(
-    trace_matvecs=8, num_draws=4, ascent_steps=3, group_size=5, subspace_dim=4
-)
+QUICK = [
+    *quick([name for name in MEASURES if "sharpness" not in name], num_matvecs=8),
+    *quick(["pac_bayes_sharpness"], steps=3),
+    *quick([name for name in MEASURES if "average" in name], num_draws=4),
+    *quick([name for name in MEASURES if "worst_case" in name], steps=3),
+    *quick([name for name in MEASURES if "worst_case" in name], steps=1),
+    *quick(["m_sharpness"], batch_size=5),
+    *quick(["epsilon_sharpness", "batch_sharpness"]),
+    EpsilonSharpness(subspace_dim=4),
+]
 SMALL_BATCHES = [tuple(part[i : i + 10] for part in classes(30)) for i in (0, 10, 20)]
 
 
@@ -44,22 +59,21 @@ def everything() -> SharpnessCard:
         rectified(norm=True),
         LOSS,
         SMALL_BATCHES,
-        measures=MEASURES,
-        settings=QUICK,
+        measures=QUICK,
         optimizer=SGDRule(lr=0.1, momentum=0.5),
         generator=seeded(),
     )
 
 
 def test_every_measure_gives_a_row_with_a_quantity(everything: SharpnessCard) -> None:
-    """Each is in the vocabulary, has a gauge, and its cost is told.
+    """Each is in the vocabulary, states its invariance and its cost.
 
     Catches: a measure that nobody can name in a recipe; a quantity without meaning.
     """
     assert {row.measure for row in everything.rows} == set(MEASURES)
     for row in everything.rows:
         assert row.quantity in QUANTITIES, row.label
-        assert row.gauge in GAUGES
+        assert row.invariance in INVARIANCES
         assert row.seconds >= 0
         resolved = row.estimate.status in {Status.OK, Status.NOT_RESOLVED}
         assert resolved, (row.label, row.reason)
@@ -136,8 +150,7 @@ def test_asking_for_more_changes_nothing() -> None:
             rectified(),
             LOSS,
             ragged(),
-            measures=names,
-            settings=QUICK,
+            measures=quick(names, num_matvecs=8, num_draws=4),
             generator=seeded(),
         )
         for names in (
@@ -146,9 +159,7 @@ def test_asking_for_more_changes_nothing() -> None:
         )
     )
     assert few["average_sharpness"] == many["average_sharpness"]
-    other = measure(
-        rectified(), LOSS, ragged(), measures="average_sharpness", settings=QUICK
-    )
+    other = measure(rectified(), LOSS, ragged(), measures="average_sharpness")
     assert other["average_sharpness"] != few["average_sharpness"]
 
 
@@ -218,28 +229,44 @@ def test_what_cannot_be_had_says_why_and_the_rest_comes() -> None:
     assert card["average_sharpness"].status is Status.OK
 
 
-def test_what_a_measure_gave_before_it_failed_is_kept() -> None:
-    """Of two box sizes the first is there, and the second says what is wrong.
+@dataclass(frozen=True, kw_only=True)
+class FailsAfterOne(Measure):
+    """Gives a first quantity, and then no second."""
 
-    Catches: results that are thrown away together with the error.
+    name = "grad_norm"
+    error: type[Exception] = UsageError
+
+    def cost(self) -> int:
+        return 0
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        yield self.measured(Estimate(3.0))
+        raise self.error("there is no second")
+
+
+@pytest.mark.parametrize("error", [UsageError, RuntimeError, KeyError])
+def test_what_a_measure_gave_before_it_failed_is_kept(error: type[Exception]) -> None:
+    """The first quantity is there, another row says what is wrong, and the rest comes.
+
+    Catches: results that are thrown away together with the error; a fault of a
+    measure of one's own that takes the card down.
     """
-    settings = MeasureSettings(epsilon=(1e-3, -1.0))
     card = measure(
-        rectified(), LOSS, ragged(), measures="epsilon_sharpness", settings=settings
+        rectified(), LOSS, ragged(), measures=[FailsAfterOne(error=error), "lambda_max"]
     )
-    assert card["epsilon_sharpness[epsilon=0.001]"].value > 0
-    (row,) = [x for x in card.rows if x.estimate.status is Status.UNAVAILABLE]
-    assert row.measure == "epsilon_sharpness"
-    assert "epsilon needs to be positive and finite, got -1.0" in row.reason
+    first, second = [row for row in card.rows if row.measure == "grad_norm"]
+    assert first.estimate.value == 3.0
+    assert second.estimate.status is Status.UNAVAILABLE
+    assert "there is no second" in second.reason
+    assert card["lambda_max"].status is Status.OK
 
 
 def test_eta_takes_the_invariance_away() -> None:
-    """Catches: a gauge that is the measure's own whatever the settings."""
-    name = "adaptive_average_sharpness"
-    for eta, gauge in ((0.0, "neurons"), (0.01, "raw")):
-        settings = MeasureSettings(num_draws=2, eta=eta)
-        card = measure(rectified(), LOSS, ragged(), measures=name, settings=settings)
-        assert card.row(name).gauge == gauge
+    """Catches: an invariance that is the quantity's own whatever the settings."""
+    for eta, invariance in ((0.0, "neurons"), (0.01, "raw")):
+        noise = AverageCase(adaptive=True, num_draws=2, eta=eta)
+        card = measure(rectified(), LOSS, ragged(), measures=noise)
+        assert card.row("adaptive_average_sharpness").invariance == invariance
 
 
 def test_unknown_measures_are_answered_with_all_there_are() -> None:
@@ -263,7 +290,7 @@ def test_rows_are_found_by_quantity_or_label(everything: SharpnessCard) -> None:
 
 
 def test_table_has_a_row_per_quantity(everything: SharpnessCard) -> None:
-    """Values, errors, units and gauges as columns."""
+    """Values, errors, units and invariances as columns."""
     frame = everything.frame()
     assert len(frame) == len(everything.rows)
     top = frame.set_index("quantity").loc["lambda_max"]
@@ -271,7 +298,7 @@ def test_table_has_a_row_per_quantity(everything: SharpnessCard) -> None:
     assert top["value"] == estimate.value
     assert top["bound"] == estimate.bound
     assert top["unit"] == "loss/param²"
-    assert top["gauge"] == "raw"
+    assert top["invariance"] == "raw"
     assert top["data_stderr"] > 0
     lower = frame[frame["side"] == "lower"]
     assert math.isinf(lower["high"].iloc[0])
@@ -339,8 +366,7 @@ def test_errors_over_data_that_cost_can_be_left_out() -> None:
                 rectified(),
                 LOSS,
                 ragged(),
-                measures=names,
-                settings=QUICK,
+                measures=quick(names, num_matvecs=8),
                 optimizer=SGDRule(lr=0.1),
                 data_error=wanted,
                 generator=seeded(),
@@ -364,7 +390,7 @@ def test_errors_over_data_that_cost_can_be_left_out() -> None:
     assert edge.estimate.num_matvecs == 0
 
 
-def test_text_shows_value_gauge_and_conditions(everything: SharpnessCard) -> None:
+def test_text_shows_value_invariance_and_conditions(everything: SharpnessCard) -> None:
     """Catches: a solver's bound printed as plus-minus; a lower bound without sign."""
     text = str(everything)
     assert text.startswith("Sharpness of Sequential (69 parameters, float64) on 30")
@@ -386,7 +412,17 @@ def test_json_holds_everything(everything: SharpnessCard) -> None:
     assert "Infinity" not in text
     content = json.loads(text)
     assert content["conditions"]["data_hash"] == everything.conditions.data_hash
-    assert content["settings"]["rho"] == 0.05
+    settings = [x["settings"] for x in content["measures"] if "rho" in x["settings"]]
+    assert settings[0] == {
+        "rho": 0.05,
+        "norm": "l2",
+        "adaptive": False,
+        "eta": 0.0,
+        "steps": 3,
+        "restarts": 0,
+        "batch_size": None,
+        "logits": "raw",
+    }
     assert len(content["rows"]) == len(everything.rows)
     assert content["rows"][0]["value"] == everything.rows[0].estimate.value
     assert content["methods"] == everything.methods()
@@ -402,16 +438,16 @@ def test_methods_and_references_are_of_what_was_measured() -> None:
     )
     text = card.methods()
     assert "30 examples in 2 batches" in text
-    assert "epsilon-sharpness, the largest relative rise" in text
+    assert "epsilon-sharpness, the largest relative increase" in text
     assert "BatchNorm at unit norm" not in text
-    assert "'running'" in text
+    assert "running" not in text  # without BatchNorm there is no policy
     entries = re.findall(r"@\w+{(\w+),", card.bibtex())
     assert entries == ["keskar2017large", "wu2000thick"]
 
 
 def test_citations_are_complete() -> None:
     """Every source of a measure is an entry, and every entry has its fields."""
-    used = {key for entry in MEASURES.values() for key in entry.sources}
+    used = {key for item in chosen_measures(MEASURES) for key in item.sources}
     assert used <= set(CITATIONS)
     for citation in CITATIONS.values():
         entry = citation.bibtex
@@ -431,7 +467,7 @@ def test_model_is_given_back() -> None:
     before = state_of(model)
     random = torch.random.get_rng_state()
     risk = EmpiricalRisk(model, LOSS, SMALL_BATCHES)
-    measure(risk, measures=MEASURES, settings=QUICK, generator=seeded())
+    measure(risk, measures=QUICK, generator=seeded())
     assert state_of(model) == before
     assert torch.equal(torch.random.get_rng_state(), random)
 
@@ -448,8 +484,7 @@ def test_every_measure_follows_the_policy_for_batch_norm(bn: str) -> None:
         model,
         LOSS,
         SMALL_BATCHES,
-        measures=MEASURES,
-        settings=QUICK,
+        measures=QUICK,
         optimizer=SGDRule(lr=0.1),
         bn=bn,
         generator=seeded(),
@@ -469,9 +504,9 @@ def test_data_that_are_read_again_have_values_but_no_error_over_batches() -> Non
     loader = torch.utils.data.DataLoader(rows, batch_size=10, shuffle=True)
     risk = EmpiricalRisk(rectified(), LOSS, loader, memory_budget=100)
     names = ["lambda_max", "worst_case_sharpness", "average_sharpness"]
-    settings = MeasureSettings(num_draws=4, ascent_steps=3)
+    chosen = quick(names, num_draws=4, steps=3)
     got, want = (
-        measure(data, measures=names, settings=settings, generator=seeded())
+        measure(data, measures=chosen, generator=seeded())
         for data in (risk, EmpiricalRisk(rectified(), LOSS, SMALL_BATCHES))
     )
     for row, other in zip(got.rows, want.rows, strict=True):
@@ -539,17 +574,19 @@ def test_settings_say_what_a_loss_of_ones_own_does_not() -> None:
 
     names = ["fisher_rao_norm", "pac_bayes_flatness"]
     batches = list(zip(inputs, targets, strict=True))
-    silent = measure(model, loss_fn, batches, measures=names)
-    told = measure(
+    without = measure(model, loss_fn, batches, measures=names)
+    stated = measure(
         model,
         loss_fn,
         batches,
-        measures=names,
-        settings=MeasureSettings(likelihood="gaussian", flatness_criterion="loss"),
+        measures=[
+            FisherRaoNorm(likelihood="gaussian"),
+            PacBayesFlatness(criterion="loss"),
+        ],
     )
-    rows = {row.label: row.estimate.status for row in silent.rows}
+    rows = {row.label: row.estimate.status for row in without.rows}
     assert rows["fisher_rao_norm"] is rows["pac_bayes_flatness"] is Status.UNAVAILABLE
-    rows = {row.label: row.estimate.status for row in told.rows}
+    rows = {row.label: row.estimate.status for row in stated.rows}
     assert rows["fisher_rao_norm"] is rows["pac_bayes_flatness"] is Status.OK
     alone = fisher_rao_norm(model, loss_fn, batches, likelihood="gaussian")
-    assert told["fisher_rao_norm"].value == alone.value
+    assert stated["fisher_rao_norm"].value == alone.value

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.curvature import GGNOperator, HessianOperator
-from noisekit.sharpness.data_error import data_stderr, gradient_errors, over_data
+from noisekit.sharpness.data_error import data_stderr, over_data
+from noisekit.sharpness.measurement import Measure, MeasurementContext
+from noisekit.sharpness.measures.eigenvalues import lambda_min
+from noisekit.sharpness.measures.gradient import gradient_errors
 from noisekit.sharpness.measures.pac_bayes import pac_bayes_flatness
 from noisekit.sharpness.measures.relative_flatness import relative_flatness
-from noisekit.sharpness.measures.spectral_sums import (
-    dimension_with_data_error,
-    frobenius_with_data_error,
-)
-from noisekit.sharpness.measures.spectrum import lambda_min
-from noisekit.sharpness.measures.traces import (
+from noisekit.sharpness.measures.spectral_norms import (
+    EffectiveDimension,
+    HessianFrobeniusNorm,
     effective_dimension,
     hessian_frobenius_norm,
+)
+from noisekit.sharpness.measures.traces import (
     hessian_trace,
     weighted_hessian_trace,
 )
@@ -167,15 +168,14 @@ def test_errors_over_data_are_those_of_the_derivatives() -> None:
         assert found is not None
         return found
 
-    with HessianOperator(risk) as hessian:
-        _, got = frobenius_with_data_error(
-            hessian, num_matvecs=320, generator=seeded(3)
-        )
+    def measured(measure: Measure) -> float | None:
+        with MeasurementContext(risk, stream=lambda *_: seeded(3)) as context:
+            (found,) = measure.measure(context)
+        return found.data_stderr
+
+    got = measured(HessianFrobeniusNorm(num_matvecs=320))
     assert got == pytest.approx(stderr(whole / whole.norm()), rel=0.05)
-    with GGNOperator(risk) as gauss_newton:
-        _, got = dimension_with_data_error(
-            gauss_newton, shift=2.0, num_probes=80, num_steps=4, generator=seeded(3)
-        )
+    got = measured(EffectiveDimension(shift=2.0, num_probes=80, num_steps=4))
     assert got == pytest.approx(stderr(2 * shifted @ shifted), rel=0.05)
 
 

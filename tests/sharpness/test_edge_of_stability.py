@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.measures.batch import batch_sharpness
-from noisekit.sharpness.measures.spectrum import lambda_max
+from noisekit.sharpness.measures.eigenvalues import lambda_max
 from noisekit.sharpness.measures.stability import (
     SGDRule,
     edge_of_stability_ratio,

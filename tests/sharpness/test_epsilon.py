@@ -12,7 +12,7 @@ from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.measures.epsilon import (
     epsilon_sharpness,
 )
-from noisekit.sharpness.search.vertices import SearchMethod
+from noisekit.sharpness.search.box_search import SearchMethod
 from tests.reference import sharpness as reference
 from tests.sharpness.quadratics import (
     CURVATURES,
@@ -311,11 +311,11 @@ def test_model_is_given_back_also_after_an_exception(
     [
         ({"epsilon": 0.0}, r"epsilon needs to be positive and finite, got 0\.0"),
         ({"epsilon": math.inf}, "positive and finite, got inf"),
-        ({"max_iter": 0}, "max_iter needs at least 1 iteration, got 0"),
-        ({"restarts": -1}, "need to be 0 or more, got -1 and 0"),
-        ({"extra_iterations": -2}, "need to be 0 or more, got 0 and -2"),
+        ({"max_iter": 0}, "max_iter needs to be at least 1, got 0; the paper uses 10"),
+        ({"restarts": -1}, "restarts needs to be at least 0, got -1"),
+        ({"extra_iterations": -2}, "extra_iterations needs to be at least 0, got -2"),
         ({"method": "newton"}, "needs to be 'vertex' or 'lbfgsb', got 'newton'"),
-        ({"subspace_dim": 0}, "from 1 to the 5 parameters, got 0; leave it out"),
+        ({"subspace_dim": 0}, "subspace_dim needs to be at least 1, got 0"),
         ({"subspace_dim": 6}, "from 1 to the 5 parameters, got 6; leave it out"),
         (
             {"check": True, "method": "lbfgsb"},

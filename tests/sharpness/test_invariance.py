@@ -14,7 +14,7 @@ from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.invariance import as_estimate, check_invariance
 from noisekit.sharpness.invariance_report import Invariance, InvarianceReport
-from noisekit.sharpness.measures.spectrum import lambda_max
+from noisekit.sharpness.measures.eigenvalues import lambda_max
 from noisekit.sharpness.measures.traces import weighted_hessian_trace
 from noisekit.sharpness.rescaling.free_rescalings import free_rescalings
 from tests.reference import sharpness as reference

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.vocabulary import QUANTITIES
-from noisekit.sharpness import MeasureSettings, SGDRule, SharpnessCard, measure
-from noisekit.sharpness.card.registry import GAUGES, MEASURES, measures_called
-from tests.sharpness.networks import LOSS, classes, rectified
+from noisekit.sharpness import SGDRule, SharpnessCard, WorstCase, measure
+from noisekit.sharpness.measures import MEASURES, chosen_measures
+from tests.sharpness.networks import LOSS, classes, quick, rectified
 from tests.sharpness.quadratics import seeded
 
-SETTINGS = MeasureSettings(trace_matvecs=12, num_draws=6, ascent_steps=4, group_size=5)
+SETTINGS = [
+    *quick([name for name in MEASURES if name != "m_sharpness"], num_draws=6),
+    *quick(["m_sharpness"], batch_size=5),
+]
 
 
 def fitted() -> list[tuple[Tensor, Tensor]]:
@@ -34,8 +36,7 @@ def card_of(factors: Tensor) -> SharpnessCard:
         model,
         LOSS,
         fitted(),
-        measures=MEASURES,
-        settings=SETTINGS,
+        measures=SETTINGS,
         optimizer=SGDRule(lr=0.1),
         generator=seeded(),
     )
@@ -52,18 +53,20 @@ def cards() -> dict[str, SharpnessCard]:
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_gauge_is_what_rescaling_finds(
+def test_invariance_is_what_rescaling_finds(
     name: str, cards: dict[str, SharpnessCard]
 ) -> None:
     """A twin of the same function has the same value exactly where that is claimed.
 
     Catches: a measure called invariant that is not; one called raw for no reason.
     """
-    gauge = MEASURES[name].gauge
-    if gauge == "norms":
+    invariance = MEASURES[name][0].invariance
+    if invariance == "norms":
         assert cards["plain"][name].status == "unavailable"
         return  # it needs a BatchNorm, and is tested with one
-    kept = {"raw": (), "layers": ("layers",), "neurons": ("layers", "neurons")}[gauge]
+    kept = {"raw": (), "layers": ("layers",), "neurons": ("layers", "neurons")}[
+        invariance
+    ]
     for twin in ("layers", "neurons"):
         values = [
             [
@@ -91,14 +94,13 @@ def test_half_precision_is_measured_in_single() -> None:
     cards = []
     for model, rows in ((narrow, inputs.bfloat16()), (wide, inputs.bfloat16().float())):
         data = list(zip(rows.split(20), targets.split(20), strict=True))
-        names = [name for name in MEASURES if name != "lambda_max_pyhessian"]
+        chosen = [item for item in SETTINGS if item.name != "lambda_max_pyhessian"]
         cards.append(
             measure(
                 model,
                 LOSS,
                 data,
-                measures=names,
-                settings=SETTINGS,
+                measures=chosen,
                 generator=seeded(),
             )
         )
@@ -109,21 +111,28 @@ def test_half_precision_is_measured_in_single() -> None:
     assert cards[0].conditions.dtype == "bfloat16"
 
 
-def test_registry_is_complete_and_named_by_the_vocabulary() -> None:
-    """Each measure has a quantity, a known gauge, and a clause that says how."""
-    for name, entry in MEASURES.items():
-        assert entry.name == name
-        assert name in QUANTITIES
-        assert entry.gauge in GAUGES
-        assert entry.method[0].islower() or entry.method.startswith(("PAC", "PyH"))
-        assert not entry.method.endswith(".")
+def test_descriptions_are_clauses_of_a_methods_section() -> None:
+    """Catches: a sentence, or nothing, where a clause belongs."""
+    for name, measures in MEASURES.items():
+        for item in measures:
+            text = item.description
+            assert text[0].islower() or text.startswith(("PAC", "PyH")), name
+            assert not text.endswith("."), name
 
 
-def test_measures_come_in_the_registry_s_order_and_once() -> None:
+def test_measures_come_in_the_order_of_the_table_and_once() -> None:
     """Catches: an eigenvalue computed again for each name that asks for it."""
-    found = measures_called(["grad_norm", "lambda_max", "grad_norm"])
-    assert [entry.name for entry in found] == ["lambda_max", "grad_norm"]
-    assert measures_called("lambda_max")[0].name == "lambda_max"
+    found = chosen_measures(["grad_norm", "lambda_max", "grad_norm"])
+    assert [item.name for item in found] == ["lambda_max", "grad_norm"]
+    assert chosen_measures("lambda_max")[0].name == "lambda_max"
+    wide = WorstCase(rho=0.1, steps=20)
+    found = chosen_measures([wide, "grad_norm", "worst_case_sharpness", wide])
+    assert found == (
+        wide,
+        WorstCase(steps=1),
+        WorstCase(steps=10),
+        *MEASURES["grad_norm"],
+    )
 
 
 def test_needs_are_told_where_they_are_missing() -> None:
@@ -133,8 +142,7 @@ def test_needs_are_told_where_they_are_missing() -> None:
         nn.Linear(5, 2).double(),
         nn.MSELoss(),
         [(inputs[:10], inputs[:10, :2]), (inputs[10:], inputs[10:, :2])],
-        measures=[name for name, entry in MEASURES.items() if "class" in entry.needs],
-        settings=SETTINGS,
+        measures=[item for item in SETTINGS if "class" in item.needs],
     )
     flatness = card.row("pac_bayes_flatness")
     assert flatness.estimate.status == "unavailable"

@@ -19,8 +19,8 @@ from noisekit.sharpness.measures.pac_bayes import (
     pac_bayes_flatness,
     pac_bayes_sharpness,
 )
-from noisekit.sharpness.measures.pac_bayes_trial import RiseTrial
 from noisekit.sharpness.search.bracket import bracketed
+from noisekit.sharpness.search.criterion import CriterionIncrease
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
 from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled, seeded
 
@@ -161,7 +161,7 @@ def test_batches_have_their_parts_of_the_error_rate() -> None:
     batches = list(zip(inputs.split([7, 23]), targets.split([7, 23]), strict=True))
     risk = EmpiricalRisk(rectified(), LOSS, batches)
     with risk.evaluating():
-        trial = RiseTrial(risk, "error", False, seeded())
+        trial = CriterionIncrease(risk, "error", False, seeded())
         parts = trial.parts_at(None)
         shares = trial.shares()
     valid = targets >= 0
@@ -274,7 +274,10 @@ def test_model_and_random_state_are_given_back() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": 0.0}, "target needs to be positive, got 0.0; 0.1 is usual"),
+        (
+            {"target": 0.0},
+            "target needs to be positive and finite, got 0.0; 0.1 is usual",
+        ),
         ({"tol": 1.0}, "tol needs to be between 0 and 1, got 1.0"),
         ({"num_draws": 1}, "num_draws needs to be at least 2 .* got 1"),
         ({"criterion": "accuracy"}, "'error' or 'loss', got 'accuracy'"),

@@ -11,13 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.measures.average import average_sharpness
 from noisekit.sharpness.measures.batch import batch_sharpness
+from noisekit.sharpness.measures.eigenvalues import lambda_max
 from noisekit.sharpness.measures.epsilon import epsilon_sharpness
 from noisekit.sharpness.measures.fisher_rao import fisher_rao_norm
 from noisekit.sharpness.measures.pac_bayes import (
     pac_bayes_flatness,
     pac_bayes_sharpness,
 )
-from noisekit.sharpness.measures.spectrum import lambda_max
 from noisekit.sharpness.measures.traces import hessian_trace
 from noisekit.sharpness.measures.worst_case import (
     worst_case_sharpness,

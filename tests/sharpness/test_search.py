@@ -6,11 +6,11 @@ from torch import Tensor
 
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.measures.epsilon import (
-    EpsilonSharpness,
+    EpsilonSharpnessResult,
     epsilon_sharpness,
 )
-from noisekit.sharpness.search.boxes import RandomSubspace
-from noisekit.sharpness.search.vertices import SearchMethod
+from noisekit.sharpness.search.box_search import SearchMethod
+from noisekit.sharpness.search.subspace import RandomSubspace
 from tests.reference import sharpness as reference
 from tests.sharpness.quadratics import (
     MINIMISER,
@@ -208,7 +208,7 @@ def test_max_iter_is_the_budget_and_extra_iterations_only_tell(
     hessian, point = coupled(60, 1)
     risk = EmpiricalRisk(Point(point), Quadratic(hessian), at_rest(point))
 
-    def measured(extra_iterations: int) -> EpsilonSharpness:
+    def measured(extra_iterations: int) -> EpsilonSharpnessResult:
         return epsilon_sharpness(
             risk,
             method=method,

@@ -8,17 +8,16 @@ from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature.operators.ggn import GGNOperator
-from noisekit.sharpness.measures.spectrum import (
+from noisekit.sharpness.measures.eigenvalues import (
     gauge_fixed_lambda_max,
     lambda_max,
     lambda_min,
 )
-from noisekit.sharpness.measures.traces import (
+from noisekit.sharpness.measures.spectral_norms import (
     effective_dimension,
     hessian_frobenius_norm,
-    hessian_trace,
-    weighted_hessian_trace,
 )
+from noisekit.sharpness.measures.traces import hessian_trace, weighted_hessian_trace
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS
 from tests.sharpness.quadratics import seeded

@@ -13,7 +13,7 @@ from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.measures.worst_case import (
     worst_case_sharpness,
 )
-from noisekit.sharpness.search.balls import BallNorm
+from noisekit.sharpness.search.regions import BallNorm
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
 from tests.sharpness.quadratics import (
@@ -178,7 +178,7 @@ def test_weights_of_zero_stay_at_rest_and_hurt_nobody() -> None:
         )
         assert math.isfinite(got.value)
         assert got.value == pytest.approx(few.value, rel=1e-9)
-        assert got.num_at_rest == 2
+        assert got.num_fixed == 2
         assert not got.displacement[~moving].any()
         power = 2 if norm == "l2" else math.inf
         length = (got.displacement[moving] / weights[moving]).norm(p=power)
@@ -383,7 +383,8 @@ def test_model_is_given_back() -> None:
     [
         ({"rho": 0.0}, "rho needs to be positive and finite, got 0.0; SAM uses 0.05"),
         ({"norm": "l1"}, "norm needs to be 'l2' or 'linf', got 'l1'"),
-        ({"steps": 0}, "at least 1 step and 0 restarts, got steps=0 and restarts=0"),
+        ({"steps": 0}, "steps needs to be at least 1, got 0"),
+        ({"restarts": -1}, "restarts needs to be at least 0, got -1"),
         ({"eta": 0.01}, "goes with adaptive=True, got eta=0.01 and adaptive=False"),
         ({"eta": -1.0, "adaptive": True}, "eta needs to be 0 or more"),
         ({"batch_size": 0}, "batch_size needs to be at least 1, got 0"),

@@ -1,38 +1,46 @@
-"""Average-case sharpness: the mean rise of the loss under Gaussian noise on weights."""
+"""Average-case sharpness: the mean increase of the loss under Gaussian weight noise."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch
-from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import NonNegative, NumSamples, Positive
+from noisekit.core.vocabulary import Invariance
 from noisekit.curvature.random_vectors import entropy_generator, normal_vector
 from noisekit.sharpness.data_error import batch_parts, batch_shares, data_stderr
-from noisekit.sharpness.measures.logits import Logits, with_logits
-from noisekit.sharpness.search.balls import weight_units
-from noisekit.sharpness.search.first_order import remarks
+from noisekit.sharpness.logits import NEEDS_CLASSES, Logits, with_logits
+from noisekit.sharpness.measurement import (
+    Detail,
+    Measure,
+    Measurement,
+    MeasurementContext,
+    remarks,
+)
+from noisekit.sharpness.search.regions import check_eta, weight_units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AverageSharpness:
+class AverageCaseResult:
     """Average-case sharpness at one point, with what is needed to read it.
 
     Attributes:
-        estimate: Mean rise [loss], with its standard error over draws.
+        estimate: Mean increase [loss], with its standard error over draws.
         data_stderr: Standard error over the batches, the draws taken as they were;
             ``None`` where there is one batch.
-        loss: Loss at the point itself, with logits as asked for.
+        loss: Loss at the point itself, with logits normalised as stated.
         sigma: Standard deviation of the noise, in units of each weight.
         adaptive: Whether that unit is ``|w| + eta``.
         eta: What is added to the unit of every weight.
+        num_draws: Draws of the noise.
         antithetic: Whether each draw was taken with its opposite.
         logits: How logits were normalised.
         seed: Seed of the generator of the noise.
@@ -45,6 +53,7 @@ class AverageSharpness:
     sigma: float
     adaptive: bool
     eta: float
+    num_draws: int
     antithetic: bool
     logits: Logits
     seed: int
@@ -69,23 +78,151 @@ class AverageSharpness:
         return self.estimate.value
 
 
+_METHODS = {
+    "average_sharpness": (
+        "average-case sharpness, the mean increase of the loss under Gaussian weight "
+        "noise"
+    ),
+    "adaptive_average_sharpness": (
+        "average-case sharpness under Gaussian noise proportional to each weight"
+    ),
+    "logit_normalised_average_sharpness": (
+        "average-case sharpness of the loss of centred and normalised logits"
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageCase(Measure):
+    """Settings of :func:`average_sharpness`; they decide which quantity it is.
+
+    Attributes:
+        sigma: Standard deviation of the noise, in units of each weight.
+        adaptive: Whether the noise is in proportion to each weight's size.
+        eta: Added to the unit of every weight.
+        num_draws: Independent draws of the noise.
+        antithetic: Take each draw with its opposite as well.
+        logits: ``"raw"``, or centred and of ``"unit_norm"`` or ``"unit_std"``.
+    """
+
+    in_variant = ("sigma",)
+
+    sigma: Positive = 0.01
+    adaptive: bool = False
+    eta: NonNegative = 0.0
+    num_draws: NumSamples = 16
+    antithetic: bool = True
+    logits: Logits = "raw"
+
+    def __post_init__(self) -> None:
+        """Check the settings, and that ``eta`` has a use."""
+        super().__post_init__()
+        check_eta(self.eta, adaptive=self.adaptive)
+
+    @property
+    def name(self) -> str:
+        """The quantity that the settings define."""
+        if self.logits != "raw":
+            return "logit_normalised_average_sharpness"
+        return f"{'adaptive_' if self.adaptive else ''}average_sharpness"
+
+    @property
+    def description(self) -> str:
+        """How it is computed."""
+        return _METHODS[self.name] + (" in antithetic pairs" if self.antithetic else "")
+
+    @property
+    def needs(self) -> str:
+        """Classes, to normalise logits."""
+        return NEEDS_CLASSES if self.logits != "raw" else ""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The paper of the adaptive form."""
+        plain = self.name == "average_sharpness"
+        return () if plain else ("andriushchenko2023modern",)
+
+    @property
+    def invariance(self) -> Invariance:
+        """That of the quantity, where units are the weights' own and nothing else."""
+        return super().invariance if self.adaptive and self.eta == 0 else "raw"
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of the loss over all data."""
+        return 1 + self.num_draws * (2 if self.antithetic else 1)
+
+    def cost(self) -> int:
+        """Return a third of a gradient for each evaluation of the loss."""
+        return math.ceil(self.num_evaluations / 3)
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield the mean increase of the loss."""
+        found = self.result(context.risk, context.stream(self.name, f"{self.sigma:g}"))
+        detail: Detail = {
+            "sigma": self.sigma,
+            "adaptive": self.adaptive,
+            "eta": self.eta,
+            "antithetic": self.antithetic,
+            "logits": self.logits,
+            "loss": found.loss,
+            "num_evaluations": found.num_evaluations,
+        }
+        yield self.measured(
+            found.estimate, detail=detail, data_stderr=found.data_stderr
+        )
+
+    def result(
+        self, risk: EmpiricalRisk, generator: torch.Generator
+    ) -> AverageCaseResult:
+        """Draw the noise on a risk, with what is needed to read the result."""
+        risk = risk.in_precision(torch.float32)
+        origin = risk.vector()
+        scale = self.sigma * weight_units(origin, adaptive=self.adaptive, eta=self.eta)
+        like = (origin.dtype, origin.device)
+        normalised = with_logits(risk, self.logits)
+
+        def increase() -> Tensor:
+            """The batches' parts of the increase under one draw, ``(batches,)``."""
+            noise = scale * normal_vector(len(origin), generator, like)
+            parts = batch_parts(normalised, origin + noise)
+            if self.antithetic:  # what the gradient adds cancels
+                parts = (parts + batch_parts(normalised, origin - noise)) / 2
+            return parts - base
+
+        with normalised.evaluating():
+            base = batch_parts(normalised)
+            increases = torch.stack([increase() for _ in range(self.num_draws)])
+            shares = batch_shares(normalised)
+        loss = float(base.sum())
+        finite = bool(increases.isfinite().all())
+        return AverageCaseResult(
+            estimate=_over_draws(loss, increases.sum(1)),
+            data_stderr=data_stderr(increases.mean(0), shares) if finite else None,
+            loss=loss,
+            seed=generator.initial_seed(),
+            num_evaluations=self.num_evaluations,
+            **vars(self),
+        )
+
+
 def average_sharpness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    sigma: float = 0.01,
-    adaptive: bool = False,
-    eta: float = 0.0,
-    num_draws: int = 16,
-    antithetic: bool = True,
-    logits: Logits = "raw",
+    sigma: float = AverageCase.sigma,
+    adaptive: bool = AverageCase.adaptive,
+    eta: float = AverageCase.eta,
+    num_draws: int = AverageCase.num_draws,
+    antithetic: bool = AverageCase.antithetic,
+    logits: Logits = AverageCase.logits,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
-) -> AverageSharpness:
-    r"""Return the mean rise of the loss when Gaussian noise is put on the weights.
+) -> AverageCaseResult:
+    r"""Return the mean increase of the loss under Gaussian noise on the weights.
 
     .. math:: \mathbb{E}_{\delta \sim N(0, \sigma^2 T^2)} F(w + \delta) - F(w)
               \approx \tfrac{\sigma^2}{2} \sum_i T_i^2 H_{ii}, \qquad
@@ -108,8 +245,8 @@ def average_sharpness(
         generator: Source of the noise; by default a fresh one.
 
     Returns:
-        The mean rise [loss], which may be negative, with its error over draws and over
-        the batches. A loss that is not finite at some draw makes it infinite, with
+        The mean increase [loss], which may be negative, with its error over draws and
+        over the batches. A loss that is not finite at some draw makes it infinite, with
         ``Status.NOT_RESOLVED``; one that is not at the weights themselves makes it
         NaN, with ``Status.DIVERGED``.
 
@@ -120,72 +257,27 @@ def average_sharpness(
         Andriushchenko et al. 2023, arXiv:2302.07011, for the adaptive form.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    _refuse_bad_arguments(sigma, num_draws)
-    drawn = entropy_generator(generator)
-    risk = risk.in_precision(torch.float32)
-    origin = risk.vector()
-    scale = sigma * weight_units(origin, adaptive=adaptive, eta=eta)
-    normalised = with_logits(risk, logits)
-    with normalised.evaluating():
-        base = batch_parts(normalised)
-        rises = torch.stack(
-            [
-                _rise(normalised, origin, scale, antithetic, drawn) - base
-                for _ in range(num_draws)
-            ]
-        )  # (draws, batches)
-        shares = batch_shares(normalised)
-    loss = float(base.sum())
-    finite = bool(rises.isfinite().all())
-    return AverageSharpness(
-        estimate=_over_draws(loss, rises.sum(1)),
-        data_stderr=data_stderr(rises.mean(0), shares) if finite else None,
-        loss=loss,
+    measure = AverageCase(
         sigma=sigma,
         adaptive=adaptive,
         eta=eta,
+        num_draws=num_draws,
         antithetic=antithetic,
         logits=logits,
-        seed=drawn.initial_seed(),
-        num_evaluations=1 + num_draws * (2 if antithetic else 1),
     )
+    return measure.result(risk, entropy_generator(generator))
 
 
-def _rise(
-    risk: EmpiricalRisk,
-    origin: Tensor,
-    scale: Tensor,
-    antithetic: bool,
-    generator: torch.Generator,
-) -> Tensor:
-    """The batches' parts of the loss under one draw, or the mean with its opposite."""
-    like = (origin.dtype, origin.device)
-    noise = scale * normal_vector(len(origin), generator, like)
-    parts = batch_parts(risk, origin + noise)
-    return (parts + batch_parts(risk, origin - noise)) / 2 if antithetic else parts
-
-
-def _over_draws(loss: float, rises: Tensor) -> Estimate:
+def _over_draws(loss: float, increases: Tensor) -> Estimate:
     if not math.isfinite(loss):
         return Estimate(math.nan, status=Status.DIVERGED)
-    if not bool(rises.isfinite().all()):
+    if not bool(increases.isfinite().all()):
         return Estimate(math.inf, status=Status.NOT_RESOLVED)
-    num_draws = len(rises)
+    num_draws = len(increases)
     return Estimate(
-        float(rises.mean()),
-        stderr=float(rises.std()) / math.sqrt(num_draws),
+        float(increases.mean()),
+        stderr=float(increases.std()) / math.sqrt(num_draws),
         error_source=ErrorSource.PROBES,
         num_samples=num_draws,
         dof=num_draws - 1,
     )
-
-
-def _refuse_bad_arguments(sigma: float, num_draws: int) -> None:
-    if not 0 < sigma < math.inf:
-        raise UsageError(
-            f"sigma needs to be a positive and finite standard deviation, got {sigma}."
-        )
-    if num_draws < 2:
-        raise UsageError(
-            f"num_draws needs to be at least 2 for an error estimate, got {num_draws}."
-        )

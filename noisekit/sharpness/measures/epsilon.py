@@ -1,9 +1,9 @@
-"""Keskar's epsilon-sharpness: the largest relative rise of the loss in a small box."""
+"""Keskar's epsilon-sharpness: the largest relative increase of the loss in a box."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +15,50 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import Count, Hint, Positive, PositiveInt
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import batch_parts, data_stderr_at
-from noisekit.sharpness.search.boxes import Box, FullSpace, RandomSubspace
-from noisekit.sharpness.search.first_order import first_order_share, reading, remarks
-from noisekit.sharpness.search.vertices import SearchMethod, SearchPlan, Summit, summit
+from noisekit.sharpness.measurement import (
+    Detail,
+    Measure,
+    Measurement,
+    MeasurementContext,
+    remarks,
+)
+from noisekit.sharpness.search.box_search import SearchMethod, search_box
+from noisekit.sharpness.search.highest_point import (
+    HighestPoint,
+    first_order_share,
+    status_and_note,
+)
+from noisekit.sharpness.search.regions import Box, keskar_box
+from noisekit.sharpness.search.subspace import RandomSubspace
+
+_LINE_SEARCH = 21
+"""Most evaluations of one iteration of L-BFGS-B: SciPy's ``maxls``, and the point."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EpsilonSharpness:
+class EpsilonSharpnessResult:
     """Epsilon-sharpness at one point, with what is needed to read it.
 
     Attributes:
-        estimate: Sharpness [%]: the largest rise that the search visited, so a lower
+        estimate: Sharpness [%]: the largest relative increase visited, so a lower
             bound of the maximum.
         data_stderr: Error over the batches to first order [%], the displacement taken
             as found; ``None`` where there is one batch.
         loss: Loss at the point itself.
         epsilon: Size of the box.
-        plan: How the box was searched.
         subspace_dim: Number of random columns, ``None`` in full space.
+        max_iter: Iterations of each search.
+        method: How the box was searched.
+        restarts: Further searches.
+        extra_iterations: Iterations beyond those.
+        check: Whether it was searched by L-BFGS-B as well.
         column_scaling: Distribution of the columns' entries, ``None`` in full space.
         seed: Seed of the generator that made columns and random starts.
-        first_order_share: Part of the rise that the gradient alone gives when the
-            loss is taken as linear, at most 1; NaN where the loss did not rise.
+        first_order_share: Part of the increase that the gradient alone gives when the
+            loss is taken as linear, at most 1; NaN where the loss did not increase.
         grad_norm: Norm of the gradient at the point [loss/param].
         displacement_norm: Euclidean length of the best displacement found [param].
         shortfall: How much more [%] was found by ``extra_iterations``, if asked for.
@@ -50,8 +70,12 @@ class EpsilonSharpness:
     data_stderr: float | None
     loss: float
     epsilon: float
-    plan: SearchPlan
     subspace_dim: int | None
+    max_iter: int
+    method: SearchMethod
+    restarts: int
+    extra_iterations: int
+    check: bool
     column_scaling: str | None
     seed: int
     first_order_share: float
@@ -65,11 +89,6 @@ class EpsilonSharpness:
     def value(self) -> float:
         """Sharpness [%]."""
         return self.estimate.value
-
-    @property
-    def method(self) -> SearchMethod:
-        """How the box was searched."""
-        return self.plan.method
 
     @property
     def num_grads(self) -> int:
@@ -91,23 +110,163 @@ class EpsilonSharpness:
         return self.estimate.value
 
 
+@dataclass(frozen=True, kw_only=True)
+class EpsilonSharpness(Measure):
+    """Settings of :func:`epsilon_sharpness`.
+
+    Attributes:
+        epsilon: Size of the box.
+        subspace_dim: Number of random columns; ``None`` searches the full space.
+        max_iter: Iterations.
+        method: ``"vertex"`` or ``"lbfgsb"``.
+        restarts: Further searches, each from a random corner.
+        extra_iterations: Iterations beyond ``max_iter``, to report the shortfall.
+        check: Search by L-BFGS-B as well.
+    """
+
+    name = "epsilon_sharpness"
+    description = (
+        "epsilon-sharpness, the largest relative increase of the loss in a box, "
+        "searched from corner to corner (a lower bound)"
+    )
+    sources = ("keskar2017large",)
+    in_variant = ("epsilon", "subspace_dim")
+
+    epsilon: Annotated[Positive, Hint(advice="the paper uses 1e-3 and 5e-4")] = 1e-3
+    subspace_dim: PositiveInt | None = None
+    max_iter: Annotated[PositiveInt, Hint(advice="the paper uses 10")] = 10
+    method: SearchMethod = "vertex"
+    restarts: Count = 0
+    extra_iterations: Count = 0
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings, and that a check compares with something else."""
+        super().__post_init__()
+        if self.check and self.method == "lbfgsb":
+            raise UsageError(
+                "check compares the vertex search with L-BFGS-B and needs "
+                "method='vertex', got method='lbfgsb'; leave check out."
+            )
+
+    def cost(self) -> int:
+        """Return a gradient per iteration of each search, and two losses."""
+        searches = self.restarts + 1
+        each = self.max_iter + self.extra_iterations + 1
+        by_lbfgsb = searches * _LINE_SEARCH * each
+        by_vertex = searches * each
+        own = by_vertex if self.method == "vertex" else by_lbfgsb
+        return 2 + own + (by_lbfgsb if self.check else 0)
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield epsilon-sharpness, and its first-order share."""
+        stream = context.stream("epsilon", f"{self.epsilon:g}", str(self.subspace_dim))
+        found = self.result(context.risk, stream)
+        detail: Detail = {
+            "epsilon": self.epsilon,
+            "subspace_dim": self.subspace_dim,
+            "column_scaling": found.column_scaling,
+            "method": self.method,
+            "loss": found.loss,
+            "grad_norm": found.grad_norm,
+            "displacement_norm": found.displacement_norm,
+            "first_order_share": found.first_order_share,
+            "note": found.detail,
+        }
+        yield self.measured(
+            found.estimate, detail=detail, data_stderr=found.data_stderr
+        )
+        share = Estimate(found.first_order_share, status=found.estimate.status)
+        yield Measurement("first_order_share", share, self.variant)
+
+    def result(
+        self, risk: EmpiricalRisk, generator: torch.Generator
+    ) -> EpsilonSharpnessResult:
+        """Search the box of a risk, with what is needed to read the result.
+
+        Raises:
+            UsageError: If the loss is not above -1, or there are fewer parameters than
+                random columns.
+        """
+        # Half precision cannot hold a change of one part in a thousand.
+        risk = risk.in_precision(torch.float32)
+        origin = risk.vector()
+        box = self._box(origin, generator)
+        with risk.evaluating():
+            start = risk.value_and_grad()
+            _check_loss(start[0])
+
+            def highest(method: SearchMethod, extra_iterations: int) -> HighestPoint:
+                return search_box(
+                    risk,
+                    box,
+                    origin=origin,
+                    start=start,
+                    method=method,
+                    max_iter=self.max_iter,
+                    restarts=self.restarts,
+                    extra_iterations=extra_iterations,
+                    generator=generator,
+                )
+
+            found = highest(self.method, self.extra_iterations)
+            checked = highest("lbfgsb", 0) if self.check else None
+            error = _data_stderr(risk, start[0], found, origin, box)
+        loss, grad = start
+        percent = 100 / (1 + loss)
+        share = first_order_share(
+            box.linear_increase(box.gradient(grad)), found.increase
+        )
+        status, note = status_and_note(loss, found.increase, "box", share=share)
+        num_grads = 1 + found.num_grads + (checked.num_grads if checked else 0)
+        return EpsilonSharpnessResult(
+            estimate=Estimate(
+                percent * found.increase,
+                side="lower",
+                status=status,
+                num_grads=num_grads,
+            ),
+            data_stderr=error,
+            loss=loss,
+            column_scaling=None if self.subspace_dim is None else "standard normal",
+            seed=generator.initial_seed(),
+            first_order_share=share,
+            grad_norm=float(grad.double().norm()),
+            displacement_norm=float(
+                box.displacement(found.coordinates).double().norm()
+            ),
+            shortfall=percent * found.shortfall if self.extra_iterations else None,
+            check_value=percent * checked.increase if checked else None,
+            detail=note,
+            **vars(self),
+        )
+
+    def _box(self, origin: Tensor, generator: torch.Generator) -> Box:
+        if self.subspace_dim is None:
+            return keskar_box(origin, self.epsilon)
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        return RandomSubspace(
+            origin, self.epsilon, num_dims=self.subspace_dim, seed=int(seed)
+        )
+
+
 def epsilon_sharpness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    epsilon: float = 1e-3,
-    subspace_dim: int | None = None,
-    max_iter: int = 10,
-    method: SearchMethod = "vertex",
-    restarts: int = 0,
-    extra_iterations: int = 0,
-    check: bool = False,
+    epsilon: float = EpsilonSharpness.epsilon,
+    subspace_dim: int | None = EpsilonSharpness.subspace_dim,
+    max_iter: int = EpsilonSharpness.max_iter,
+    method: SearchMethod = EpsilonSharpness.method,
+    restarts: int = EpsilonSharpness.restarts,
+    extra_iterations: int = EpsilonSharpness.extra_iterations,
+    check: bool = EpsilonSharpness.check,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
-) -> EpsilonSharpness:
+) -> EpsilonSharpnessResult:
     r"""Return Keskar's epsilon-sharpness of a model on the batches given.
 
     With weights ``x``, loss ``f`` and a matrix ``A`` (identity or random columns),
@@ -149,124 +308,35 @@ def epsilon_sharpness(
         Keskar et al. 2017, arXiv:1609.04836, metric 2.1 and section 2.2.2.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    plan = SearchPlan(
-        method=method,
+    measure = EpsilonSharpness(
+        epsilon=epsilon,
+        subspace_dim=subspace_dim,
         max_iter=max_iter,
+        method=method,
         restarts=restarts,
         extra_iterations=extra_iterations,
+        check=check,
     )
-    _refuse_bad_arguments(epsilon, method, check)
-    generator = entropy_generator(generator)
-    # Half precision cannot hold a change of one part in a thousand.
-    risk = risk.in_precision(torch.float32)
-    origin = risk.vector()
-    box = _box(origin, epsilon, subspace_dim, generator)
-    with risk.evaluating():
-        start = risk.value_and_grad()
-        _refuse_low_loss(start[0])
-        search = partial(
-            summit, risk, box, origin=origin, start=start, generator=generator
-        )
-        found = search(plan=plan)
-        other = replace(plan, method="lbfgsb", extra_iterations=0)
-        checked = search(plan=other) if check else None
-        error = _data_stderr(risk, start[0], found, origin, box)
-    return _result(
-        box,
-        start,
-        found,
-        checked,
-        error=error,
-        epsilon=epsilon,
-        plan=plan,
-        subspace_dim=subspace_dim,
-        seed=generator.initial_seed(),
-    )
-
-
-def _result(
-    box: Box,
-    start: tuple[float, Tensor],
-    found: Summit,
-    checked: Summit | None,
-    *,
-    error: float | None,
-    epsilon: float,
-    plan: SearchPlan,
-    subspace_dim: int | None,
-    seed: int,
-) -> EpsilonSharpness:
-    """Put together what the search found with what the gradient alone gives."""
-    loss, grad = start
-    percent = 100 / (1 + loss)
-    linear = (box.gradient(grad).double().abs() * box.radius.double()).sum()
-    share = first_order_share(float(linear), found.rise)
-    status, detail = reading(loss, found.rise, "box", share=share)
-    return EpsilonSharpness(
-        estimate=Estimate(
-            percent * found.rise,
-            side="lower",
-            status=status,
-            num_grads=1 + found.num_grads + (checked.num_grads if checked else 0),
-        ),
-        data_stderr=error,
-        loss=loss,
-        epsilon=epsilon,
-        plan=plan,
-        subspace_dim=subspace_dim,
-        column_scaling=None if subspace_dim is None else "standard normal",
-        seed=seed,
-        first_order_share=share,
-        grad_norm=float(grad.double().norm()),
-        displacement_norm=float(box.displacement(found.coordinates).double().norm()),
-        shortfall=percent * found.shortfall if plan.extra_iterations else None,
-        check_value=percent * checked.rise if checked else None,
-        detail=detail,
-    )
+    return measure.result(risk, entropy_generator(generator))
 
 
 def _data_stderr(
-    risk: EmpiricalRisk, loss: float, found: Summit, origin: Tensor, box: Box
+    risk: EmpiricalRisk, loss: float, found: HighestPoint, origin: Tensor, box: Box
 ) -> float | None:
     """Error of the sharpness over batches, as a ratio of two of their means."""
-    if not math.isfinite(loss) or not math.isfinite(found.rise):
+    if not math.isfinite(loss) or not math.isfinite(found.increase):
         return None
     percent = 100 / (1 + loss)
 
     def parts(data: EmpiricalRisk) -> Tensor:
         before = batch_parts(data)
         after = batch_parts(data, origin + box.displacement(found.coordinates))
-        return percent * (after - before - found.rise / (1 + loss) * before)
+        return percent * (after - before - found.increase / (1 + loss) * before)
 
     return data_stderr_at(risk, parts)
 
 
-def _box(
-    origin: Tensor,
-    epsilon: float,
-    subspace_dim: int | None,
-    generator: torch.Generator,
-) -> Box:
-    if subspace_dim is None:
-        return FullSpace(origin, epsilon)
-    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-    return RandomSubspace(origin, epsilon, num_dims=subspace_dim, seed=int(seed))
-
-
-def _refuse_bad_arguments(epsilon: float, method: SearchMethod, check: bool) -> None:
-    if not 0 < epsilon < math.inf:
-        raise UsageError(
-            f"epsilon needs to be positive and finite, got {epsilon}; the paper uses "
-            "1e-3 and 5e-4."
-        )
-    if check and method == "lbfgsb":
-        raise UsageError(
-            "check compares the vertex search with L-BFGS-B and needs "
-            "method='vertex', got method='lbfgsb'; leave check out."
-        )
-
-
-def _refuse_low_loss(loss: float) -> None:
+def _check_loss(loss: float) -> None:
     if loss <= -1:
         raise UsageError(
             "epsilon-sharpness divides by 1 + loss and needs a loss above -1, got "

@@ -1,8 +1,7 @@
 """The Fisher-Rao norm, which no rescaling of a ReLU network changes."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import get_args
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,64 @@ from noisekit.curvature.operators.likelihoods import (
     target_weights,
 )
 from noisekit.sharpness.data_error import gathered, mean_over_batches
+from noisekit.sharpness.measurement import Measure, Measurement, MeasurementContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherRaoNorm(Measure):
+    """Settings of :func:`fisher_rao_norm`.
+
+    Attributes:
+        likelihood: ``"categorical"`` or ``"gaussian"``; by default that of the loss.
+    """
+
+    name = "fisher_rao_norm"
+    description = (
+        "the squared Fisher-Rao norm from directional derivatives of the outputs, "
+        "exact on the data"
+    )
+    needs = "a cross-entropy or squared-error loss"
+    sources = ("liang2019fisher",)
+
+    likelihood: Likelihood | None = None
+
+    def cost(self) -> int:
+        """Return the two reverse passes that make a forward one, and the outputs."""
+        return 3
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield the squared Fisher-Rao norm."""
+        risk = context.risk
+        chosen = self.likelihood or likelihood_of(risk.loss_fn)
+        if chosen is None:
+            raise UsageError(
+                "the Fisher-Rao norm needs a likelihood, 'categorical' or 'gaussian', "
+                f"got {chosen!r} of {type(risk.loss_fn).__name__}; set likelihood=."
+            )
+        risk = risk.in_precision(torch.float32)
+        sums, counts = [], []
+        with risk.evaluating():
+            for outputs, along, batch in _derivatives(risk):
+                check_outputs(outputs, chosen)
+                if chosen == "categorical":
+                    weights = target_weights(outputs, batch, risk.normaliser).double()
+                    terms = weights * _class_variances(outputs, along)
+                else:
+                    terms = along.double().square()
+                    share = normaliser_value(batch, risk.normaliser) / len(outputs)
+                    weights = terms.new_full((len(outputs),), share)
+                sums.append(terms.reshape(len(outputs), -1).sum(1))
+                counts.append(weights.reshape(len(outputs), -1).sum(1))
+        total, count = (
+            gathered(torch.cat(sums), risk),
+            gathered(torch.cat(counts), risk),
+        )
+        yield self.measured(
+            replace(
+                mean_over_batches(total / count.sum(), count / count.sum()),
+                num_grads=3 * risk.num_batches,
+            )
+        )
 
 
 def fisher_rao_norm(
@@ -28,7 +85,7 @@ def fisher_rao_norm(
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    likelihood: Likelihood | None = None,
+    likelihood: Likelihood | None = FisherRaoNorm.likelihood,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
@@ -62,31 +119,7 @@ def fisher_rao_norm(
         Liang et al. 2019, arXiv:1711.01530.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    chosen = likelihood or likelihood_of(risk.loss_fn)
-    if chosen is None or chosen not in get_args(Likelihood):
-        raise UsageError(
-            "the Fisher-Rao norm needs a likelihood, 'categorical' or 'gaussian', got "
-            f"{chosen!r} of {type(risk.loss_fn).__name__}; set likelihood=."
-        )
-    risk = risk.in_precision(torch.float32)
-    sums, counts = [], []
-    with risk.evaluating():
-        for outputs, along, batch in _derivatives(risk):
-            check_outputs(outputs, chosen)
-            if chosen == "categorical":
-                weights = target_weights(outputs, batch, risk.normaliser).double()
-                terms = weights * _class_variances(outputs, along)
-            else:
-                terms = along.double().square()
-                share = normaliser_value(batch, risk.normaliser) / len(outputs)
-                weights = terms.new_full((len(outputs),), share)
-            sums.append(terms.reshape(len(outputs), -1).sum(1))
-            counts.append(weights.reshape(len(outputs), -1).sum(1))
-    total, count = gathered(torch.cat(sums), risk), gathered(torch.cat(counts), risk)
-    return replace(
-        mean_over_batches(total / count.sum(), count / count.sum()),
-        num_grads=3 * risk.num_batches,
-    )
+    return FisherRaoNorm(likelihood=likelihood).estimate(risk)
 
 
 def _derivatives(risk: EmpiricalRisk) -> Iterator[tuple[Tensor, Tensor, Batch]]:

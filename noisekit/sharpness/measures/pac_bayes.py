@@ -1,42 +1,62 @@
-"""PAC-Bayes flatness: how much noise, or how bad a displacement, a network stands."""
+"""PAC-Bayes: the largest noise or displacement of weights that a network tolerates."""
 
 import math
-from collections.abc import Callable, Iterable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Annotated
 
 import torch
 from torch import nn
 
 from noisekit.core.batches import Batch
-from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import ErrorSource, Estimate, LogRatio, Status
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import (
+    Count,
+    Fraction,
+    Hint,
+    NumSamples,
+    Positive,
+    PositiveInt,
+)
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import WithDataError, data_stderr
 from noisekit.sharpness.jackknife import jackknife
-from noisekit.sharpness.measures.pac_bayes_trial import Criterion, RiseTrial
-from noisekit.sharpness.search.ascent import AscentPlan
-from noisekit.sharpness.search.bracket import Bracket, bracketed
-from noisekit.sharpness.search.first_order import remarks
+from noisekit.sharpness.logits import NEEDS_CLASSES
+from noisekit.sharpness.measurement import (
+    Detail,
+    Measure,
+    Measurement,
+    MeasurementContext,
+    remarks,
+)
+from noisekit.sharpness.search.bracket import Bracket, bracketed, most_trials
+from noisekit.sharpness.search.criterion import Criterion, CriterionIncrease
 
 _SLOPE_FACTOR = 1.25
-"""How far on either side the slope of the rise is taken."""
+"""How far on either side the slope of the increase is taken."""
+
+_ERROR_TRIALS = 5
+"""Sizes, or passes over the batches, that the errors take beside the bracket."""
+
+_USUAL_TRIALS = 16
+"""Sizes that are tried for small trained networks, about."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PacBayesFlatness:
-    """One over the squared size of what a network stands; larger means sharper.
+class PacBayesResult:
+    """One over the squared size that a network tolerates; larger means sharper.
 
     Attributes:
         estimate: ``1 / radius²`` [1/param²; 1 where magnitude-aware].
         data_stderr: Its error over the batches to first order, noise or displacement
             taken as it was; ``None`` where there is one batch.
-        radius: The largest size found that keeps the rise within the target.
-        target: The rise that is allowed.
+        radius: The largest size found that keeps the increase within the target.
+        target: The increase that is allowed.
         criterion: Of what: the share of misclassified examples, or the loss.
         magnitude_aware: Whether sizes are in proportion to each weight.
         start: Error or loss at the weights themselves.
@@ -76,35 +96,216 @@ class PacBayesFlatness:
         return self.estimate.value
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tolerated(Measure):
+    """What both forms have in common: a largest size within a target, by bisection.
+
+    Attributes:
+        target: The increase that is allowed.
+        criterion: Of what: the share of misclassified examples, or the loss.
+        magnitude_aware: Whether sizes are in proportion to each weight.
+        tol: Relative width of the last bracket of the size.
+    """
+
+    needs = NEEDS_CLASSES
+    sources = ("jiang2020fantastic",)
+
+    target: Annotated[Positive, Hint(advice="0.1 is usual")] = 0.1
+    criterion: Criterion = "error"
+    magnitude_aware: bool = False
+    tol: Fraction = 0.01
+
+    @property
+    def variant(self) -> str:
+        """Whether sizes are in proportion to each weight."""
+        return "magnitude_aware" if self.magnitude_aware else ""
+
+    @abstractmethod
+    def result(self, risk: EmpiricalRisk, generator: torch.Generator) -> PacBayesResult:
+        """Find the size for a risk, with what is needed to read the result."""
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield one over the squared size."""
+        generator = context.stream(self.name, str(self.magnitude_aware))
+        found = self.result(context.risk, generator)
+        detail: Detail = {
+            "radius": found.radius,
+            "target": self.target,
+            "criterion": self.criterion,
+            "start": found.start,
+            "num_evaluations": found.num_evaluations,
+            "note": found.detail,
+        }
+        yield self.measured(
+            found.estimate, detail=detail, data_stderr=found.data_stderr
+        )
+
+    def _result(
+        self,
+        found: Bracket,
+        trial: CriterionIncrease,
+        estimate: Estimate,
+        stderr: float | None,
+    ) -> PacBayesResult:
+        return PacBayesResult(
+            estimate=replace(estimate, num_grads=trial.num_grads),
+            data_stderr=stderr,
+            radius=found.middle,
+            target=self.target,
+            criterion=self.criterion,
+            magnitude_aware=self.magnitude_aware,
+            start=trial.start,
+            seed=trial.seed,
+            num_evaluations=trial.num_evaluations,
+            detail=found.detail,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PacBayesFlatness(_Tolerated):
+    """Settings of :func:`pac_bayes_flatness`.
+
+    Attributes:
+        target: The increase that is allowed.
+        criterion: Of what: the share of misclassified examples, or the loss.
+        magnitude_aware: Whether noise is in proportion to each weight.
+        tol: Relative width of the last bracket of the noise's size.
+        num_draws: Draws of the noise.
+    """
+
+    name = "pac_bayes_flatness"
+    description = (
+        "PAC-Bayes flatness, one over the largest variance of weight noise that keeps "
+        "the error within its target, by bisection"
+    )
+
+    num_draws: NumSamples = 16
+
+    def cost(self) -> int:
+        """Return a third of a gradient for each draw at each size tried."""
+        return math.ceil((most_trials(self.tol) + _ERROR_TRIALS) * self.num_draws / 3)
+
+    def typical_cost(self) -> int:
+        """Return the same for the usual number of sizes."""
+        return math.ceil(_USUAL_TRIALS * self.num_draws / 3)
+
+    def result(self, risk: EmpiricalRisk, generator: torch.Generator) -> PacBayesResult:
+        """Find the largest noise for a risk, with what is needed to read the result."""
+        risk = risk.in_precision(torch.float32)
+        with risk.evaluating():
+            trial = CriterionIncrease(
+                risk, self.criterion, self.magnitude_aware, generator
+            )
+
+            def increase(sigma: float) -> float:
+                return float(trial.under_noise(sigma, self.num_draws).mean())
+
+            found = bracketed(increase, self.target, tol=self.tol)
+            estimate, error = _crossing(found), None
+            if found.resolved:
+                estimate = replace(
+                    estimate,
+                    error_source=ErrorSource.PROBES,
+                    num_samples=self.num_draws,
+                )
+                estimate, error = _with_noise_error(estimate, trial, self.num_draws)
+        return self._result(found, trial, estimate, error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PacBayesSharpness(_Tolerated):
+    """Settings of :func:`pac_bayes_sharpness`.
+
+    Attributes:
+        target: The increase that is allowed.
+        criterion: Of what: the share of misclassified examples, or the loss.
+        magnitude_aware: Whether displacements are in proportion to each weight.
+        tol: Relative width of the last bracket of the displacement's size.
+        steps: Steps of each ascent.
+        restarts: Further ascents, each from a random corner.
+    """
+
+    name = "pac_bayes_sharpness"
+    description = (
+        "one over the square of the largest displacement that keeps the error within "
+        "its target, by ascent and bisection (a lower bound)"
+    )
+
+    steps: PositiveInt = 10
+    restarts: Count = 0
+
+    def cost(self) -> int:
+        """Return the gradients of the ascents at each size tried."""
+        each = (self.restarts + 1) * (self.steps + 1) + 1
+        return 1 + (most_trials(self.tol) + _ERROR_TRIALS) * each
+
+    def typical_cost(self) -> int:
+        """Return the same for the usual number of sizes."""
+        return 1 + _USUAL_TRIALS * (self.restarts + 1) * (self.steps + 1)
+
+    def result(self, risk: EmpiricalRisk, generator: torch.Generator) -> PacBayesResult:
+        """Find the largest displacement for a risk."""
+        risk = risk.in_precision(torch.float32)
+        with risk.evaluating():
+            trial = CriterionIncrease(
+                risk, self.criterion, self.magnitude_aware, generator
+            )
+            found = bracketed(
+                lambda alpha: self._increase(trial, alpha), self.target, tol=self.tol
+            )
+            estimate, error = _crossing(found), None
+            if found.resolved:
+                estimate = replace(
+                    estimate, error_source=ErrorSource.SOLVER, side="lower"
+                )
+                error = self._data_stderr(trial, found.middle)
+        return self._result(found, trial, estimate, error)
+
+    def _increase(self, trial: CriterionIncrease, alpha: float) -> float:
+        return trial.under_ascent(alpha, steps=self.steps, restarts=self.restarts)
+
+    def _data_stderr(self, trial: CriterionIncrease, alpha: float) -> float | None:
+        """Error of ``1/alpha²`` over batches, the displacement taken as found."""
+        shares = trial.shares()
+        if shares is None or len(shares) < 2:
+            return None
+        point = trial.highest_point(alpha, steps=self.steps, restarts=self.restarts)
+        if point is None:
+            return None
+        increases = trial.parts_at(point) - trial.parts_at(None)
+        factor = _error_factor(alpha, lambda size: self._increase(trial, size))
+        return _times(data_stderr(increases, shares), factor)
+
+
 def pac_bayes_flatness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    target: float = 0.1,
-    criterion: Criterion = "error",
-    magnitude_aware: bool = False,
-    num_draws: int = 16,
-    tol: float = 0.01,
+    target: float = PacBayesFlatness.target,
+    criterion: Criterion = PacBayesFlatness.criterion,
+    magnitude_aware: bool = PacBayesFlatness.magnitude_aware,
+    num_draws: int = PacBayesFlatness.num_draws,
+    tol: float = PacBayesFlatness.tol,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
-) -> PacBayesFlatness:
-    r"""Return one over the largest variance of weight noise that a network stands.
+) -> PacBayesResult:
+    r"""Return one over the largest variance of weight noise that a network tolerates.
 
     .. math:: 1/\sigma^2, \quad \sigma = \max\{\sigma :
               \mathbb{E}_{u}\, \mathrm{err}(w + u) \le \mathrm{err}(w) + \tau\}
 
     with ``u ~ N(0, sigma²)`` or, magnitude-aware, ``u_i ~ N(0, sigma² w_i² + 1e-6)``.
-    The size is found by bisection on the same draws throughout, so that the rise is a
-    function of it; it is bracketed first.
+    The size is found by bisection on the same draws throughout, so that the increase is
+    a function of it; it is bracketed first.
 
     ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
     :func:`~noisekit.core.risk.as_risk`.
 
     Args:
-        target: The rise that is allowed.
+        target: The increase that is allowed.
         criterion: ``"error"``, the share of misclassified examples, or ``"loss"``.
         magnitude_aware: Whether noise is in proportion to each weight.
         num_draws: Draws of the noise.
@@ -112,8 +313,8 @@ def pac_bayes_flatness(
         generator: Source of the noise; by default a fresh one.
 
     Returns:
-        ``1/sigma²`` with its standard error over draws, by the slope of the rise, and
-        half the width of the last bracket as ``bound``; NaN with
+        ``1/sigma²`` with its standard error over draws, by the slope of the increase,
+        and half the width of the last bracket as ``bound``; NaN with
         ``Status.NOT_RESOLVED`` where no size reaches the target, or none is below it.
 
     Raises:
@@ -123,27 +324,14 @@ def pac_bayes_flatness(
         Jiang et al. 2020, arXiv:1912.02178, appendix.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    _refuse_bad_arguments(target, tol, criterion)
-    if num_draws < 2:
-        raise UsageError(
-            f"num_draws needs to be at least 2 for an error estimate, got {num_draws}."
-        )
-    drawn = entropy_generator(generator)
-    risk = risk.in_precision(torch.float32)
-    with risk.evaluating():
-        trial = RiseTrial(risk, criterion, magnitude_aware, drawn)
-
-        def rise(sigma: float) -> float:
-            return float(trial.rises_under_noise(sigma, num_draws).mean())
-
-        found = bracketed(rise, target, tol=tol)
-        estimate, error = _crossing(found), None
-        if found.resolved:
-            estimate = replace(
-                estimate, error_source=ErrorSource.PROBES, num_samples=num_draws
-            )
-            estimate, error = _with_noise_error(estimate, trial, num_draws)
-    return _result(found, trial, estimate, target=target, data_stderr=error)
+    measure = PacBayesFlatness(
+        target=target,
+        criterion=criterion,
+        magnitude_aware=magnitude_aware,
+        num_draws=num_draws,
+        tol=tol,
+    )
+    return measure.result(risk, entropy_generator(generator))
 
 
 def pac_bayes_sharpness(
@@ -151,18 +339,18 @@ def pac_bayes_sharpness(
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    target: float = 0.1,
-    criterion: Criterion = "error",
-    magnitude_aware: bool = False,
-    steps: int = 10,
-    restarts: int = 0,
-    tol: float = 0.01,
+    target: float = PacBayesSharpness.target,
+    criterion: Criterion = PacBayesSharpness.criterion,
+    magnitude_aware: bool = PacBayesSharpness.magnitude_aware,
+    steps: int = PacBayesSharpness.steps,
+    restarts: int = PacBayesSharpness.restarts,
+    tol: float = PacBayesSharpness.tol,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
-) -> PacBayesFlatness:
-    r"""Return one over the square of the largest displacement that a network stands.
+) -> PacBayesResult:
+    r"""Return one over the square of the largest displacement that a network tolerates.
 
     .. math:: 1/\alpha^2, \quad \alpha = \max\{\alpha : \max_{|u_i| \le \alpha}
               \mathrm{err}(w + u) \le \mathrm{err}(w) + \tau\}
@@ -175,7 +363,7 @@ def pac_bayes_sharpness(
     :func:`~noisekit.core.risk.as_risk`.
 
     Args:
-        target: The rise that is allowed.
+        target: The increase that is allowed.
         criterion: ``"error"``, the share of misclassified examples, or ``"loss"``.
         magnitude_aware: Whether displacements are in proportion to each weight.
         steps: Steps of each ascent.
@@ -195,37 +383,32 @@ def pac_bayes_sharpness(
         Jiang et al. 2020, arXiv:1912.02178, appendix.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    _refuse_bad_arguments(target, tol, criterion)
-    plan = AscentPlan(steps=steps, restarts=restarts)
-    drawn = entropy_generator(generator)
-    risk = risk.in_precision(torch.float32)
-    with risk.evaluating():
-        trial = RiseTrial(risk, criterion, magnitude_aware, drawn)
-        found = bracketed(
-            lambda alpha: trial.rise_at_peak(alpha, plan), target, tol=tol
-        )
-        estimate, error = _crossing(found), None
-        if found.resolved:
-            estimate = replace(estimate, error_source=ErrorSource.SOLVER, side="lower")
-            error = _ascent_data_error(found.middle, trial, plan)
-    return _result(found, trial, estimate, target=target, data_stderr=error)
+    measure = PacBayesSharpness(
+        target=target,
+        criterion=criterion,
+        magnitude_aware=magnitude_aware,
+        steps=steps,
+        restarts=restarts,
+        tol=tol,
+    )
+    return measure.result(risk, entropy_generator(generator))
 
 
 def _with_noise_error(
-    estimate: Estimate, trial: RiseTrial, num_draws: int
+    estimate: Estimate, trial: CriterionIncrease, num_draws: int
 ) -> WithDataError:
-    """Errors of ``1/sigma²``: those of the rise over its slope in log sigma.
+    """Errors of ``1/sigma²``: those of the increase over its slope in log sigma.
 
-    Few draws of a rise that one direction dominates are skewed, and less so on the
+    Few draws of an increase that one direction dominates are skewed, and less so on the
     log scale.
     """
     sigma = estimate.value**-0.5
     parts = trial.parts_under_noise(sigma, num_draws)
-    rises = parts.sum(1)
-    mean = float(rises.mean())
-    left_out = (rises.sum() - rises) / (num_draws - 1)
+    increases = parts.sum(1)
+    mean = float(increases.mean())
+    left_out = (increases.sum() - increases) / (num_draws - 1)
     factor = _error_factor(
-        sigma, lambda size: float(trial.rises_under_noise(size, num_draws).mean())
+        sigma, lambda size: float(trial.under_noise(size, num_draws).mean())
     )
     over_data = _times(data_stderr(parts.mean(0), trial.shares()), factor)
     plain = jackknife(mean, left_out)
@@ -241,26 +424,14 @@ def _with_noise_error(
     return replace(estimate, stderr=stderr, dof=logs.dof, ratio=ratio), over_data
 
 
-def _ascent_data_error(size: float, trial: RiseTrial, plan: AscentPlan) -> float | None:
-    """Error of ``1/alpha²`` over batches, the displacement taken as found."""
-    shares = trial.shares()
-    if shares is None or len(shares) < 2:
-        return None
-    peak = trial.peak(size, plan)
-    if peak is None:
-        return None
-    rises = trial.parts_at(peak) - trial.parts_at(None)
-    factor = _error_factor(size, lambda alpha: trial.rise_at_peak(alpha, plan))
-    return _times(data_stderr(rises, shares), factor)
+def _error_factor(size: float, increase: Callable[[float], float]) -> float:
+    """Error of one over the squared size for an error 1 of the increase at that size.
 
-
-def _error_factor(size: float, rise: Callable[[float], float]) -> float:
-    """Error of one over the squared size for an error 1 of the rise at that size.
-
-    The rise is taken as a power of the size where it is positive on both sides, which
-    is exact at a minimiser.
+    The increase is taken as a power of the size where it is positive on both sides,
+    which is exact at a minimiser.
     """
-    above, below = rise(size * _SLOPE_FACTOR), rise(size / _SLOPE_FACTOR)
+    above = increase(size * _SLOPE_FACTOR)
+    below = increase(size / _SLOPE_FACTOR)
     if below > 0 and 0 < above < math.inf:
         change = math.sqrt(above * below) * math.log(above / below)
     else:
@@ -281,34 +452,3 @@ def _crossing(found: Bracket) -> Estimate:
         return Estimate(math.nan, status=Status.NOT_RESOLVED)
     bound = (1 / found.low**2 - 1 / found.high**2) / 2
     return Estimate(1 / found.middle**2, bound=bound)
-
-
-def _result(
-    found: Bracket,
-    trial: RiseTrial,
-    estimate: Estimate,
-    *,
-    target: float,
-    data_stderr: float | None,
-) -> PacBayesFlatness:
-    return PacBayesFlatness(
-        estimate=replace(estimate, num_grads=trial.num_grads),
-        data_stderr=data_stderr,
-        radius=found.middle,
-        target=target,
-        criterion=trial.criterion,
-        magnitude_aware=trial.magnitude_aware,
-        start=trial.start,
-        seed=trial.seed,
-        num_evaluations=trial.num_evaluations,
-        detail=found.detail,
-    )
-
-
-def _refuse_bad_arguments(target: float, tol: float, criterion: str) -> None:
-    if not target > 0:
-        raise UsageError(f"target needs to be positive, got {target}; 0.1 is usual.")
-    if not 0 < tol < 1:
-        raise UsageError(f"tol needs to be between 0 and 1, got {tol}.")
-    if criterion not in get_args(Criterion):
-        raise UsageError(f"criterion needs to be 'error' or 'loss', got {criterion!r}.")

@@ -1,6 +1,7 @@
 """Relative flatness: curvature of a layer's rows, weighted by their inner products."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -13,6 +14,7 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import NumSamples
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.quadratic_forms import mean_estimate
 from noisekit.curvature.random_vectors import entropy_generator, sign_vector
@@ -20,9 +22,79 @@ from noisekit.sharpness.data_error import (
     WithDataError,
     batch_shares,
     data_stderr,
+    mean_weights,
     over_data,
+    product_parts,
 )
-from noisekit.sharpness.measures.spectral_sums import mean_weights, parts_of_notes
+from noisekit.sharpness.measurement import Measure, Measurement, MeasurementContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeFlatness(Measure):
+    """Settings of :func:`relative_flatness`.
+
+    Attributes:
+        num_matvecs: Random probes, one Hessian product each.
+    """
+
+    name = "relative_flatness"
+    description = "relative flatness of each weight matrix by random signs"
+    needs = "weight matrices and second derivatives"
+    sources = ("petzka2021relative",)
+
+    num_matvecs: NumSamples = 32
+
+    def cost(self) -> int:
+        """Return the cost of the products, which all layers share."""
+        return 2 * self.num_matvecs
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield the relative flatness of each weight matrix."""
+        layers = self.layers(context.hessian, context.stream("relative_flatness"))
+        for i, (name, (found, error)) in enumerate(layers.items()):
+            if i:
+                found = replace(found, num_matvecs=0)  # the same products serve all
+            yield Measurement(self.name, found, f"layer={name}", data_stderr=error)
+
+    def layers(
+        self, hessian: HessianOperator, generator: torch.Generator
+    ) -> dict[str, WithDataError]:
+        """Return each matrix's value; the error over batches takes no more products.
+
+        Raises:
+            UsageError: If there is no weight matrix.
+        """
+        layout = hessian.risk.layout
+        weights = zip(layout.names, layout.split(hessian.risk.vector()), strict=True)
+        matrices = {name: part.flatten(1) for name, part in weights if part.ndim >= 2}
+        if not matrices:
+            raise UsageError(
+                "relative flatness needs weights of at least two axes, got none; "
+                "choose others with params=."
+            )
+
+        def forms(probe: Tensor, product: Tensor) -> Tensor:
+            pairs = zip(layout.split(probe), layout.split(product), strict=True)
+            return torch.stack(
+                [(z.double() * image.double()).sum() for z, image in pairs]
+            )
+
+        samples = []
+        with hessian.noting(forms) as noted:
+            for _ in range(self.num_matvecs):
+                probe = _probe(hessian, matrices, generator)
+                samples.append(forms(probe, hessian @ probe))
+        values = torch.stack(samples).cpu()  # (probes, tensors)
+        parts = product_parts(hessian, noted, mean_weights(noted))  # (B, tensors)
+        shares = batch_shares(hessian.risk)
+        found: dict[str, WithDataError] = {}
+        for i, name in enumerate(layout.names):
+            if name in matrices:
+                estimate = mean_estimate(values[:, i], self.num_matvecs)
+                sure = estimate.status is Status.OK
+                stderr = data_stderr(parts[:, i], shares) if sure else None
+                found[name] = estimate, stderr
+        return found
 
 
 def relative_flatness(
@@ -30,7 +102,7 @@ def relative_flatness(
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    num_matvecs: int = 32,
+    num_matvecs: int = RelativeFlatness.num_matvecs,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
@@ -58,8 +130,8 @@ def relative_flatness(
     Args:
         num_matvecs: Random probes, one Hessian product each.
         generator: Source of the signs; by default a fresh one.
-        data_error: Whether to count in how far other data of the same kind would move
-            it, from the batches' parts of the same products, at no extra cost.
+        data_error: Include the sampling error of the data, estimated from the per-batch
+            contributions at no extra cost.
 
     Returns:
         Values [loss], each with its standard error over probes, and over data where
@@ -72,51 +144,16 @@ def relative_flatness(
         Petzka et al. 2021, arXiv:2001.00939, definition 3.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with HessianOperator(risk) as hessian:
-        found = flatness_with_data_error(
-            hessian, num_matvecs=num_matvecs, generator=entropy_generator(generator)
-        )
+    measure = RelativeFlatness(num_matvecs=num_matvecs)
+    drawn = entropy_generator(generator)
+    with MeasurementContext(risk, stream=lambda *_: drawn) as context:
+        layers = measure.layers(context.hessian, drawn)
     return MappingProxyType(
         {
             name: over_data(estimate, stderr if data_error else None, risk)
-            for name, (estimate, stderr) in found.items()
+            for name, (estimate, stderr) in layers.items()
         }
     )
-
-
-def flatness_with_data_error(
-    hessian: HessianOperator, *, num_matvecs: int, generator: torch.Generator
-) -> dict[str, WithDataError]:
-    """Return each matrix's value; the error over batches takes no more products.
-
-    Raises:
-        UsageError: If there is no weight matrix, or fewer than 2 products.
-    """
-    layout = hessian.risk.layout
-    weights = zip(layout.names, layout.split(hessian.risk.vector()), strict=True)
-    matrices = {name: part.flatten(1) for name, part in weights if part.ndim >= 2}
-    _refuse_bad_arguments(matrices, num_matvecs)
-
-    def forms(probe: Tensor, product: Tensor) -> Tensor:
-        pairs = zip(layout.split(probe), layout.split(product), strict=True)
-        found = [(z.double() * image.double()).sum() for z, image in pairs]
-        return torch.stack(found)
-
-    samples = []
-    with hessian.noting(forms) as noted:
-        for _ in range(num_matvecs):
-            probe = _probe(hessian, matrices, generator)
-            samples.append(forms(probe, hessian @ probe))
-    values = torch.stack(samples).cpu()  # (probes, tensors)
-    parts = parts_of_notes(hessian, noted, mean_weights(noted))
-    shares = batch_shares(hessian.risk)
-    found: dict[str, WithDataError] = {}
-    for i, name in enumerate(layout.names):
-        if name in matrices:
-            estimate = mean_estimate(values[:, i], num_matvecs)
-            sure = estimate.status is Status.OK
-            found[name] = estimate, data_stderr(parts[:, i], shares) if sure else None
-    return found
 
 
 def _probe(
@@ -131,16 +168,3 @@ def _probe(
         left, right = (sign_vector(matrix.shape[1], drawn, like) for _ in range(2))
         parts[name].copy_(torch.outer(matrix @ left, right).view_as(parts[name]))
     return probe
-
-
-def _refuse_bad_arguments(matrices: Mapping[str, Tensor], num_matvecs: int) -> None:
-    if not matrices:
-        raise UsageError(
-            "relative flatness needs weights of at least two axes, got none; choose "
-            "others with params=."
-        )
-    if num_matvecs < 2:
-        raise UsageError(
-            "num_matvecs needs to be at least 2 for an error estimate, got "
-            f"{num_matvecs}."
-        )

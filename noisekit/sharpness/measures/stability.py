@@ -1,5 +1,6 @@
 """Up to which curvature an optimiser's steps are stable, in PyTorch's convention."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -7,84 +8,88 @@ import torch
 
 from noisekit.core.errors import UsageError
 from noisekit.core.results import Estimate
+from noisekit.core.settings import Positive, PositiveInt
+from noisekit.sharpness.measurement import (
+    Detail,
+    Measure,
+    Measurement,
+    MeasurementContext,
+)
+from noisekit.sharpness.measures.eigenvalues import LambdaMax
+from noisekit.sharpness.sgd_rule import SGDRule, check_steps_of_mean
 
 StabilityKind = Literal["full_batch", "small_batch"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SGDRule:
-    """The update rule of ``torch.optim.SGD``.
-
-    ``v = momentum v + (1 - dampening) g``; the step is ``lr v``, or
-    ``lr (g + momentum v)`` by Nesterov. ``g`` includes ``weight_decay w``.
+@dataclass(frozen=True, kw_only=True)
+class EdgeOfStability(Measure):
+    """Settings of :func:`edge_of_stability_ratio` of the largest eigenvalue.
 
     Attributes:
-        lr: Learning rate.
-        momentum: Share of the velocity that is kept.
-        dampening: What the gradient's part in the velocity lacks.
-        nesterov: Whether the step looks ahead.
-        weight_decay: Coefficient of the L2 penalty.
+        tol: Wanted relative accuracy of the eigenvalue.
+        max_matvecs: Most Hessian-vector products to spend on it.
     """
 
-    lr: float
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
+    name = "edge_of_stability_ratio"
+    description = (
+        "the largest Hessian eigenvalue over the stability threshold of the update rule"
+    )
+    needs = "the update rule of SGD"
+    sources = ("cohen2021gradient",)
 
-    def __post_init__(self) -> None:
-        """Refuse what PyTorch refuses, and what is never stable."""
-        if not self.lr > 0:
-            raise UsageError(f"lr needs to be positive, got {self.lr}.")
-        if not 0 <= self.momentum < 1 or not 0 <= self.dampening < 1:
-            raise UsageError(
-                "momentum and dampening need to be from 0 to below 1, got "
-                f"{self.momentum} and {self.dampening}."
-            )
-        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
-            raise UsageError(
-                "nesterov needs momentum above 0 and no dampening, got "
-                f"{self.momentum} and {self.dampening}."
-            )
+    tol: Positive = LambdaMax.tol
+    max_matvecs: PositiveInt | None = LambdaMax.max_matvecs
 
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> "SGDRule":
-        """Return the rule of an optimiser.
+    def cost(self) -> int:
+        """Return the cost of the eigenvalue, which it shares with ``lambda_max``."""
+        return self._eigenvalue.cost()
 
-        Raises:
-            UsageError: If it is not SGD, maximises, or its groups have different rules.
-        """
-        if not isinstance(optimizer, torch.optim.SGD):
-            raise UsageError(
-                "stability thresholds are known for torch.optim.SGD, got "
-                f"{type(optimizer).__name__}, whose steps depend on the history of "
-                "every weight."
-            )
-        rules = {cls._of_group(group) for group in optimizer.param_groups}
-        if len(rules) > 1:
-            raise UsageError(
-                f"one threshold needs one update rule, got {len(rules)} different "
-                "parameter groups; ask for each with SGDRule(lr=..., ...)."
-            )
-        if any(group["maximize"] for group in optimizer.param_groups):
-            raise UsageError(
-                "a threshold needs a loss that is minimised, got maximize."
-            )
-        return rules.pop()
+    def typical_cost(self) -> int:
+        """Return what the eigenvalue usually costs."""
+        return self._eigenvalue.typical_cost()
 
-    @classmethod
-    def _of_group(cls, group: dict[str, float]) -> "SGDRule":
-        names = ("lr", "momentum", "dampening", "weight_decay")
-        values = {name: float(group[name]) for name in names}
-        # Without momentum PyTorch ignores dampening.
-        damped = values["dampening"] if values["momentum"] else 0.0
-        return cls(
-            lr=values["lr"],
-            momentum=values["momentum"],
-            dampening=damped,
-            nesterov=bool(group["nesterov"]),
-            weight_decay=values["weight_decay"],
+    @property
+    def _eigenvalue(self) -> LambdaMax:
+        return LambdaMax(tol=self.tol, max_matvecs=self.max_matvecs)
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield the largest eigenvalue over the threshold of stability."""
+        rule = _rule_of(context)
+        threshold = stability_threshold(rule)
+        if context.known_lambda_max is None:
+            top, error = context.eigenvalue(
+                "LA", tol=self.tol, max_matvecs=self.max_matvecs
+            )
+        else:
+            top, error = replace(context.known_lambda_max, num_matvecs=0), None
+        detail: Detail = {
+            "learning_rate": rule.lr,
+            "momentum": rule.momentum,
+            "nesterov": rule.nesterov,
+            "threshold": threshold,
+        }
+        yield self.measured(
+            edge_of_stability_ratio(top, rule),
+            detail=detail,
+            data_stderr=None if error is None else error / threshold,
         )
+
+
+def _rule_of(context: MeasurementContext) -> SGDRule:
+    """The update rule that the model is trained with.
+
+    Raises:
+        UsageError: If there is none, it is not SGD's, or it steps on a sum.
+    """
+    if context.update_rule is None:
+        raise UsageError(
+            "a stability threshold needs the update rule of SGD, got none; pass "
+            "optimizer= with a torch.optim.SGD or an SGDRule(lr=...)."
+        )
+    if isinstance(context.update_rule, SGDRule):
+        return context.update_rule
+    check_steps_of_mean(context.risk.reduction)
+    return SGDRule.of(context.update_rule)
 
 
 def stability_threshold(
@@ -132,24 +137,6 @@ def stability_threshold(
     else:
         limit = 2 * (1 + beta) / (gain * sgd.lr)
     return limit - sgd.weight_decay
-
-
-def refuse_steps_of_sum(reduction: str) -> None:
-    """Refuse an optimiser's own rate where it acts on the sum over a batch.
-
-    Args:
-        reduction: Of the loss; curvatures are those of its mean over examples.
-
-    Raises:
-        UsageError: If it is ``"sum"``.
-    """
-    if reduction == "sum":
-        raise UsageError(
-            "a stability threshold in units of the mean loss needs the rate of its "
-            "steps, got a sum loss, whose steps grow with the batch; pass "
-            "SGDRule(lr=rate * n, weight_decay=decay / n), n the examples of a step, "
-            "to measure or edge_of_stability_ratio; a tracker goes without optimizer=."
-        )
 
 
 def edge_of_stability_ratio(

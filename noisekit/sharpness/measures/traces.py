@@ -1,6 +1,7 @@
-"""Sums over the whole spectrum, as measures of sharpness."""
+"""Traces of the Hessian, plain and in units of the weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,16 +12,84 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
-from noisekit.curvature.operators.ggn import GGNOperator
-from noisekit.curvature.operators.hessian import HessianOperator
-from noisekit.curvature.random_vectors import entropy_generator
-from noisekit.sharpness.data_error import over_data
-from noisekit.sharpness.measures.spectral_sums import (
-    dimension_with_data_error,
-    frobenius_with_data_error,
-    trace_with_data_error,
-    weighted_trace_with_data_error,
-)
+from noisekit.core.settings import NumSamples
+from noisekit.curvature.traces import trace, weighted_trace
+from noisekit.sharpness.data_error import form, mean_weights, product_stderr
+from noisekit.sharpness.measurement import Measure, Measurement, MeasurementContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianTrace(Measure):
+    """Settings of :func:`hessian_trace`.
+
+    Attributes:
+        num_matvecs: Hessian products to spend.
+    """
+
+    name = "hessian_trace"
+    description = "the Hessian trace by Hutch++ with random signs"
+    needs = "second derivatives"
+    sources = ("hutchinson1989stochastic", "meyer2021hutch")
+
+    num_matvecs: NumSamples = 32
+
+    def cost(self) -> int:
+        """Return the cost of the products."""
+        return 2 * self.num_matvecs
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield the trace; its error over batches takes no more products.
+
+        The trace is linear in the matrix once directions and probes are drawn, so that
+        each batch has its part of it.
+        """
+        hessian = context.hessian
+        with hessian.noting(form) as noted:
+            found = trace(
+                hessian,
+                num_matvecs=self.num_matvecs,
+                generator=context.stream("trace"),
+            )
+        num_probes = found.num_samples or 0
+        weights = torch.ones(len(noted), dtype=torch.float64)
+        # Of Hutch++'s products a third only finds the dominant directions, a third is
+        # the exact trace on these, and the rest is a mean over probes.
+        weights[: self.num_matvecs // 3] = 0.0
+        weights[len(noted) - num_probes :] = 1 / num_probes
+        yield self.measured(found, data_stderr=product_stderr(hessian, noted, weights))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedHessianTrace(Measure):
+    """Settings of :func:`weighted_hessian_trace`.
+
+    Attributes:
+        num_matvecs: Random probes, one Hessian product each.
+    """
+
+    name = "weighted_hessian_trace"
+    description = "the sum of squared weight times diagonal curvature by random signs"
+    needs = "second derivatives"
+    sources = ("hutchinson1989stochastic",)
+
+    num_matvecs: NumSamples = 32
+
+    def cost(self) -> int:
+        """Return the cost of the products."""
+        return 2 * self.num_matvecs
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield the trace in units of the weights."""
+        hessian = context.hessian
+        with hessian.noting(form) as noted:
+            found = weighted_trace(
+                hessian,
+                context.risk.vector(),
+                num_matvecs=self.num_matvecs,
+                generator=context.stream("weighted_trace"),
+            )
+        weights = mean_weights(noted)
+        yield self.measured(found, data_stderr=product_stderr(hessian, noted, weights))
 
 
 def hessian_trace(
@@ -28,7 +97,7 @@ def hessian_trace(
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    num_matvecs: int = 32,
+    num_matvecs: int = HessianTrace.num_matvecs,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
@@ -46,8 +115,8 @@ def hessian_trace(
     Args:
         num_matvecs: Random probes, one Hessian product each.
         generator: Source of the random signs; by default a fresh one.
-        data_error: Whether to count in how far other data of the same kind would move
-            it, from the batches' parts of the same products, at no extra cost.
+        data_error: Include the sampling error of the data, estimated from the per-batch
+            contributions at no extra cost.
 
     Returns:
         The trace [loss/param²], with its standard error over probes, and
@@ -57,11 +126,8 @@ def hessian_trace(
         UsageError: If fewer than 2 products are given.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with HessianOperator(risk) as hessian:
-        found, stderr = trace_with_data_error(
-            hessian, num_matvecs=num_matvecs, generator=entropy_generator(generator)
-        )
-    return over_data(found, stderr if data_error else None, risk)
+    measure = HessianTrace(num_matvecs=num_matvecs)
+    return measure.estimate(risk, generator=generator, data_error=data_error)
 
 
 def weighted_hessian_trace(
@@ -69,7 +135,7 @@ def weighted_hessian_trace(
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    num_matvecs: int = 32,
+    num_matvecs: int = WeightedHessianTrace.num_matvecs,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
@@ -87,8 +153,8 @@ def weighted_hessian_trace(
     Args:
         num_matvecs: Random probes, one Hessian product each.
         generator: Source of the random signs; by default a fresh one.
-        data_error: Whether to count in how far other data of the same kind would move
-            it, from the batches' parts of the same products, at no extra cost.
+        data_error: Include the sampling error of the data, estimated from the per-batch
+            contributions at no extra cost.
 
     Returns:
         The sum [loss], with its standard error over probes, and
@@ -98,104 +164,5 @@ def weighted_hessian_trace(
         UsageError: If fewer than 2 products are given.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with HessianOperator(risk) as hessian:
-        found, stderr = weighted_trace_with_data_error(
-            hessian, num_matvecs=num_matvecs, generator=entropy_generator(generator)
-        )
-    return over_data(found, stderr if data_error else None, risk)
-
-
-def hessian_frobenius_norm(
-    model: nn.Module | EmpiricalRisk,
-    loss_fn: LossFn | None = None,
-    batches: Iterable[Batch] | None = None,
-    *,
-    num_matvecs: int = 32,
-    generator: torch.Generator | None = None,
-    bn: BatchNormPolicy | None = None,
-    normaliser: Normaliser | None = None,
-    params: ParameterPatterns = None,
-    data_error: bool = False,
-) -> Estimate:
-    r"""Return :math:`\|H\|_F`, the root of the sum of squared Hessian eigenvalues.
-
-    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
-    :func:`~noisekit.core.risk.as_risk`.
-
-    Args:
-        num_matvecs: Random probes, one Hessian product each.
-        generator: Source of the random signs; by default a fresh one.
-        data_error: Whether to count in how far other data of the same kind would move
-            it, to first order, at about the same cost again.
-
-    Returns:
-        The norm [loss/param²], with its standard error over probes, and
-        over data where asked for.
-
-    Raises:
-        UsageError: If fewer than 2 products are given.
-    """
-    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with HessianOperator(risk) as hessian:
-        found, stderr = frobenius_with_data_error(
-            hessian,
-            num_matvecs=num_matvecs,
-            generator=entropy_generator(generator),
-            data_error=data_error,
-        )
-    return over_data(found, stderr, risk)
-
-
-def effective_dimension(
-    model: nn.Module | EmpiricalRisk,
-    loss_fn: LossFn | None = None,
-    batches: Iterable[Batch] | None = None,
-    *,
-    shift: float = 1e-2,
-    num_probes: int = 8,
-    num_steps: int = 20,
-    generator: torch.Generator | None = None,
-    bn: BatchNormPolicy | None = None,
-    normaliser: Normaliser | None = None,
-    params: ParameterPatterns = None,
-    data_error: bool = False,
-) -> Estimate:
-    r"""Return how many directions are curved: :math:`\sum_i \lambda_i/(\lambda_i+z)`.
-
-    The eigenvalues are those of the Gauss-Newton matrix, which has no negative ones;
-    of the Hessian the sum is not a count.
-
-    ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
-    :func:`~noisekit.core.risk.as_risk`.
-
-    Args:
-        shift: ``z``: curvature that counts as a half [loss/param²], such as a weight
-            decay. Only values at the same shift can be compared.
-        num_probes: Random vectors.
-        num_steps: Most products for each.
-        generator: Source of the vectors; by default a fresh one.
-        data_error: Whether to count in how far other data of the same kind would move
-            it, to first order, at about the same cost again.
-
-    Returns:
-        The number of directions, with its standard error over probes, and
-        over data where asked for.
-
-    Raises:
-        UsageError: If an argument is out of range, or the loss is not convex in the
-            outputs.
-
-    Source:
-        MacKay 1992, "Bayesian interpolation"; Maddox et al. 2020, arXiv:2003.02139.
-    """
-    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with GGNOperator(risk) as gauss_newton:
-        found, stderr = dimension_with_data_error(
-            gauss_newton,
-            shift=shift,
-            num_probes=num_probes,
-            num_steps=num_steps,
-            generator=entropy_generator(generator),
-            data_error=data_error,
-        )
-    return over_data(found, stderr, risk)
+    measure = WeightedHessianTrace(num_matvecs=num_matvecs)
+    return measure.estimate(risk, generator=generator, data_error=data_error)

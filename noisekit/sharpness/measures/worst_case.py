@@ -1,8 +1,10 @@
-"""Worst-case sharpness: the largest rise of the loss in a ball around the weights."""
+"""Worst-case sharpness: the largest increase of the loss around the weights."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import Count, Hint, NonNegative, Positive, PositiveInt
+from noisekit.core.vocabulary import Invariance
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import (
     batch_parts,
@@ -22,36 +26,55 @@ from noisekit.sharpness.data_error import (
     gathered,
     mean_over_batches,
 )
-from noisekit.sharpness.measures.logits import Logits, with_logits
-from noisekit.sharpness.search.ascent import AscentPlan, Peak, ascend
-from noisekit.sharpness.search.balls import Ball, BallNorm, ball, weight_units
-from noisekit.sharpness.search.first_order import first_order_share, reading, remarks
+from noisekit.sharpness.logits import NEEDS_CLASSES, Logits, with_logits
+from noisekit.sharpness.measurement import (
+    Detail,
+    Measure,
+    Measurement,
+    MeasurementContext,
+    remarks,
+)
+from noisekit.sharpness.search.ascent import ascend
+from noisekit.sharpness.search.highest_point import (
+    HighestPoint,
+    first_order_share,
+    status_and_note,
+)
+from noisekit.sharpness.search.regions import (
+    BallNorm,
+    Region,
+    ball,
+    check_eta,
+    weight_units,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorstCaseSharpness:
+class WorstCaseResult:
     """Worst-case sharpness at one point, with what is needed to read it.
 
     Attributes:
-        estimate: The largest rise that was visited [loss], a lower bound of the
+        estimate: The largest increase that was visited [loss], a lower bound of the
             maximum; with ``batch_size`` its mean over the groups, with the error over
             them.
         data_stderr: Error over the batches to first order, the displacement taken as
             found; ``None`` with ``batch_size`` and where there is one batch.
-        loss: Loss at the point itself, with logits as asked for.
+        loss: Loss at the point itself, with logits normalised as stated.
         rho: Radius of the ball.
         norm: Its norm.
         adaptive: Whether weights move in units of ``|w| + eta``.
         eta: What is added to the unit of every weight.
-        plan: How long was climbed.
+        steps: Steps of each ascent.
+        restarts: Further ascents.
         batch_size: Examples in a group (m-sharpness); ``None`` for all data at once.
         logits: How logits were normalised.
         seed: Seed of the generator of random points.
-        first_order_share: Part of the rise that the gradient alone gives when the
-            loss is taken as linear, at most 1; NaN where the loss did not rise.
+        first_order_share: Part of the increase that the gradient alone gives when the
+            loss is taken as linear, at most 1; NaN where the loss did not increase.
         grad_norm: Norm of the gradient at the point [loss/param].
         displacement: ``(P,)``, the best found; ``None`` with ``batch_size``.
-        num_at_rest: Weights that cannot move, since they are zero and ``eta`` too.
+        num_fixed: Number of zero weights, which an adaptive ball with ``eta=0`` cannot
+            perturb.
         detail: What a reader must know.
     """
 
@@ -62,14 +85,15 @@ class WorstCaseSharpness:
     norm: BallNorm
     adaptive: bool
     eta: float
-    plan: AscentPlan
+    steps: int
+    restarts: int
     batch_size: int | None
     logits: Logits
     seed: int
     first_order_share: float
     grad_norm: float
     displacement: Tensor | None = field(repr=False)
-    num_at_rest: int
+    num_fixed: int
     detail: str
 
     @property
@@ -93,25 +117,177 @@ class WorstCaseSharpness:
         )
 
 
+_METHODS = {
+    "worst_case_sharpness": (
+        "worst-case sharpness in a ball by normalised gradient steps (lower bounds)"
+    ),
+    "adaptive_worst_case_sharpness": (
+        "worst-case sharpness in a ball whose axes are proportional to the weights "
+        "(lower bounds)"
+    ),
+    "logit_normalised_worst_case_sharpness": (
+        "worst-case sharpness of the loss of centred and normalised logits"
+    ),
+    "m_sharpness": "worst-case sharpness averaged over groups of examples",
+}
+_SOURCES = {
+    "worst_case_sharpness": ("foret2021sharpness",),
+    "adaptive_worst_case_sharpness": ("kwon2021asam", "andriushchenko2023modern"),
+    "logit_normalised_worst_case_sharpness": ("andriushchenko2023modern",),
+    "m_sharpness": ("foret2021sharpness",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstCase(Measure):
+    """Settings of :func:`worst_case_sharpness`; they decide which quantity it is.
+
+    Attributes:
+        rho: Radius of the ball.
+        norm: ``"l2"``, or ``"linf"`` for the largest entry.
+        adaptive: Whether a weight moves in proportion to its size.
+        eta: Added to the unit of every weight.
+        steps: Steps of the ascent.
+        restarts: Further ascents, each from a random point of the boundary.
+        batch_size: Examples in a group (m-sharpness); ``None`` for all data at once.
+        logits: ``"raw"``, or centred and of ``"unit_norm"`` or ``"unit_std"``.
+    """
+
+    rho: Annotated[Positive, Hint(advice="SAM uses 0.05")] = 0.05
+    norm: BallNorm = "l2"
+    adaptive: bool = False
+    eta: NonNegative = 0.0
+    steps: PositiveInt = 1
+    restarts: Count = 0
+    batch_size: PositiveInt | None = None
+    logits: Logits = "raw"
+
+    def __post_init__(self) -> None:
+        """Check the settings, and that ``eta`` has a use."""
+        super().__post_init__()
+        check_eta(self.eta, adaptive=self.adaptive)
+
+    @property
+    def name(self) -> str:
+        """The quantity that the settings define."""
+        if self.batch_size is not None:
+            return "m_sharpness"
+        if self.logits != "raw":
+            return "logit_normalised_worst_case_sharpness"
+        return f"{'adaptive_' if self.adaptive else ''}worst_case_sharpness"
+
+    @property
+    def description(self) -> str:
+        """How it is computed."""
+        return _METHODS[self.name]
+
+    @property
+    def needs(self) -> str:
+        """Classes, to normalise logits."""
+        return NEEDS_CLASSES if self.logits != "raw" else ""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The papers that define it."""
+        return _SOURCES[self.name]
+
+    @property
+    def variant(self) -> str:
+        """Radius and steps, or the size of a group."""
+        last = f"steps={self.steps}"
+        if self.batch_size is not None:
+            last = f"m={self.batch_size}"
+        return f"rho={self.rho:g},{last}"
+
+    @property
+    def invariance(self) -> Invariance:
+        """That of the quantity, where units are the weights' own and nothing else."""
+        return super().invariance if self.adaptive and self.eta == 0 else "raw"
+
+    def cost(self) -> int:
+        """Return a gradient per step of each ascent, and the losses of the error."""
+        return 2 + (self.restarts + 1) * (self.steps + 1)
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield the largest increase of the loss that was found."""
+        names = [self.name]
+        if self.batch_size is None:
+            names += [f"{self.rho:g}", str(self.steps)]
+        found = self.result(context.risk, context.stream(*names))
+        detail: Detail = {
+            "rho": self.rho,
+            "norm": self.norm,
+            "adaptive": self.adaptive,
+            "eta": self.eta,
+            "steps": self.steps,
+            "logits": self.logits,
+            "loss": found.loss,
+            "grad_norm": found.grad_norm,
+            "first_order_share": found.first_order_share,
+            "num_fixed": found.num_fixed,
+            "note": found.detail,
+        }
+        yield self.measured(
+            found.estimate, detail=detail, data_stderr=found.data_stderr
+        )
+
+    def result(
+        self, risk: EmpiricalRisk, generator: torch.Generator
+    ) -> WorstCaseResult:
+        """Search the ball of a risk, with what is needed to read the result."""
+        risk = risk.in_precision(torch.float32)
+        origin = risk.vector()
+        units = weight_units(origin, adaptive=self.adaptive, eta=self.eta)
+        region = ball(self.norm, units, self.rho)
+        climb = partial(
+            ascend,
+            region=region,
+            origin=origin,
+            steps=self.steps,
+            restarts=self.restarts,
+            generator=generator,
+        )
+        normalised = with_logits(risk, self.logits)
+        if self.batch_size is None:
+            found = _over_all(normalised, region, origin, climb)
+        else:
+            found = _over_groups(normalised, region, origin, climb, self.batch_size)
+        # The gradient of a group says nothing about the gradient of the whole.
+        share = found.first_order_share if self.batch_size is None else math.nan
+        _, note = status_and_note(found.loss, found.estimate.value, "ball", share=share)
+        return WorstCaseResult(
+            estimate=found.estimate,
+            data_stderr=found.data_stderr,
+            loss=found.loss,
+            seed=generator.initial_seed(),
+            first_order_share=found.first_order_share,
+            grad_norm=found.grad_norm,
+            displacement=found.displacement,
+            num_fixed=int((units == 0).sum()),
+            detail=note,
+            **vars(self),
+        )
+
+
 def worst_case_sharpness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    rho: float = 0.05,
-    norm: BallNorm = "l2",
-    adaptive: bool = False,
-    eta: float = 0.0,
-    steps: int = 1,
-    restarts: int = 0,
-    batch_size: int | None = None,
-    logits: Logits = "raw",
+    rho: float = WorstCase.rho,
+    norm: BallNorm = WorstCase.norm,
+    adaptive: bool = WorstCase.adaptive,
+    eta: float = WorstCase.eta,
+    steps: int = WorstCase.steps,
+    restarts: int = WorstCase.restarts,
+    batch_size: int | None = WorstCase.batch_size,
+    logits: Logits = WorstCase.logits,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
-) -> WorstCaseSharpness:
-    r"""Return how much the loss can rise within a radius of the weights, as found.
+) -> WorstCaseResult:
+    r"""Return the largest increase of the loss found within a radius of the weights.
 
     .. math:: \max_{|T^{-1} \delta|_p \le \rho} F(w + \delta) - F(w), \qquad
               T = 1 \text{ or } |w| + \eta
@@ -131,7 +307,7 @@ def worst_case_sharpness(
         rho: Radius; SAM uses 0.05, ASAM 0.5 with ``adaptive``.
         norm: ``"l2"``, or ``"linf"`` for the largest entry.
         adaptive: Whether a weight moves in proportion to its size. A weight of zero
-            then stays at rest.
+            then stays fixed.
         eta: Added to the unit of every weight; ASAM uses 0.01.
         steps: Steps of the ascent.
         restarts: Further ascents, each from a random point of the surface.
@@ -156,50 +332,25 @@ def worst_case_sharpness(
         arXiv:2302.07011, for adaptive balls and normalised logits.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    plan = AscentPlan(steps=steps, restarts=restarts)
-    drawn = entropy_generator(generator)
-    risk = risk.in_precision(torch.float32)
-    origin = risk.vector()
-    units = weight_units(origin, adaptive=adaptive, eta=eta)
-    surroundings = ball(norm, units, rho)
-    normalised = with_logits(risk, logits)
-    if batch_size is None:
-        found = _over_all(normalised, surroundings, origin, plan, drawn)
-    else:
-        found = _over_groups(
-            normalised, surroundings, origin, plan, drawn, batch_size=batch_size
-        )
-    # The gradient of a group is no sign of the gradient of the whole.
-    share = found.first_order_share if batch_size is None else math.nan
-    _, detail = reading(found.loss, found.estimate.value, "ball", share=share)
-    return WorstCaseSharpness(
-        estimate=found.estimate,
-        data_stderr=found.data_stderr,
-        loss=found.loss,
+    measure = WorstCase(
         rho=rho,
         norm=norm,
         adaptive=adaptive,
         eta=eta,
-        plan=plan,
+        steps=steps,
+        restarts=restarts,
         batch_size=batch_size,
         logits=logits,
-        seed=drawn.initial_seed(),
-        first_order_share=found.first_order_share,
-        grad_norm=found.grad_norm,
-        displacement=found.displacement,
-        num_at_rest=int((units == 0).sum()),
-        detail=detail,
     )
+    return measure.result(risk, entropy_generator(generator))
 
 
 def groups_of(batches: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
     """Yield the batches cut into groups of ``batch_size`` examples, in order.
 
     Raises:
-        UsageError: If ``batch_size`` is not positive, or no batch has as many.
+        UsageError: If no batch has as many.
     """
-    if batch_size < 1:
-        raise UsageError(f"batch_size needs to be at least 1, got {batch_size}.")
     largest = 0
     for batch in batches:
         largest = max(largest, count_examples(batch))
@@ -209,13 +360,13 @@ def groups_of(batches: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
         raise UsageError(
             f"groups of batch_size={batch_size} are made within batches and need one "
             f"of at least as many examples, got at most {largest}; pass larger "
-            "batches, or a smaller batch_size (group_size= of MeasureSettings)."
+            "batches, or a smaller batch_size."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What a search over all data, or over groups of them, came to."""
+    """The result of a search over all data, or over groups of them."""
 
     estimate: Estimate
     loss: float
@@ -227,38 +378,29 @@ class _Found:
 
 def _over_all(
     risk: EmpiricalRisk,
-    surroundings: Ball,
+    region: Region,
     origin: Tensor,
-    plan: AscentPlan,
-    generator: torch.Generator,
+    climb: Callable[..., HighestPoint],
 ) -> _Found:
     """One search over all data, with the first-order error over batches."""
     with risk.evaluating():
-        start = risk.value_and_grad()
-        peak = ascend(
-            risk,
-            surroundings,
-            origin=origin,
-            start=start,
-            plan=plan,
-            generator=generator,
-        )
-        displacement = surroundings.displacement(peak.coordinates)
+        loss, grad = start = risk.value_and_grad()
+        highest = climb(risk, start=start)
+        displacement = region.displacement(highest.coordinates)
         error = data_stderr_at(
             risk,
             lambda data: batch_parts(data, origin + displacement) - batch_parts(data),
         )
-    loss, grad = start
     return _Found(
         estimate=Estimate(
-            peak.rise,
+            highest.increase,
             side="lower",
-            status=reading(loss, peak.rise, "ball")[0],
-            num_grads=1 + peak.num_grads,
+            status=status_and_note(loss, highest.increase, "ball")[0],
+            num_grads=1 + highest.num_grads,
         ),
         loss=loss,
         first_order_share=first_order_share(
-            surroundings.linear_rise(surroundings.gradient(grad)), peak.rise
+            region.linear_increase(region.gradient(grad)), highest.increase
         ),
         grad_norm=float(grad.double().norm()),
         data_stderr=error,
@@ -268,50 +410,35 @@ def _over_all(
 
 def _over_groups(
     risk: EmpiricalRisk,
-    surroundings: Ball,
+    region: Region,
     origin: Tensor,
-    plan: AscentPlan,
-    generator: torch.Generator,
-    *,
+    climb: Callable[..., HighestPoint],
     batch_size: int,
 ) -> _Found:
     """A search on each group of examples, averaged (m-sharpness)."""
     batches = (batch for _, batch in risk.weighted_batches())
     groups = risk.on(groups_of(batches, batch_size))
-    rises, losses, linear, num_grads = [], [], [], 0
+    rows, num_grads = [], 0
     grad_sum = torch.zeros_like(origin)
-    counts = _wide([count for count in groups.normalisers if count > 0])
+    counts = [count for count in groups.normalisers if count > 0]
     with risk.evaluating():
         for count, (_, batch) in zip(counts, groups.weighted_batches(), strict=True):
             part = groups.on([batch])
-            start = part.value_and_grad()
-            peak: Peak = ascend(
-                part,
-                surroundings,
-                origin=origin,
-                start=start,
-                plan=plan,
-                generator=generator,
-            )
-            rises.append(peak.rise)
-            losses.append(start[0])
-            slope = surroundings.gradient(start[1])
-            linear.append(surroundings.linear_rise(slope))
-            grad_sum += count / risk.total * start[1]
-            num_grads += 1 + peak.num_grads
-    own = torch.stack([counts, _wide(rises), _wide(losses), _wide(linear)], 1)
-    columns = gathered(own.to(origin.device), risk).unbind(1)
-    shares = columns[0] / columns[0].sum()
-    rise = mean_over_batches(shares * columns[1], shares)
-    loss = float(shares @ columns[2])
-    status, _ = reading(loss, rise.value, "ball")
+            loss, grad = start = part.value_and_grad()
+            highest = climb(part, start=start)
+            linear = region.linear_increase(region.gradient(grad))
+            rows.append([count, highest.increase, loss, linear])
+            grad_sum += count / risk.total * grad
+            num_grads += 1 + highest.num_grads
+    own = torch.tensor(rows, dtype=torch.float64, device=origin.device)
+    weight, increases, losses, slopes = gathered(own, risk).unbind(1)  # (groups,) each
+    shares = weight / weight.sum()
+    increase = mean_over_batches(shares * increases, shares)
+    loss = float(shares @ losses)
+    status, _ = status_and_note(loss, increase.value, "ball")
     return _Found(
-        estimate=replace(rise, side="lower", status=status, num_grads=num_grads),
+        estimate=replace(increase, side="lower", status=status, num_grads=num_grads),
         loss=loss,
-        first_order_share=first_order_share(float(shares @ columns[3]), rise.value),
+        first_order_share=first_order_share(float(shares @ slopes), increase.value),
         grad_norm=float(sum_over_ranks(grad_sum, risk.ranks).double().norm()),
     )
-
-
-def _wide(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)

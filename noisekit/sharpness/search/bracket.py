@@ -1,4 +1,4 @@
-"""Where a rising function of a size crosses a target: bracket, then bisect."""
+"""Where an increasing function of a size crosses a target: bracket, then bisect."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,8 @@ class Bracket:
     """Two sizes between which the target is crossed.
 
     Attributes:
-        low: A size whose rise is within the target; 0 where none was found.
-        high: A size whose rise is above it; infinite where none was found.
+        low: A size whose increase is within the target; 0 where none was found.
+        high: A size whose increase is above it; infinite where none was found.
         detail: Why there is no crossing, where there is none.
     """
 
@@ -34,8 +34,10 @@ class Bracket:
         return math.sqrt(self.low * self.high) if self.resolved else self.low
 
 
-def bracketed(rise: Callable[[float], float], target: float, *, tol: float) -> Bracket:
-    """Return a bracket, of relative width ``tol``, of where ``rise`` passes ``target``.
+def bracketed(
+    increase: Callable[[float], float], target: float, *, tol: float
+) -> Bracket:
+    """Return a bracket of relative width ``tol`` of where ``increase`` is ``target``.
 
     Sizes are tried by factors of four from 0.01 until they lie on both sides, then
     the bracket is halved on the log scale. A function that is not monotone is crossed
@@ -44,7 +46,7 @@ def bracketed(rise: Callable[[float], float], target: float, *, tol: float) -> B
     low, high = 0.0, math.inf
     size = _START
     while not (low > 0 and math.isfinite(high)):
-        if rise(size) <= target:
+        if increase(size) <= target:
             low = size
             size *= _GROWTH
         else:
@@ -58,8 +60,16 @@ def bracketed(rise: Callable[[float], float], target: float, *, tol: float) -> B
             )
     while high / low > 1 + tol:
         middle = math.sqrt(low * high)
-        if rise(middle) <= target:
+        if increase(middle) <= target:
             low = middle
         else:
             high = middle
     return Bracket(low, high)
+
+
+def most_trials(tol: float) -> int:
+    """Return the largest number of sizes that a bracket of width ``tol`` takes."""
+    up = math.log(_LARGEST / _START, _GROWTH)
+    down = math.log(_START / _SMALLEST, _GROWTH)
+    halvings = math.log2(math.log(_GROWTH) / math.log1p(tol))
+    return math.ceil(max(up, down)) + max(0, math.ceil(halvings)) + 2

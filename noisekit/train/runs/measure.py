@@ -13,7 +13,7 @@ from noisekit.train.runs.progress import ProgressReporter
 from noisekit.train.runs.snapshot_measurements import (
     FILL_EXAMPLES,
     OUTCOMES,
-    Bench,
+    SnapshotMeasurements,
     Task,
 )
 from noisekit.train.runs.state import Row
@@ -49,16 +49,18 @@ def measure_run(
         results = stack.enter_context(run.writer("measurements"))
         first_row = _num_example_rows(rows)
         examples = stack.enter_context(run.writer("examples", first_row=first_row))
-        bench = Bench(spec, run, model, data=data, tasks=tasks, rows=rows)
-        stack.callback(bench.close)
+        taker = SnapshotMeasurements(
+            spec, run, model, data=data, tasks=tasks, rows=rows
+        )
+        stack.callback(taker.close)
         for number, task in enumerate(tasks, start=1):
-            if not bench.has(task):
-                found = bench.measure(task)
+            if not taker.has(task):
+                new = taker.measure(task)
                 # Examples first: it is the other row that marks the task as done.
-                examples.append_together(found.examples)
+                examples.append_together(new.examples)
                 report("measure", number - 1, len(tasks), "examples are durable")
-                results.append_together(found.measurements)
-                rows += found.measurements
+                results.append_together(new.measurements)
+                rows += new.measurements
             what = f"{task.measure} at {task.snapshot}"
             report("measure", number, len(tasks), what)
     return _costs(rows)

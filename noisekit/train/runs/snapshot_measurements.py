@@ -1,32 +1,25 @@
 """One measure at one snapshot: what tasks share, and the rows that they give."""
 
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from noisekit.core.errors import NoisekitError
 from noisekit.core.randomness import stream
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import HessianOperator
-from noisekit.probes import example_sq_norms
 from noisekit.records import RunDirectory
 from noisekit.records.files import plain
+from noisekit.sharpness import Measurement, MeasurementContext, SGDRule
+from noisekit.sharpness.measurement import take
 from noisekit.train.data.datasets import TensorPair
-from noisekit.train.recipes.measure_spec import MeasureName
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.evaluate import correct_examples
-from noisekit.train.runs.measures import (
-    MEASURES,
-    Measured,
-    Subject,
-    snapshot_subject,
-)
 from noisekit.train.runs.snapshots import load_weights
 from noisekit.train.runs.state import Row
 from noisekit.train.section import Split
@@ -36,7 +29,7 @@ OUTCOMES: Mapping[str, Split] = {
     "validation_outcomes": "validation",
     "test_outcomes": "test",
 }
-_EXAMPLE_NORMS: MeasureName = "example_grad_sq_norm"
+_EXAMPLE_NORMS = "example_grad_sq_norm"
 FILL_EXAMPLES = frozenset({*OUTCOMES, _EXAMPLE_NORMS})
 
 
@@ -58,15 +51,15 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What one task found: rows of the measurements and of the examples table."""
+class TaskRows:
+    """What one task gives: rows of the measurements and of the examples table."""
 
     measurements: list[Row]
     examples: list[Row]
 
 
-class Bench:
-    """Holds what tasks share: the model, the risk and the graph of its gradient."""
+class SnapshotMeasurements:
+    """Takes tasks; holds the model, the risk and the graph of its gradient."""
 
     def __init__(
         self,
@@ -98,21 +91,21 @@ class Bench:
         """Whether the task is done."""
         return (task.snapshot, task.measure) in self._done
 
-    def measure(self, task: Task) -> Found:
-        """Measure one thing; a refusal is recorded and is no error."""
+    def measure(self, task: Task) -> TaskRows:
+        """Take one task; a measure that cannot be had is recorded and is no error."""
         began = time.monotonic()
-        found = self._copied(task) or self._measured(task)
-        share = (time.monotonic() - began) / len(found.measurements)
-        for row in found.measurements:
+        rows = self._copied(task) or self._measured(task)
+        share = (time.monotonic() - began) / len(rows.measurements)
+        for row in rows.measurements:
             row["seconds"] = share
             self._note(row)
-        return found
+        return rows
 
     def _note(self, row: Row) -> None:
         key = (str(row["snapshot"]), str(row["measure"]))
         self._done.setdefault(key, []).append(row)
 
-    def _copied(self, task: Task) -> Found | None:
+    def _copied(self, task: Task) -> TaskRows | None:
         """Return what was measured at an earlier snapshot of the same weights."""
         if task.measure in FILL_EXAMPLES:
             return None
@@ -120,38 +113,43 @@ class Bench:
             rows = self._done.get((snapshot, task.measure))
             if rows and step == task.step:
                 own: Row = {"snapshot": task.snapshot, "num_matvecs": 0, "num_grads": 0}
-                return Found([{**row, **own} for row in rows], [])
+                return TaskRows([{**row, **own} for row in rows], [])
         return None
 
-    def _measured(self, task: Task) -> Found:
+    def _measured(self, task: Task) -> TaskRows:
         self._load(task.snapshot)
-        measured: list[Measured] = []
-        examples: list[Row] = []
-        try:
-            if task.measure in OUTCOMES:
-                measured, examples = self._outcomes(task)
-            elif task.measure == _EXAMPLE_NORMS:
-                measured, examples = self._example_norms(task)
-            else:  # what comes before a refusal is kept
-                measured.extend(MEASURES[task.measure](self._subject(task)))
-        except NoisekitError as error:
-            measured.append(_refusal(task, error))
-        return Found([_row(task, item) for item in measured], examples)
+        if task.measure in OUTCOMES:
+            return self._outcomes(task)
+        measures = self._spec.measure.measures(task.measure)
+        items = [
+            item
+            for taken in take(measures, self._context(task))
+            for item in taken.measurements
+        ]
+        return TaskRows(
+            [_row(task, item) for item in items],
+            [row for item in items for row in self._example_rows(task, item)],
+        )
 
     def _load(self, snapshot: str) -> None:
         if snapshot != self._loaded:
             self._model.load_state_dict(load_weights(self._run, snapshot))
             self._loaded = snapshot
 
-    def _subject(self, task: Task) -> Subject:
+    def _context(self, task: Task) -> MeasurementContext:
+        """Return the model at a snapshot, to be measured.
+
+        Streams are named by seed and update; what one task computes no other sees, so
+        that rows do not depend on where a run was interrupted.
+        """
         if self._hessian is None:
             self._hessian = HessianOperator(self._risk())
         top = self._done.get((task.snapshot, "lambda_max"), [])
-        return snapshot_subject(
-            self._spec,
-            self._hessian,
-            step=task.step,
-            learning_rate=task.learning_rate,
+        return MeasurementContext(
+            self._hessian.risk,
+            stream=partial(stream, self._spec.seed, "measure", task.step),
+            update_rule=_update_rule(self._spec, task.learning_rate),
+            hessian=self._hessian,
             lambda_max=_estimate(top[0]) if top else None,
         )
 
@@ -179,32 +177,22 @@ class Bench:
         order: list[int] = torch.randperm(count, generator=generator).tolist()
         return order[: self._spec.measure.num_examples]
 
-    def _example_norms(self, task: Task) -> tuple[list[Measured], list[Row]]:
-        """Return the mean squared gradient norm per example, and each example's."""
-        risk = self._subject(task).risk
-        norms = example_sq_norms(risk.model, risk.loss_fn, risk.batches, bn=risk.bn)
-        norms = norms.cpu().double()
-        estimate = Estimate(
-            float(norms.mean()),
-            stderr=float(norms.std() / len(norms) ** 0.5),
-            error_source=ErrorSource.DATA,
-            num_samples=len(norms),
-            num_grads=1,
-        )
-        rows: list[Row] = [
+    def _example_rows(self, task: Task, item: Measurement) -> list[Row]:
+        """Return a row for each example that has a value of its own."""
+        if item.quantity != _EXAMPLE_NORMS or item.per_example is None:
+            return []
+        values = item.per_example.tolist()
+        return [
             {
                 "snapshot": task.snapshot,
                 "split": "train",
                 "example": example,
-                _EXAMPLE_NORMS: norm,
+                _EXAMPLE_NORMS: value,
             }
-            for example, norm in zip(
-                self._measured_examples(), norms.tolist(), strict=True
-            )
+            for example, value in zip(self._measured_examples(), values, strict=True)
         ]
-        return [Measured(_EXAMPLE_NORMS, estimate)], rows
 
-    def _outcomes(self, task: Task) -> tuple[list[Measured], list[Row]]:
+    def _outcomes(self, task: Task) -> TaskRows:
         """Return the error of one split, and the outcome of each of its examples."""
         split = OUTCOMES[task.measure]
         correct = correct_examples(
@@ -224,20 +212,33 @@ class Bench:
             {"snapshot": task.snapshot, "split": split, "example": i, "correct": flag}
             for i, flag in enumerate(correct)
         ]
-        return [Measured(f"{split}_error", estimate)], rows
+        return TaskRows([_row(task, Measurement(f"{split}_error", estimate))], rows)
 
 
-def _row(task: Task, measured: Measured) -> Row:
-    estimate = measured.estimate
+def _update_rule(spec: RunSpec, learning_rate: float) -> SGDRule | None:
+    """The rule of the update that led to a snapshot; ``None`` of another optimizer."""
+    optimizer = spec.optimizer
+    if optimizer.name != "sgd" or learning_rate <= 0:
+        return None
+    return SGDRule(
+        lr=learning_rate,
+        momentum=optimizer.momentum,
+        nesterov=optimizer.nesterov,
+        weight_decay=optimizer.weight_decay,
+    )
+
+
+def _row(task: Task, item: Measurement) -> Row:
+    estimate = item.estimate
     interval = estimate.interval() if estimate.has_error else None
-    detail = dict(measured.detail)
-    if measured.data_stderr is not None:
-        detail["data_stderr"] = measured.data_stderr
+    detail = dict(item.detail)
+    if item.data_stderr is not None:
+        detail["data_stderr"] = item.data_stderr
     return {
         "snapshot": task.snapshot,
         "measure": task.measure,
-        "quantity": measured.quantity,
-        "variant": measured.variant,
+        "quantity": item.quantity,
+        "variant": item.variant,
         "value": estimate.value,
         "stderr": estimate.stderr,
         "bound": estimate.bound,
@@ -263,9 +264,3 @@ def _estimate(row: Row) -> Estimate:
         error_source=ErrorSource.SOLVER,
         status=Status(str(row["status"])),
     )
-
-
-def _refusal(task: Task, error: NoisekitError) -> Measured:
-    quantity = OUTCOMES.get(task.measure, task.measure)
-    nothing = Estimate(math.nan, status=Status.UNAVAILABLE)
-    return Measured(quantity, nothing, detail={"error": str(error)})

@@ -1,5 +1,6 @@
 """What a sweep would cost, from timing a few steps of each kind of run."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 
 from noisekit.train.data.datasets import load_data
 from noisekit.train.models import build_model
-from noisekit.train.recipes.measure_spec import MeasureSpec
 from noisekit.train.recipes.probe_spec import ProbeSpec
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.run_spec import RunSpec
@@ -19,13 +19,6 @@ _TIMING_SECONDS = 2.0
 _TIMED_EXAMPLES = 2048
 """Most examples that are timed at once; larger sets are scaled up from there."""
 
-# Typical of the demo's networks: an eigenvalue at tolerance 1e-3 takes some 15
-# products, one iteration of the box search evaluates the gradient about twice, and
-# flatness is bracketed and bisected in both its forms in some 32 trials.
-_EIGENVALUE_PRODUCTS = 15
-_BISECTIONS = 32
-_QUADRATURE_PRODUCTS = 160
-_EVALUATIONS_PER_ITERATION = 2
 _WORKER_START_SECONDS = 4.0
 _ROW_BYTES = 250
 _ESTIMATOR_BYTES = 56
@@ -153,37 +146,13 @@ def _num_evaluations(spec: RunSpec) -> int:
 
 def _products(spec: RunSpec) -> int:
     """Return the Hessian products of all snapshots; a gradient counts as a half."""
-    measure = spec.measure
-    return sum(
-        _products_of(name, measure)
+    gradients = sum(
+        item.typical_cost()
         for snapshot in spec.snapshots.names
-        for name in measure.measures_at(snapshot)
+        for name in spec.measure.measures_at(snapshot)
+        for item in spec.measure.measures(name)
     )
-
-
-def _products_of(name: str, measure: MeasureSpec) -> int:
-    if "lambda" in name or name == "edge_of_stability_ratio":
-        return min(_EIGENVALUE_PRODUCTS, measure.max_matvecs)
-    climb = measure.ascent_steps // 2 + 1
-    noise = measure.num_draws // 3 + 1  # a loss costs a third of a gradient
-    box = len(measure.epsilon) * _EVALUATIONS_PER_ITERATION * measure.max_iter // 2
-    known = {
-        "hessian_trace": measure.trace_matvecs,
-        "weighted_hessian_trace": measure.trace_matvecs,
-        "hessian_frobenius_norm": measure.trace_matvecs,
-        "effective_dimension": _QUADRATURE_PRODUCTS,
-        "relative_flatness": measure.trace_matvecs,
-        "epsilon_sharpness": box,
-        "worst_case_sharpness": climb,
-        "adaptive_worst_case_sharpness": climb,
-        "logit_normalised_worst_case_sharpness": climb,
-        "average_sharpness": noise,
-        "adaptive_average_sharpness": noise,
-        "logit_normalised_average_sharpness": noise,
-        "pac_bayes_flatness": _BISECTIONS * noise,
-        "pac_bayes_sharpness": _BISECTIONS * climb,
-    }
-    return known.get(name, 1)
+    return math.ceil(gradients / 2)
 
 
 def _disk(spec: RunSpec, num_params: int) -> int:

@@ -330,7 +330,12 @@ def test_a_corrupt_checkpoint_costs_time_and_no_bit(tmp_path: Path) -> None:
 
 def test_costs_are_in_the_manifest(tmp_path: Path) -> None:
     """Catches: costs that only the last process of a run knows."""
-    spec = run_spec(measure={"everywhere": ["lambda_max"], "max_matvecs": 50})
+    spec = run_spec(
+        measure={
+            "everywhere": ["lambda_max"],
+            "settings": {"lambda_max": {"max_matvecs": 50}},
+        }
+    )
     run = new_run(spec, tmp_path)
     train_run(spec, run)
     costs = json.loads((run.path / "manifest.json").read_text())["costs"]

@@ -38,10 +38,14 @@ SPEC = run_spec(
     snapshots={"updates": {"late": 60}},
     measure={
         "at": {"final": EVERYTHING, "late": ["grad_norm", "hessian_trace"]},
-        "epsilon": [1e-3],
-        "subspace_dim": 5,
-        "tol": 1e-6,
-        "trace_matvecs": 200,
+        "settings": {
+            "epsilon_sharpness": [{"epsilon": 1e-3}, {"subspace_dim": 5}],
+            "lambda_max": {"tol": 1e-6},
+            "lambda_min": {"tol": 1e-6},
+            "edge_of_stability_ratio": {"tol": 1e-6},
+            "hessian_trace": {"num_matvecs": 200},
+            "weighted_hessian_trace": {"num_matvecs": 200},
+        },
         "examples": ["test"],
     },
     compute={"dtype": "float64"},
@@ -222,7 +226,10 @@ def test_a_measure_does_not_depend_on_what_was_measured_before(
             name: SPEC.model_dump(mode="json")[name]
             for name in ("data", "model", "training", "schedule", "compute")
         },
-        measure={"at": {"final": ["hessian_trace"]}, "trace_matvecs": 200},
+        measure={
+            "at": {"final": ["hessian_trace"]},
+            "settings": {"hessian_trace": {"num_matvecs": 200}},
+        },
     )
     run = new_run(alone, tmp_path)
     train_run(alone, run)
@@ -262,12 +269,16 @@ def test_every_measure_of_sharpness_can_stand_in_a_recipe(tmp_path: Path) -> Non
         evaluation={"batch_size": 20},
         measure={
             "at": {"final": sorted(SHARPNESS_MEASURES)},
-            "rho": 0.03,
-            "ascent_steps": 2,
-            "num_draws": 2,
-            "group_size": 8,
-            "batch_size": 5,
-            "trace_matvecs": 8,
+            "settings": {
+                "worst_case_sharpness": [
+                    {"rho": 0.03},
+                    {"rho": 0.03, "steps": 2},
+                    {"rho": 0.03, "steps": 2, "norm": "linf"},
+                ],
+                "m_sharpness": {"batch_size": 8},
+                "batch_sharpness": {"batch_size": 5},
+                "hessian_trace": {"num_matvecs": 8},
+            },
         },
         compute={"dtype": "float64"},
     )
@@ -278,7 +289,11 @@ def test_every_measure_of_sharpness_can_stand_in_a_recipe(tmp_path: Path) -> Non
     assert list(refused["quantity"]) == [], list(refused["detail"])
     assert set(SHARPNESS_MEASURES) <= set(rows["measure"])
     variants = set(rows.loc[rows["quantity"] == "worst_case_sharpness", "variant"])
-    assert variants == {"rho=0.03,steps=1", "rho=0.03,steps=2"}
+    assert variants == {
+        "rho=0.03,steps=1",
+        "rho=0.03,steps=2",
+        "rho=0.03,steps=2,norm=linf",
+    }
     found = rows.set_index("quantity")
     assert found.loc["batch_sharpness", "variant"] == "batch_size=5"
     assert json.loads(found.loc["lambda_max", "detail"])["data_stderr"] > 0

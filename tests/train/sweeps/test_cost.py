@@ -29,8 +29,8 @@ def test_counts_add_up_over_arms_and_seeds() -> None:
             "arms": '[{name="a"}, {name="b", set={"training.batch_size"=16}}]',
             "measure.everywhere": '["grad_norm"]',
             "measure.at": '{final=["hessian_trace", "lambda_max"]}',
-            "measure.trace_matvecs": "5",
-            "measure.max_matvecs": "7",
+            "measure.settings.hessian_trace.num_matvecs": "5",
+            "measure.settings.lambda_max.max_matvecs": "7",
         },
     )
     found = estimate_cost(recipe)

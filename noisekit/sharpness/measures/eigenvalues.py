@@ -1,11 +1,11 @@
-"""Eigenvalues of a model's Hessian, as measures of sharpness."""
+"""Extreme eigenvalues of the Hessian: the sharpness that has no adjective."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
@@ -14,21 +14,180 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
-from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
+from noisekit.core.settings import Positive, PositiveInt
+from noisekit.curvature.eigenvalues.lanczos import top_eigenpairs
 from noisekit.curvature.eigenvalues.pyhessian import pyhessian_top_eigenvalue
-from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.operators.preconditioned import ScaledOperator
-from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import (
-    WithDataError,
     curvature_parts,
     data_stderr_at,
-    over_data,
 )
+from noisekit.sharpness.measurement import Measure, Measurement, MeasurementContext
 from noisekit.sharpness.rescaling.chains import layers_before_norms
 from noisekit.sharpness.rescaling.rescaling import Rescaling, rescaled_copy
 
 EigenMethod = Literal["lanczos", "pyhessian"]
+
+_TYPICAL_PRODUCTS = 15
+"""Of an eigenvalue at tolerance 1e-3, for small trained networks."""
+
+_LANCZOS_BUDGET, _PYHESSIAN_BUDGET = 120, 1000
+"""Most products where no other number is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Eigenvalue(Measure):
+    """What the measures by Lanczos iteration have in common.
+
+    Attributes:
+        tol: Wanted relative accuracy.
+        max_matvecs: Most Hessian-vector products to spend.
+    """
+
+    tol: Positive = 1e-3
+    max_matvecs: PositiveInt | None = None
+
+    @property
+    def needs(self) -> str:
+        """Second derivatives."""
+        return "second derivatives"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The paper of Lanczos iteration with restarts."""
+        return ("wu2000thick",)
+
+    def cost(self) -> int:
+        """Return the budget, and the forms by batch behind the error over data."""
+        return 2 * (self.max_matvecs or _LANCZOS_BUDGET) + 3
+
+    def typical_cost(self) -> int:
+        """Return what it takes to converge, about."""
+        return 2 * min(_TYPICAL_PRODUCTS, self.max_matvecs or _TYPICAL_PRODUCTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LambdaMax(_Eigenvalue):
+    """Settings of :func:`lambda_max`.
+
+    Attributes:
+        method: ``"lanczos"``, or ``"pyhessian"`` for that package's power iteration.
+        tol: Wanted relative accuracy.
+        max_matvecs: Most Hessian-vector products to spend.
+    """
+
+    method: EigenMethod = "lanczos"
+
+    @property
+    def name(self) -> str:
+        """``lambda_max``, or ``lambda_max_pyhessian``."""
+        return "lambda_max" if self._by_lanczos else "lambda_max_pyhessian"
+
+    @property
+    def description(self) -> str:
+        """How it is computed."""
+        if self._by_lanczos:
+            return (
+                "the largest algebraic Hessian eigenvalue by Lanczos iteration with "
+                "full reorthogonalisation"
+            )
+        return "PyHessian's power iteration as a second opinion"
+
+    @property
+    def needs(self) -> str:
+        """Second derivatives, or the package."""
+        return super().needs if self._by_lanczos else "PyHessian installed"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The paper of the iteration."""
+        return super().sources if self._by_lanczos else ("yao2020pyhessian",)
+
+    @property
+    def _by_lanczos(self) -> bool:
+        return self.method == "lanczos"
+
+    def cost(self) -> int:
+        """Return the budget; PyHessian's is larger."""
+        if self._by_lanczos:
+            return super().cost()
+        return 2 * (self.max_matvecs or _PYHESSIAN_BUDGET) + 2
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield the largest eigenvalue."""
+        if self._by_lanczos:
+            found, error = context.eigenvalue(
+                "LA", tol=self.tol, max_matvecs=self.max_matvecs
+            )
+            yield self.measured(found, data_stderr=error)
+            return
+        found = pyhessian_top_eigenvalue(
+            context.risk,
+            tol=self.tol,
+            max_iterations=self.max_matvecs or _PYHESSIAN_BUDGET,
+            generator=context.stream("pyhessian"),
+        )
+        yield self.measured(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LambdaMin(_Eigenvalue):
+    """Settings of :func:`lambda_min`.
+
+    Attributes:
+        tol: Wanted accuracy, relative to the norm of the Hessian.
+        max_matvecs: Most Hessian-vector products to spend.
+    """
+
+    name = "lambda_min"
+    description = "the smallest algebraic Hessian eigenvalue by Lanczos iteration"
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield the smallest eigenvalue."""
+        found, error = context.eigenvalue(
+            "SA", tol=self.tol, max_matvecs=self.max_matvecs
+        )
+        yield self.measured(found, data_stderr=error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaugeFixedLambdaMax(_Eigenvalue):
+    """Settings of :func:`gauge_fixed_lambda_max`.
+
+    Attributes:
+        tol: Wanted relative accuracy.
+        max_matvecs: Most Hessian-vector products to spend.
+    """
+
+    name = "gauge_fixed_lambda_max"
+    description = (
+        "the largest Hessian eigenvalue with every weight row that feeds a BatchNorm "
+        "at unit norm"
+    )
+    needs = "weights that feed a BatchNorm"
+    sources = ("laarhoven2017l2",)
+
+    def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
+        """Yield the largest eigenvalue of ``D H D``, ``D`` the rows' norms."""
+        risk = context.risk
+        batch = next(iter(risk.batches))
+        unit_rows = _unit_rows(risk, batch)
+        rescaled_copy(risk.model, unit_rows, batch=batch, bn=risk.bn)
+        lengths = 1 / unit_rows.vector(risk.layout)  # (P,): the norms, 1 elsewhere
+        pairs = top_eigenpairs(
+            ScaledOperator(context.hessian, lengths),
+            tol=self.tol,
+            max_matvecs=self.max_matvecs,
+            generator=context.stream("gauge_fixed"),
+        )
+        found, error = pairs.estimate(), None
+        if context.data_error and found.status is not Status.DIVERGED:
+            # An eigenvector of D H D is, times D, the direction of that curvature in H.
+            along = pairs.vectors[:, 0] * lengths.to(pairs.vectors)
+            error = data_stderr_at(risk, lambda data: curvature_parts(data, along))
+        if error is not None:
+            found = replace(found, num_matvecs=found.num_matvecs + 1)
+        yield self.measured(found, data_stderr=error)
 
 
 def lambda_max(
@@ -36,9 +195,9 @@ def lambda_max(
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    method: EigenMethod = "lanczos",
-    tol: float = 1e-3,
-    max_matvecs: int | None = None,
+    method: EigenMethod = LambdaMax.method,
+    tol: float = LambdaMax.tol,
+    max_matvecs: int | None = LambdaMax.max_matvecs,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
@@ -73,26 +232,13 @@ def lambda_max(
         UsageError: If ``method`` is unknown or another argument is out of range.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
+    measure = LambdaMax(method=method, tol=tol, max_matvecs=max_matvecs)
     if method == "pyhessian" and data_error:
         raise UsageError(
             "data_error needs method='lanczos', got 'pyhessian', of which no "
             "eigenvector is kept."
         )
-    if method == "pyhessian":
-        return pyhessian_top_eigenvalue(
-            risk, tol=tol, max_iterations=max_matvecs or 1000, generator=generator
-        )
-    if method != "lanczos":
-        raise UsageError(
-            f"method needs to be 'lanczos' or 'pyhessian', got {method!r}."
-        )
-    with HessianOperator(risk) as hessian:
-        pairs = top_eigenpairs(
-            hessian, tol=tol, max_matvecs=max_matvecs, generator=generator
-        )
-    direction = pairs.vectors[:, 0] if data_error else None
-    found, stderr = _with_data_error(pairs, risk, direction)
-    return over_data(found, stderr, risk)
+    return measure.estimate(risk, generator=generator, data_error=data_error)
 
 
 def lambda_min(
@@ -100,8 +246,8 @@ def lambda_min(
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    tol: float = 1e-3,
-    max_matvecs: int | None = None,
+    tol: float = LambdaMin.tol,
+    max_matvecs: int | None = LambdaMin.max_matvecs,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
@@ -127,13 +273,8 @@ def lambda_min(
         The eigenvalue [loss/param²], with its residual as ``bound``.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    with HessianOperator(risk) as hessian:
-        pairs = top_eigenpairs(
-            hessian, which="SA", tol=tol, max_matvecs=max_matvecs, generator=generator
-        )
-    direction = pairs.vectors[:, 0] if data_error else None
-    found, stderr = _with_data_error(pairs, risk, direction)
-    return over_data(found, stderr, risk)
+    measure = LambdaMin(tol=tol, max_matvecs=max_matvecs)
+    return measure.estimate(risk, generator=generator, data_error=data_error)
 
 
 def gauge_fixed_lambda_max(
@@ -141,8 +282,8 @@ def gauge_fixed_lambda_max(
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    tol: float = 1e-3,
-    max_matvecs: int | None = None,
+    tol: float = GaugeFixedLambdaMax.tol,
+    max_matvecs: int | None = GaugeFixedLambdaMax.max_matvecs,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
@@ -184,55 +325,8 @@ def gauge_fixed_lambda_max(
         van Laarhoven 2017, arXiv:1706.05350, section 2, for the dependence on length.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    found, stderr = gauge_fixed_with_data_error(
-        risk,
-        tol=tol,
-        max_matvecs=max_matvecs,
-        generator=entropy_generator(generator),
-        data_error=data_error,
-    )
-    return over_data(found, stderr, risk)
-
-
-def gauge_fixed_with_data_error(
-    risk: EmpiricalRisk,
-    *,
-    tol: float,
-    max_matvecs: int | None,
-    generator: torch.Generator,
-    data_error: bool = True,
-) -> WithDataError:
-    """Return the eigenvalue at unit rows, and its error over batches.
-
-    Raises:
-        UsageError: If no weights feed a BatchNorm, a row is zero, or the rescaled
-            network has not the same function.
-    """
-    batch = next(iter(risk.batches))
-    unit_rows = _unit_rows(risk, batch)
-    rescaled_copy(risk.model, unit_rows, batch=batch, bn=risk.bn)
-    lengths = 1 / unit_rows.vector(risk.layout)
-    with HessianOperator(risk) as hessian:
-        operator = ScaledOperator(hessian, lengths)
-        pairs = top_eigenpairs(
-            operator, tol=tol, max_matvecs=max_matvecs, generator=generator
-        )
-    # An eigenvector of D H D is, times D, the direction of that curvature in H.
-    moved = pairs.vectors[:, 0] * lengths.to(pairs.vectors)
-    return _with_data_error(pairs, risk, moved if data_error else None)
-
-
-def _with_data_error(
-    pairs: EigenPairs, risk: EmpiricalRisk, direction: Tensor | None
-) -> WithDataError:
-    """The eigenvalue, and its error over batches where a direction is given."""
-    found = pairs.estimate()
-    if direction is None or found.status is Status.DIVERGED:
-        return found, None
-    stderr = data_stderr_at(risk, lambda data: curvature_parts(data, direction))
-    if stderr is None:
-        return found, None
-    return replace(found, num_matvecs=found.num_matvecs + 1), stderr
+    measure = GaugeFixedLambdaMax(tol=tol, max_matvecs=max_matvecs)
+    return measure.estimate(risk, generator=generator, data_error=data_error)
 
 
 def _unit_rows(risk: EmpiricalRisk, batch: Batch) -> Rescaling:

@@ -2,17 +2,17 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
+from noisekit.core.normalisation import Reduction
 from noisekit.core.results import Estimate, Status
-from noisekit.core.vocabulary import quantity
-from noisekit.sharpness.card.citations import bibtex
-from noisekit.sharpness.card.registry import GAUGES, MEASURES, Gauge
-from noisekit.sharpness.card.subject import Detail, MeasureSettings
+from noisekit.core.vocabulary import INVARIANCES, Invariance
+from noisekit.sharpness.citations import bibtex
+from noisekit.sharpness.measurement import Detail, Measure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,23 +23,27 @@ class CardRow:
     """One quantity on a card.
 
     Attributes:
-        measure: The measure that gave it.
+        measure: Name of the measure that gave it.
+        measured_by: The measure itself, with its settings.
         quantity: Its name in the vocabulary.
-        variant: The setting that tells several of one quantity apart.
-        gauge: Which function-preserving rescalings leave it as it is.
+        variant: The settings that tell several of one quantity apart.
+        unit: Unit of measurement; empty for a pure number.
+        invariance: Which function-preserving rescalings leave it unchanged.
         estimate: Value, error, cost and status.
         data_stderr: Error over the batches, where it is not the estimate's own.
-        over_data: The estimate with that error counted in, as a value for other data.
-        first_order_share: Part of a rise that the gradient alone accounts for.
+        over_data: The estimate with that error included, as a value for other data.
+        first_order_share: Part of an increase that the gradient alone accounts for.
         reason: Why there is no value, or what a reader must know of it.
-        seconds: What its measure took [s].
+        seconds: Wall time of its measure [s].
         detail: Settings and by-products.
     """
 
     measure: str
+    measured_by: Measure
     quantity: str
     variant: str
-    gauge: Gauge
+    unit: str
+    invariance: Invariance
     estimate: Estimate
     data_stderr: float | None
     over_data: Estimate
@@ -65,7 +69,7 @@ class CardRow:
             "quantity": self.quantity,
             "variant": self.variant,
             "value": estimate.value,
-            "unit": quantity(self.quantity).unit,
+            "unit": self.unit,
             "stderr": estimate.stderr,
             "data_stderr": self.data_stderr,
             "bound": estimate.bound,
@@ -75,7 +79,7 @@ class CardRow:
             "num_samples": estimate.num_samples,
             "status": estimate.status.value,
             "side": estimate.side,
-            "gauge": self.gauge,
+            "invariance": self.invariance,
             "first_order_share": self.first_order_share,
             "num_matvecs": estimate.num_matvecs,
             "num_grads": estimate.num_grads,
@@ -89,16 +93,17 @@ class Conditions:
     """Where and how everything on a card was measured.
 
     Attributes:
-        loss: Mean loss at the weights.
+        loss: Mean loss over the examples, at the weights.
         error: Share of misclassified examples, where there are classes.
-        grad_norm: Norm of the gradient [loss/param].
+        grad_norm: Norm of the gradient of that loss [loss/param].
         weight_norm: Norm of the chosen parameters.
         num_params: How many they are.
         num_examples: Examples in the data.
         num_batches: Batches in the data.
         data_hash: Hash of the examples.
-        bn: What BatchNorm normalised with.
-        reduction: Of the loss: ``"mean"`` or ``"sum"``.
+        bn: What BatchNorm normalised with; ``None`` of a model without BatchNorm.
+        reduction: What ``loss_fn`` returns of a batch: ``"mean"``, or a ``"sum"``,
+            which was divided by what it sums over.
         dtype: Precision of the parameters; below float32 all is computed in float32.
         device: Where they are.
         model: Name of the model's class.
@@ -115,14 +120,26 @@ class Conditions:
     num_examples: int
     num_batches: int
     data_hash: str
-    bn: BatchNormPolicy
-    reduction: str
+    bn: BatchNormPolicy | None
+    reduction: Reduction
     dtype: str
     device: str
     model: str
     loss_fn: str
     seed: int
     torch_version: str
+
+    @property
+    def function(self) -> str:
+        """The function that everything on the card is a measure of, in words."""
+        if self.reduction == "mean":
+            return "mean loss"
+        return "mean loss (the sum that loss_fn returns over the number of examples)"
+
+    @property
+    def batch_norm(self) -> str:
+        """The BatchNorm policy in words; empty where there is none."""
+        return "" if self.bn is None else f"BatchNorm {self.bn}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,12 +151,10 @@ class SharpnessCard:
     Attributes:
         rows: The quantities; one that could not be had says why.
         conditions: Where and how they were measured.
-        settings: Radii, steps and tolerances.
     """
 
     rows: tuple[CardRow, ...] = field(repr=False)
     conditions: Conditions
-    settings: MeasureSettings
 
     def __getitem__(self, name: str) -> Estimate:
         """Return the estimate of a quantity, or of ``quantity[variant]``.
@@ -155,10 +170,11 @@ class SharpnessCard:
         Raises:
             UsageError: If there is no such quantity, or more than one variant.
         """
-        found = [row for row in self.rows if name in {row.label, row.quantity}]
-        if len(found) == 1:
-            return found[0]
-        labels = ", ".join(row.label for row in (found or self.rows))
+        matching = [row for row in self.rows if row.label == name]
+        matching = matching or [row for row in self.rows if row.quantity == name]
+        if len(matching) == 1:
+            return matching[0]
+        labels = ", ".join(row.label for row in (matching or self.rows))
         raise UsageError(
             f"the card needs the name of one quantity, got {name!r}; there are: "
             f"{labels}."
@@ -166,8 +182,8 @@ class SharpnessCard:
 
     @property
     def seconds(self) -> float:
-        """What everything took [s]."""
-        taken = {row.measure: row.seconds for row in self.rows}
+        """Wall time of everything [s]."""
+        taken = {row.measured_by: row.seconds for row in self.rows}
         return sum(taken.values())
 
     @property
@@ -181,7 +197,7 @@ class SharpnessCard:
         return sum(row.estimate.num_grads for row in self.rows)
 
     def frame(self) -> "pd.DataFrame":
-        """Return one row per quantity, with its error, status, gauge and cost."""
+        """Return one row per quantity, with its error, status, invariance and cost."""
         import pandas as pd
 
         return pd.DataFrame([row.cells() for row in self.rows])
@@ -190,7 +206,10 @@ class SharpnessCard:
         """Return everything as JSON; what is not a finite number is ``null``."""
         content = {
             "conditions": asdict(self.conditions),
-            "settings": asdict(self.settings),
+            "measures": [
+                {"measure": measure.name, "settings": measure.settings}
+                for measure in self._measures(self.rows)
+            ],
             "rows": [row.cells() | {"detail": row.detail} for row in self.rows],
             "num_matvecs": self.num_matvecs,
             "num_grads": self.num_grads,
@@ -203,45 +222,47 @@ class SharpnessCard:
     def methods(self) -> str:
         """Return a paragraph for a paper's methods section."""
         at = self.conditions
-        clauses = "; ".join(
-            f"{MEASURES[name].method} ({name})" for name in self._taken()
-        )
-        draws = (
-            f" Traces used {self.settings.trace_matvecs} products and noise "
-            f"{self.settings.num_draws} draws; eigenvalues a relative tolerance of "
-            f"{self.settings.tol:g}."
-        )
+        policy = f", with BatchNorm policy '{at.bn}'" if at.bn else ""
         return (
             f"Sharpness was measured with noisekit on {at.num_examples} examples in "
             f"{at.num_batches} batches (data hash {at.data_hash[:12]}), for "
             f"{at.num_params} parameters in {at.dtype}, in evaluation mode without "
-            f"dropout, with BatchNorm policy '{at.bn}'; the {at.reduction} loss there "
-            f"was {at.loss:.4g} and the gradient norm {at.grad_norm:.3g}. Computed "
-            f"were: {clauses}.{draws} All random numbers came from seed {at.seed}."
+            f"dropout{policy}; everything is of the {at.function}, which was "
+            f"{at.loss:.4g}, with gradient norm {at.grad_norm:.3g}. Computed were: "
+            f"{_clauses(self._available())}. All random numbers came from seed "
+            f"{at.seed}."
         )
 
     def bibtex(self) -> str:
         """Return the BibTeX entries of the measures that could be had."""
-        return bibtex(key for name in self._taken() for key in MEASURES[name].sources)
+        return bibtex(key for measure in self._available() for key in measure.sources)
 
-    def _taken(self) -> list[str]:
+    def _available(self) -> list[Measure]:
         """The measures that gave something, in order."""
-        had = (
-            row.measure
-            for row in self.rows
-            if row.estimate.status is not Status.UNAVAILABLE
+        return self._measures(
+            row for row in self.rows if row.estimate.status is not Status.UNAVAILABLE
         )
-        return list(dict.fromkeys(had))
+
+    @staticmethod
+    def _measures(rows: Iterable[CardRow]) -> list[Measure]:
+        return list(dict.fromkeys(row.measured_by for row in rows))
 
     def __str__(self) -> str:
-        """Write a table, with the conditions above and the gauges below."""
+        """Write a table, with the conditions above and the invariances below."""
         at = self.conditions
-        error = "" if at.error is None else f", error {100 * at.error:.3g} %"
+        error = "" if at.error is None else f"error {100 * at.error:.3g} %"
+        facts = (
+            f"{at.function} {at.loss:.4g}",
+            error,
+            f"|g| {at.grad_norm:.3g}",
+            f"|w| {at.weight_norm:.4g}",
+            at.batch_norm,
+            f"seed {at.seed}",
+        )
         head = [
             f"Sharpness of {at.model} ({at.num_params} parameters, {at.dtype}) on "
             f"{at.num_examples} examples ({at.data_hash[:12]})",
-            f"loss {at.loss:.4g}{error}, |g| {at.grad_norm:.3g}, |w| "
-            f"{at.weight_norm:.4g}, BatchNorm {at.bn}, seed {at.seed}",
+            ", ".join(fact for fact in facts if fact),
         ]
         lines = [_line(row) for row in self.rows]
         width = [max(len(line[i]) for line in lines) for i in range(4)]
@@ -251,25 +272,42 @@ class SharpnessCard:
             ).rstrip()
             for line in lines
         ]
-        used = dict.fromkeys(row.gauge for row in self.rows)
-        gauges = [f"{name}: {GAUGES[name]}" for name in used]
+        used = dict.fromkeys(row.invariance for row in self.rows)
+        legend = [f"{name}: {INVARIANCES[name]}" for name in used]
         cost = (
             f"{self.num_matvecs} Hessian products, {self.num_grads} gradients, "
             f"{self.seconds:.3g} s"
         )
-        return "\n".join([*head, "", *table, "", *gauges, cost])
+        return "\n".join([*head, "", *table, "", *legend, cost])
+
+
+def _clauses(measures: list[Measure]) -> str:
+    """What a methods section says of measures: how each is taken, with its settings."""
+    settings: dict[tuple[str, str], list[str]] = {}
+    for measure in measures:
+        stated = ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in measure.settings.items()
+            if value is not None and value is not False
+        )
+        settings.setdefault((measure.description, measure.name), []).append(stated)
+    return "; ".join(
+        f"{description} ({': '.join([name, ' and '.join(filter(None, stated))])})"
+        if any(stated)
+        else f"{description} ({name})"
+        for (description, name), stated in settings.items()
+    )
 
 
 def _line(row: CardRow) -> tuple[str, str, str, str]:
-    """A row's name, value with error, gauge, and remarks."""
-    remarks = [row.reason] if row.reason else []
+    """A row's name, value with error, invariance, and remarks."""
+    remarks = [row.reason.partition("\n")[0]] if row.reason else []
     if row.data_stderr is not None:
         remarks.append(f"± {row.data_stderr:.2g} over data")
     if row.first_order_share is not None and math.isfinite(row.first_order_share):
         remarks.append(f"first-order share {row.first_order_share:.2f}")
-    unit = quantity(row.quantity).unit
-    value = f"{row.estimate} {unit}".rstrip()
-    return row.label, value, row.gauge, "; ".join(remarks)
+    value = f"{row.estimate} {row.unit}".rstrip()
+    return row.label, value, row.invariance, "; ".join(remarks)
 
 
 # Whatever a card holds, as JSON knows it.

@@ -1,4 +1,4 @@
-"""The rise of error or loss under noise or displacement of a given size."""
+"""The increase of error or loss under noise or displacement of a given size."""
 
 import math
 from collections.abc import Iterator
@@ -13,21 +13,21 @@ from noisekit.core.randomness import stream
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature.random_vectors import normal_vector
 from noisekit.sharpness.data_error import batch_parts, batch_shares, gathered
-from noisekit.sharpness.search.ascent import AscentPlan, ascend
-from noisekit.sharpness.search.balls import MaximumBall
+from noisekit.sharpness.search.ascent import ascend
+from noisekit.sharpness.search.regions import ball
 
 Criterion = Literal["error", "loss"]
 MAGNITUDE_FLOOR = 1e-3
 """What magnitude-aware noise and displacements have beside their part of a weight."""
 
 
-class RiseTrial:
-    """Measures how much the criterion rises, with the same draws for every size.
+class CriterionIncrease:
+    """How much the criterion increases, with the same draws for every size.
 
     To be used within ``risk.evaluating()``.
 
     Attributes:
-        criterion: What rises.
+        criterion: What increases: the share of misclassified examples, or the loss.
         magnitude_aware: Whether sizes are in proportion to each weight.
         seed: Seed of the generator of noise and random starts.
         start: The criterion at the weights themselves.
@@ -55,13 +55,13 @@ class RiseTrial:
         self.num_grads = 0
         self.start = self._measure(None)
 
-    def rises_under_noise(self, sigma: float, num_draws: int) -> Tensor:
-        """Return the rise at each draw of the noise, ``(draws,)``."""
-        rises = [self._measure(point) for point in self._points(sigma, num_draws)]
-        return torch.tensor(rises, dtype=torch.float64) - self.start
+    def under_noise(self, sigma: float, num_draws: int) -> Tensor:
+        """Return the increase at each draw of the noise, ``(draws,)``."""
+        increases = [self._measure(point) for point in self._points(sigma, num_draws)]
+        return torch.tensor(increases, dtype=torch.float64) - self.start
 
     def parts_under_noise(self, sigma: float, num_draws: int) -> Tensor:
-        """Return each batch's part of the same rises, ``(draws, batches)``."""
+        """Return each batch's part of the same increases, ``(draws, batches)``."""
         parts = [self.parts_at(point) for point in self._points(sigma, num_draws)]
         return torch.stack(parts) - self.parts_at(None)
 
@@ -98,7 +98,9 @@ class RiseTrial:
         )
         return gathered(own, self._risk)
 
-    def peak(self, alpha: float, plan: AscentPlan) -> Tensor | None:
+    def highest_point(
+        self, alpha: float, *, steps: int, restarts: int
+    ) -> Tensor | None:
         """Return where an ascent of the loss ends up; ``None`` if that is not finite.
 
         The box of size ``alpha`` is about the weights.
@@ -109,23 +111,24 @@ class RiseTrial:
         radii = torch.full_like(self._origin, alpha)
         if self.magnitude_aware:
             radii = alpha * self._origin.abs() + MAGNITUDE_FLOOR
-        box = MaximumBall(radii, 1.0)
+        box = ball("linf", radii, 1.0)
         found = ascend(
             self._risk,
             box,
             origin=self._origin,
             start=self._slope,
-            plan=plan,
+            steps=steps,
+            restarts=restarts,
             generator=stream(self._stream_seed, "ascent"),
         )
         self.num_grads += found.num_grads
-        if not math.isfinite(found.rise):
+        if not math.isfinite(found.increase):
             return None
         return self._origin + box.displacement(found.coordinates)
 
-    def rise_at_peak(self, alpha: float, plan: AscentPlan) -> float:
-        """Return the rise where an ascent of the loss ends up."""
-        point = self.peak(alpha, plan)
+    def under_ascent(self, alpha: float, *, steps: int, restarts: int) -> float:
+        """Return the increase where an ascent of the loss ends up."""
+        point = self.highest_point(alpha, steps=steps, restarts=restarts)
         return math.inf if point is None else self._measure(point) - self.start
 
     def _points(self, sigma: float, num_draws: int) -> Iterator[Tensor]:

@@ -1,6 +1,5 @@
-"""The boxes in which epsilon-sharpness is maximised: full space, random subspace."""
+"""A box in the span of random columns, in which epsilon-sharpness is maximised."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -8,56 +7,10 @@ from torch import Tensor
 
 from noisekit.core.errors import UsageError
 from noisekit.core.randomness import stream
+from noisekit.sharpness.search.regions import Box
 
 _BLOCK_ENTRIES = 2**24
 """Entries of the random columns that are made at a time (64 MiB in float32)."""
-
-
-class Box(ABC):
-    """Displacements ``A y`` of the weights with ``|y_i| <= radius_i``.
-
-    Attributes:
-        radius: Half the box's width in each coordinate of ``y``.
-    """
-
-    radius: Tensor
-
-    @abstractmethod
-    def displacement(self, coordinates: Tensor) -> Tensor:
-        """Return ``A y``, the change of the weights."""
-
-    @abstractmethod
-    def gradient(self, grad: Tensor) -> Tensor:
-        """Return ``A' g``, the gradient in the box's own coordinates."""
-
-    def random_point(self, generator: torch.Generator) -> Tensor:
-        """Return a point that is uniform in the box."""
-        uniform = torch.rand(
-            self.radius.shape, generator=generator, device=generator.device
-        )
-        return (2 * uniform - 1).to(self.radius) * self.radius
-
-    def random_corner(self, generator: torch.Generator) -> Tensor:
-        """Return one of the box's vertices, each as likely as another."""
-        bits = torch.randint(
-            0, 2, self.radius.shape, generator=generator, device=generator.device
-        )
-        return (2 * bits - 1).to(self.radius) * self.radius
-
-
-class FullSpace(Box):
-    """Every weight moves by at most ``epsilon (|x_i| + 1)``; ``A`` is the identity."""
-
-    def __init__(self, origin: Tensor, epsilon: float) -> None:
-        self.radius = epsilon * (origin.abs() + 1)
-
-    def displacement(self, coordinates: Tensor) -> Tensor:
-        """Return the coordinates themselves."""
-        return coordinates
-
-    def gradient(self, grad: Tensor) -> Tensor:
-        """Return the gradient itself."""
-        return grad
 
 
 class RandomSubspace(Box):
@@ -93,7 +46,7 @@ class RandomSubspace(Box):
         fits = origin.numel() * num_dims * origin.element_size() <= memory_budget
         self._kept = list(self._make_blocks()) if fits else None
         projected = _least_squares(self._blocks(), origin, num_dims)
-        self.radius = (epsilon * (projected.abs() + 1)).to(origin)
+        super().__init__((epsilon * (projected.abs() + 1)).to(origin))
 
     def displacement(self, coordinates: Tensor) -> Tensor:
         """Return ``A y``."""

@@ -1,1 +1,0 @@
-"""Many measures of one model on the same data."""
