@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from noisekit.core.batches import Batch, count_examples
 from noisekit.core.errors import UsageError
-from noisekit.core.randomness import preserve_rng_state
+from noisekit.core.model_state import preserve_model_state
 
 BatchNormPolicy = Literal["running", "recalibrated", "batch"]
 
@@ -63,51 +63,32 @@ def check_policy(model: nn.Module, bn: str) -> None:
 
 
 @contextmanager
-def preserve_model_state(model: nn.Module) -> Iterator[None]:
-    """Restore modes, buffers, gradients and random state on exit, bit for bit.
+def evaluation_mode(model: nn.Module, bn: BatchNormPolicy) -> Iterator[None]:
+    """Switch to what is measured, and restore all of the model's state on exit.
 
-    Buffers are set aside and copies put in their place, so that graphs which other
-    code holds stay valid: BatchNorm keeps its statistics for the backward pass.
+    ``bn="recalibrated"`` is left to the caller, who has the data.
     """
-    training = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
-    with preserve_rng_state():
-        try:
-            for module, name, buffer in buffers:
-                module._buffers[name] = copies[id(buffer)]
-            yield
-        finally:
-            for module, mode in training:
-                module.training = mode
-            for parameter, grad, requires_grad in parameters:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
-            for module, name, buffer in buffers:
-                module._buffers[name] = buffer
+    # First of all: tensors made in inference mode cannot be differentiated.
+    with (
+        torch.inference_mode(False),
+        preserve_model_state(model),
+        measured_modes(model, bn),
+    ):
+        yield
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module, bn: BatchNormPolicy) -> Iterator[None]:
-    """Switch to what is measured: no dropout, ``bn``, kernels with derivatives.
+def measured_modes(model: nn.Module, bn: BatchNormPolicy) -> Iterator[None]:
+    """Switch dropout off, gradients on, and to kernels with second derivatives.
 
-    ``bn="recalibrated"`` is left to the caller, who has the data. Modules' ``train``
-    methods are not called: some merge weights or move data when they are.
+    The modules' modes are left as they are measured. Their ``train`` methods are not
+    called: some merge weights or move data when they are.
     """
+    for module in model.modules():
+        module.training = False
+    for layer in batch_norms(model) if bn == "batch" else ():
+        layer.training = True
     with ExitStack() as stack:
-        # First of all: tensors made in inference mode cannot be differentiated.
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(preserve_model_state(model))
-        for module in model.modules():
-            module.training = False
-        for layer in batch_norms(model) if bn == "batch" else ():
-            layer.training = True
         stack.enter_context(torch.enable_grad())
         # The fused attention kernels have no second derivative.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -1,4 +1,4 @@
-"""A model held in a wider floating type for a while, and given back as it was."""
+"""A model computed in a wider floating type for a while, its own tensors set aside."""
 
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -34,6 +34,13 @@ class Precision:
     def leaves_of(self, parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
         """Return the copies that stand for parameters now, or the parameters."""
         return tuple(self._copies.get(id(p), p) for p in parameters)
+
+    def narrow_tensors(self, *evaluated: object) -> list[Tensor]:
+        """Return the narrower tensors of modules, in whose place copies will stand."""
+        if self.dtype is None:
+            return []
+        modules = [item for item in evaluated if isinstance(item, nn.Module)]
+        return [t for m in modules for _, _, t in _narrow_slots(m, self.dtype)]
 
     def convert(self, value: Any) -> Any:  # any nesting a loader yields
         """Return ``value`` with each narrower floating tensor inside converted."""

@@ -1,8 +1,8 @@
 """The empirical risk: one model, one loss, all batches, weighted as they must be."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,10 @@ from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import (
     BatchNormPolicy,
     batch_norms,
-    call_model,
     check_policy,
-    evaluation_mode,
     recalibrated,
 )
+from noisekit.core.held_model import HeldModel
 from noisekit.core.normalisation import (
     Normaliser,
     Reduction,
@@ -44,6 +43,7 @@ from noisekit.core.params import (
     select_parameters,
 )
 from noisekit.core.precision import Precision, is_narrower
+from noisekit.core.restorable import TensorContent
 from noisekit.core.risk_value import RiskSums, RiskValue, scalar_loss, zero
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ class EmpiricalRisk:
         self.layout = layout_of(named)
         self.parameters = tuple(named.values())
         self.normaliser = normaliser or known_normaliser(loss_fn)
-        self._holders: list[None] = []  # shared with the risks derived from this one
-        self._precision = Precision()
+        # Shared with the risks derived from this one.
+        self._held = HeldModel(self.model, bn, Precision())
         self._rules = DataRules.of(self.model, bn, self.layout.device)
         self.batches = self._rules.read(batches, memory_budget)
         self.normalisers = normaliser_values(self.batches, self.normaliser)
@@ -164,7 +164,7 @@ class EmpiricalRisk:
     @property
     def leaves(self) -> tuple[nn.Parameter, ...]:
         """The parameters, or their wide copies, that derivatives are taken of."""
-        return self._precision.leaves_of(self.parameters)
+        return self._held.precision.leaves_of(self.parameters)
 
     def restricted_to(self, params: ParameterPatterns) -> "EmpiricalRisk":
         """Return the same risk as a function of some of the model's parameters.
@@ -174,7 +174,7 @@ class EmpiricalRisk:
         """
         part = copy.copy(self)
         named = select_parameters(self.model, params)
-        part.layout = layout_of(named, self._precision.dtype)
+        part.layout = layout_of(named, self._held.precision.dtype)
         part.parameters = tuple(named.values())
         return part
 
@@ -186,10 +186,10 @@ class EmpiricalRisk:
         """
         tensors = (*self.model.parameters(), *self.model.buffers())
         narrow = any(is_narrower(tensor, dtype) for tensor in tensors)
-        if self._precision.dtype == dtype or not narrow:
+        if self._held.precision.dtype == dtype or not narrow:
             return self
         wide = copy.copy(self)
-        wide._precision, wide._holders = Precision(dtype), []
+        wide._held = HeldModel(self.model, self.bn, Precision(dtype))
         named = dict(zip(self.layout.names, self.parameters, strict=True))
         wide.layout = layout_of(named, dtype)
         return wide
@@ -220,26 +220,13 @@ class EmpiricalRisk:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Hold the model as it is measured; on exit everything is given back.
+        """Hold the model as it is measured; on exit everything is restored.
 
         May be nested; the outermost decides. With ``bn="recalibrated"`` statistics
         are those of the weights at entry.
         """
-        if self._holders:
+        with self.at(None):
             yield
-            return
-        self._holders.append(None)
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(self._precision.held(self.model, self.loss_fn))
-                stack.enter_context(evaluation_mode(self.model, self.bn))
-                if self.bn == "recalibrated":
-                    batches = (batch for _, batch in self.weighted_batches())
-                    summed = partial(sum_over_ranks, ranks=self.ranks)
-                    stack.enter_context(recalibrated(self.model, batches, summed))
-                yield
-        finally:
-            self._holders.pop()
 
     @contextmanager
     def at(self, vector: Tensor | None) -> Iterator[None]:
@@ -251,22 +238,39 @@ class EmpiricalRisk:
         Raises:
             UsageError: If ``vector`` has the wrong length.
         """
-        if vector is None:
-            with self.evaluating():
-                yield
+        moved: list[tuple[nn.Parameter, Tensor]] = []
+        if vector is not None:
+            parts = self.layout.split(vector.detach())
+            moved = list(zip(self.parameters, parts, strict=True))
+        with self._held.held(
+            self.loss_fn, moved=moved, recalibrating=self._recalibrated
+        ):
+            yield
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Hold back hooks on the parameters, for derivatives of graphs that are kept.
+
+        Within ``evaluating()`` that is so already.
+        """
+        contents = [TensorContent(parameter) for parameter in self.parameters]
+        try:
+            for content in contents:
+                content.hold_hooks()
+            yield
+        finally:
+            for content in contents:
+                content.restore_hooks()
+
+    @contextmanager
+    def _recalibrated(self) -> Iterator[None]:
+        if self._held.bn != "recalibrated":
+            yield
             return
-        parts = self.layout.split(vector.detach())
-        with self._precision.held(self.model, self.loss_fn):
-            leaves = self.leaves
-            own = [leaf.data for leaf in leaves]
-            try:
-                for leaf, part in zip(leaves, parts, strict=True):
-                    leaf.data = part.to(leaf.device, leaf.dtype)
-                with self.evaluating():
-                    yield
-            finally:
-                for leaf, data in zip(leaves, own, strict=True):
-                    leaf.data = data
+        batches = (batch for _, batch in self.weighted_batches())
+        summed = partial(sum_over_ranks, ranks=self.ranks)
+        with recalibrated(self.model, batches, summed):
+            yield
 
     def batch_losses(self) -> Iterator[tuple[float, Tensor]]:
         """Yield each batch's weight and loss; ``F`` is the sum of their products.
@@ -355,13 +359,33 @@ class EmpiricalRisk:
             materialize_grads=True,
         )
 
-    def outputs_of(self, batch: Batch) -> Any:
-        """Return what the model returns for one batch; within ``evaluating()``."""
-        return call_model(self.model, self.converted(batch[0]))
+    @property
+    def graphs_last(self) -> bool:
+        """Whether a batch's graph stays valid when other batches are evaluated.
+
+        Not where forward passes write to tensors of the model.
+        """
+        return not self._held.writes
+
+    def outputs_of(
+        self, batch: Batch, tensors: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """Return what the model returns for one batch; within ``evaluating()``.
+
+        Args:
+            batch: Whose inputs.
+            tensors: Tensors in the place of the model's parameters and buffers of
+                these names, as for ``torch.func.functional_call``.
+
+        Raises:
+            UsageError: If a forward pass writes to the measured parameters.
+        """
+        inputs = self.converted(batch[0])
+        return self._held.outputs(inputs, constant=self.leaves, tensors=tensors)
 
     def converted(self, value: Any) -> Any:  # any nesting a loader yields
         """Return data in the precision that is computed in."""
-        return self._precision.convert(value)
+        return self._held.precision.convert(value)
 
     def loss_at(self, outputs: Any, targets: Any) -> Tensor:
         """Return the loss of outputs, checked to be a scalar.
@@ -378,9 +402,12 @@ class EmpiricalRisk:
 
     def _check(self, declared: str | None) -> Reduction:
         norms = batch_norms(self.model)
-        with evaluation_mode(self.model, "running"), torch.no_grad():
+        # BatchNorm's own statistics, since the parts of a batch have others.
+        check = copy.copy(self)
+        check._held = HeldModel(self.model, "running", Precision())
+        with check.evaluating(), torch.no_grad():
             return checked_reduction(
-                self.loss_of,
+                check.loss_of,
                 telling_batches(self.batches, self.normaliser),
                 normaliser=self.normaliser,
                 declared=declared,

@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from noisekit.core.distributed import Ranks
 from noisekit.core.errors import UsageError
-from noisekit.core.evaluation_mode import call_model, preserve_model_state
+from noisekit.core.evaluation_mode import call_model
+from noisekit.core.model_state import preserve_model_state
 from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import LossFn
 from noisekit.probes.capture.hooks import suspend_recording

@@ -241,15 +241,20 @@ def test_memory_does_not_grow_with_the_data(
 
 
 class Failing(nn.Module):
-    """Raises on the second batch of any pass, once told to."""
+    """Raises on the second batch of any pass, once told to.
+
+    The class counts, since the state of a model is restored at every pass.
+    """
+
+    left = 10**6
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = seeded(batch_norm_network)()
-        self.left = 10**6
+        Failing.left = 10**6
 
     def forward(self, inputs: Tensor) -> Tensor:
-        self.left -= 1
+        Failing.left -= 1
         if self.left < 0:
             raise KeyboardInterrupt
         return self.inner(inputs)
@@ -275,7 +280,7 @@ def test_an_exception_leaves_the_model_as_it_was(build: Build, narrow: bool) -> 
     random = torch.get_rng_state()
     operator = build(model, LOSS, batches, memory_budget=1)
     operator @ torch.ones(operator.shape[0])
-    model.left = 1
+    Failing.left = 1
     try:
         operator @ torch.ones(operator.shape[0])
     except KeyboardInterrupt as error:

@@ -6,11 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from noisekit.core.batches import Batch
 from noisekit.core.errors import MissingPackageError, UsageError
-from noisekit.core.evaluation_mode import model_arguments
 from noisekit.core.params import flatten
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk
@@ -132,18 +130,14 @@ class _StandIn(nn.Module):
         super().__init__()
         self._risk = risk
         self.chosen = nn.ParameterList(p.detach().clone() for p in risk.parameters)
-        # Hidden in a tuple, or it would be a submodule with parameters of its own.
-        self._model = (risk.model,)
         self._others = {name: p.detach() for name, p in risk.model.named_parameters()}
 
     def forward(self, weighted: _WeightedBatch) -> Tensor:
         """Return the weighted loss of a batch."""
-        (model,) = self._model
         own = dict(zip(self._risk.layout.names, self.chosen, strict=True))
-        inputs, targets = weighted.batch
-        args, kwargs = model_arguments(inputs)
-        outputs = functional_call(model, {**self._others, **own}, args, kwargs)
-        loss = weighted.factor * self._risk.loss_fn(outputs, targets)
+        batch = weighted.batch
+        outputs = self._risk.outputs_of(batch, {**self._others, **own})
+        loss = weighted.factor * self._risk.loss_at(outputs, batch[1])
         # Adds nothing to any derivative, but gives every parameter a gradient.
         return loss + 0.0 * torch.stack([(p * p).sum() for p in self.chosen]).sum()
 

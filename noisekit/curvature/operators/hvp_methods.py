@@ -6,10 +6,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, linearize
+from torch.func import grad, jvp, linearize
 
 from noisekit.core.batches import Batch
-from noisekit.core.evaluation_mode import model_arguments
 from noisekit.core.params import flatten
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature.operators.graph_cache import refuse_once_differentiable
@@ -133,12 +132,10 @@ def _loss_function(
 ) -> tuple[Callable[[tuple[Tensor, ...]], Tensor], tuple[Tensor, ...]]:
     """The weighted loss as a function of the chosen parameters, and where they are."""
     names = risk.layout.names
-    args, kwargs = model_arguments(risk.converted(batch[0]))
 
     def function(point: tuple[Tensor, ...]) -> Tensor:
         chosen = dict(zip(names, point, strict=True))
-        outputs = functional_call(risk.model, chosen, args, kwargs)
-        return weight * risk.loss_at(outputs, batch[1])
+        return weight * risk.loss_at(risk.outputs_of(batch, chosen), batch[1])
 
     return function, tuple(leaf.detach() for leaf in risk.leaves)
 

@@ -284,7 +284,7 @@ class RiskOperator(SymmetricOperator):
 
     def _visit(self, use: Callable[[float, Product], None]) -> None:
         """Call ``use`` with each batch's part of the data and its product."""
-        with second_derivatives_explained():
+        with second_derivatives_explained(), self.risk.without_hooks():
             self._follow_model()
             for part, share in self._kept:
                 use(part, share)
@@ -336,8 +336,10 @@ class RiskOperator(SymmetricOperator):
             if self.risk.checked:  # so examples can be taken apart
                 count = min(count, _MEASURED_EXAMPLES)
                 batch = take_examples(batch, torch.arange(count))
-            per_example = max(self._share_bytes(weight, batch) / count, 1.0)
-            return self.risk.memory_budget / per_example
+            size = self._share_bytes(weight, batch)
+            if not self.risk.graphs_last:
+                return 0.0
+            return self.risk.memory_budget / max(size / count, 1.0)
 
     def _share_bytes(self, weight: float, batch: Batch) -> int:
         """Memory that the graphs of one batch's share hold [bytes]."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from noisekit.core.errors import BatchSizeError
-from noisekit.core.evaluation_mode import preserve_model_state
 from noisekit.core.layers.rule import widen
+from noisekit.core.model_state import preserve_model_state
 from noisekit.core.reductions import sq_norms
 from noisekit.core.risk import LossFn
 from noisekit.noise.moments import GradientMoments

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from noisekit.core.evaluation_mode import preserve_model_state
 from noisekit.core.layers.per_example import coupling
+from noisekit.core.model_state import preserve_model_state
 from noisekit.curvature.operators.graph_cache import refuse_once_differentiable
 from noisekit.noise.step_quantity import HessianForms
 from noisekit.probes.capture.hooks import suspend_recording

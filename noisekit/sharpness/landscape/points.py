@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from noisekit.core.batches import Batch, count_examples
-from noisekit.core.evaluation_mode import batch_norms, model_arguments
+from noisekit.core.evaluation_mode import batch_norms
 from noisekit.core.risk import EmpiricalRisk
 
 _MOST_TOGETHER = 32
@@ -207,11 +207,10 @@ def _of_one_point(
     risk: EmpiricalRisk, batch: Batch, classified: bool
 ) -> Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]:
     """Loss and number of misclassified examples of a batch, as a function."""
-    args, kwargs = model_arguments(batch[0])
     targets = batch[1]
 
     def values(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        outputs = functional_call(risk.model, state, args, kwargs)
+        outputs = risk.outputs_of(batch, state)
         loss = risk.loss_fn(outputs, targets)
         if not classified:
             return loss, torch.zeros_like(loss)
