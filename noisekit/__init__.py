@@ -26,7 +26,10 @@ def __getattr__(name: str) -> object:
     """Import the public ``name`` from its home on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'noisekit' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    home = _HOME[name]
+    if home == __name__:  # a package of ours, such as ``nk.figures``
+        return import_module(f"{home}.{name}")
+    value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

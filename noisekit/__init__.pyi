@@ -1,5 +1,6 @@
 """The public names, each with its home; read by type checkers and by ``__init__``."""
 
+from noisekit import figures as figures
 from noisekit.auditing import audit as audit
 from noisekit.core.data import freeze as freeze
 from noisekit.core.errors import ClosureError as ClosureError

@@ -52,9 +52,13 @@ class Quantity:
 
     @property
     def axis_label(self) -> str:
-        """Label, symbol and unit, as written beside an axis."""
+        """Label, symbol and unit, as written beside an axis.
+
+        A unit that the label names already is left out: "Training loss", "Epoch".
+        """
         symbol = f" ${self.symbol}$" if self.symbol else ""
-        unit = f" [{self.unit}]" if self.unit else ""
+        named = self.unit.removesuffix("s") in self.label.lower()
+        unit = f" [{self.unit}]" if self.unit and not named else ""
         return f"{self.label}{symbol}{unit}"
 
 

@@ -9,25 +9,21 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from pandas import DataFrame
 
 from noisekit.core.errors import UsageError
-from noisekit.core.vocabulary import quantity
 from noisekit.figures import summaries
+from noisekit.figures.canvas import UserAxes, arm_handle, canvas, figure_function
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     TWO_COLUMNS,
     ArmStyle,
-    arm_handle,
     arm_styles,
-    legend_above,
+    described,
     log_limits,
-    name_panels,
-    panels,
     plain_log_ticks,
-    themed,
     two_line_label,
 )
 
 
-@themed()
+@figure_function
 def grad_sq_norm_against_batch_size(
     draws: DataFrame,
     moments: DataFrame,
@@ -35,6 +31,7 @@ def grad_sq_norm_against_batch_size(
     num_examples: int,
     styles: Mapping[str, ArmStyle] | None = None,
     name: str = "grad_sq_norm_against_batch_size",
+    ax: UserAxes | None = None,
 ) -> Plot:
     r"""Draw the squared gradient norm at frozen weights against batch size.
 
@@ -57,6 +54,7 @@ def grad_sq_norm_against_batch_size(
         num_examples: N, from which the batches were drawn without replacement.
         styles: From ``arm_styles``; made from the draws by default.
         name: Stem of the files.
+        ax: Axes of the user's to draw on, two side by side; a new figure by default.
 
     Returns:
         The plot; its table has a row for each mean over draws (``kind`` is ``mean``,
@@ -76,31 +74,32 @@ def grad_sq_norm_against_batch_size(
     _check_moments(finite, moments, num_examples, figure=name)
     styles = styles or arm_styles(draws[["arm"]])
     table = _batch_size_table(finite, moments, num_examples)
-    figure, [row] = panels(1, 2, size=(TWO_COLUMNS, 2.7))
+    drawn_on = canvas(1, 2, size=(TWO_COLUMNS, 2.7), ax=ax)
+    row = drawn_on.axes
     drawn = [arm for arm in styles if arm in set(table["arm"])]
-    for ax, power in zip(row, (0, 2), strict=True):
+    for panel, power in zip(row, (0, 2), strict=True):
         scaled = _times_batch_size(table, power)
-        ax.set(xscale="log", yscale="log")
-        ax.set_ylim(*log_limits(scaled["value"], pad=3.0))
+        panel.set(xscale="log", yscale="log")
+        panel.set_ylim(*log_limits(scaled["value"], pad=3.0))
         for arm in drawn:
-            _draw_batch_sizes(ax, scaled[scaled["arm"] == arm], styles[arm])
-        _name_sizes(ax, sorted(set(finite["batch_size"])))
-        plain_log_ticks(ax.yaxis)
-        ax.set_xlabel(quantity("batch_size").axis_label)
-    known = quantity("grad_sq_norm")
+            _draw_batch_sizes(panel, scaled[scaled["arm"] == arm], styles[arm])
+        _name_sizes(panel, sorted(set(finite["batch_size"])))
+        plain_log_ticks(panel.yaxis)
+        panel.set_xlabel(described("batch_size").axis_label)
+    known = described("grad_sq_norm")
     row[0].set_title("Mean loss")
     row[0].set_ylabel(two_line_label("grad_sq_norm"))
     row[1].set_title("Summed loss")
     row[1].set_ylabel(rf"$B^2\,{known.symbol}$ [{known.unit}]")
-    name_panels(row)
-    legend_above(figure, [arm_handle(styles[arm]) for arm in drawn])
+    drawn_on.name_panels()
+    drawn_on.legend([arm_handle(styles[arm]) for arm in drawn])
     caption = (
         f"Squared gradient norm at frozen weights against batch size. Dots: mean over "
         f"drawn batches with its 95 % t-interval; line: expected from the gradient and "
         f"its covariance on all {num_examples} examples, not fitted."
         f"{summaries.left_out(dropped, 'draws')}"
     )
-    return Plot(figure, table, name, caption)
+    return Plot(drawn_on.figure, table, name, caption)
 
 
 def _check_moments(

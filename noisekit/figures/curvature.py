@@ -9,27 +9,29 @@ from pandas import DataFrame
 
 from noisekit.core.errors import EmptyDataError
 from noisekit.core.results import Status
-from noisekit.core.vocabulary import quantity
 from noisekit.figures import summaries
+from noisekit.figures.canvas import (
+    UserAxes,
+    arm_handle,
+    canvas,
+    draw_levels,
+    figure_function,
+)
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     INK,
     MUTED,
     ONE_COLUMN,
     ArmStyle,
-    arm_handle,
     arm_styles,
-    draw_levels,
-    legend_above,
+    described,
     log_limits,
-    panels,
     plain_log_ticks,
-    themed,
     two_line_label,
 )
 
 
-@themed()
+@figure_function
 def sharpness_against_loss(
     measurements: DataFrame,
     snapshots: DataFrame,
@@ -39,6 +41,7 @@ def sharpness_against_loss(
     variant: str | None = None,
     styles: Mapping[str, ArmStyle] | None = None,
     name: str = "sharpness_against_loss",
+    ax: UserAxes | None = None,
 ) -> Plot:
     """Draw sharpness against training loss along the runs, on log axes.
 
@@ -58,6 +61,7 @@ def sharpness_against_loss(
         variant: Which setting of the measure, the first in the table by default.
         styles: From ``arm_styles``; made from the table by default.
         name: Stem of the files.
+        ax: Axes of the user's to draw on; a new figure by default.
 
     Returns:
         The plot; its table has a row for each dot (``kind`` is ``seed``) and each
@@ -71,36 +75,36 @@ def sharpness_against_loss(
     )
     styles = styles or arm_styles(snapshots)
     medians = _medians(table)
-    figure, [[ax]] = panels(size=(ONE_COLUMN, 3.0))
+    drawn_on = canvas(size=(ONE_COLUMN, 3.0), ax=ax)
+    [panel] = drawn_on.axes
     drawn = [arm for arm in styles if arm in set(table["arm"])]
     for arm in drawn:
-        _draw_arm(
-            ax, table[table["arm"] == arm], medians[medians["arm"] == arm], styles[arm]
-        )
-    ax.set(xscale="log", yscale="log")
-    ax.set_xlabel(quantity("train_loss").axis_label + ", falling to the right")
-    ax.set_ylabel(two_line_label(measured))
+        dots, middle = (rows[rows["arm"] == arm] for rows in (table, medians))
+        _draw_arm(panel, dots, middle, styles[arm])
+    panel.set(xscale="log", yscale="log")
+    panel.set_xlabel(described("train_loss").axis_label + ", falling to the right")
+    panel.set_ylabel(two_line_label(measured))
     high_to_low = log_limits(table["train_loss"].to_numpy(), pad=1.3)[::-1]
-    ax.set_xlim(*high_to_low)
+    panel.set_xlim(*high_to_low)
     handles = [arm_handle(styles[arm]) for arm in drawn]
     unsure = int((table["status"] == Status.NOT_CONVERGED).sum())
     if unsure:
         handles.append(_open_handle())
-    legend_above(figure, handles)
-    lines = _draw_thresholds(ax, thresholds or {}, styles)
-    plain_log_ticks(ax.xaxis)
-    plain_log_ticks(ax.yaxis)
+    drawn_on.legend(handles)
+    lines = _draw_thresholds(panel, thresholds or {}, styles)
+    plain_log_ticks(panel.xaxis)
+    plain_log_ticks(panel.yaxis)
     setting = f" ({table['variant'].iloc[0]})" if table["variant"].iloc[0] else ""
     doubt = f" Open dots: {unsure} not converged." if unsure else ""
     caption = (
-        f"{quantity(measured).label}{setting} against training loss along the runs. "
+        f"{described(measured).label}{setting} against training loss along the runs. "
         "Dots: each seed at each snapshot; lines: medians over seeds, joined along "
         f"training.{doubt}{lines}{summaries.left_out(dropped)}"
     )
     both = pd.concat(
         [table.assign(kind="seed"), medians.assign(kind="median")], ignore_index=True
     )
-    return Plot(figure, both.astype({"seed": "Int64"}), name, caption)
+    return Plot(drawn_on.figure, both.astype({"seed": "Int64"}), name, caption)
 
 
 def _joined(
@@ -182,7 +186,7 @@ def _draw_thresholds(
     draw_levels(ax, near, styles)
     for threshold in set(near.values()):
         ax.annotate(
-            "unstable above",
+            f"unstable above {threshold:.3g}",
             (1.0, threshold),
             xycoords=("axes fraction", "data"),
             xytext=(0, 1.5),

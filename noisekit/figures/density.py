@@ -6,13 +6,11 @@ from pandas import DataFrame
 
 from noisekit.core.errors import EmptyDataError
 from noisekit.figures import summaries
+from noisekit.figures.canvas import UserAxes, canvas, figure_function
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     MUTED,
     TWO_COLUMNS,
-    name_panels,
-    panels,
-    themed,
 )
 
 _COLUMNS = ["axis", "kind", "eigenvalue", "value", "low", "high"]
@@ -22,8 +20,13 @@ _OUTLIER = "#D55E00"
 _DECADES = 8.0
 
 
-@themed()
-def spectral_density(density: DataFrame, *, name: str = "spectral_density") -> Plot:
+@figure_function
+def spectral_density(
+    density: DataFrame,
+    *,
+    name: str = "spectral_density",
+    ax: UserAxes | None = None,
+) -> Plot:
     """Draw a spectral density: once over eigenvalues, once over their magnitude.
 
     Left, the density on a log axis, with the outliers as lines as high as their share
@@ -36,6 +39,7 @@ def spectral_density(density: DataFrame, *, name: str = "spectral_density") -> P
             ``log``), ``kind`` (``density``, ``atom``, ``zero``), ``eigenvalue``,
             ``value``, ``low`` and ``high``.
         name: Stem of the files.
+        ax: Axes of the user's to draw on, two side by side; a new figure by default.
 
     Returns:
         The plot; its table is the one given, without rows that cannot be drawn.
@@ -58,12 +62,13 @@ def spectral_density(density: DataFrame, *, name: str = "spectral_density") -> P
                 f"figure {name!r} needs a {what}, got none; pass the frame() of "
                 "nk.spectral_density(...)."
             )
-    figure, [[left, right]] = panels(columns=2, size=(TWO_COLUMNS, 2.6))
+    drawn_on = canvas(columns=2, size=(TWO_COLUMNS, 2.6), ax=ax)
+    left, right = drawn_on.axes
     atoms = table[table["kind"] == "atom"]
     _draw_linear(left, parts["linear"], atoms)
     about_zero = float(zero["value"].iloc[0])
     _draw_magnitudes(right, parts["log"], about_zero)
-    name_panels([left, right])
+    drawn_on.name_panels()
     count = len(atoms)
     outliers = (
         f" Orange lines: {count} outliers, as high as their share of all eigenvalues."
@@ -78,7 +83,7 @@ def spectral_density(density: DataFrame, *, name: str = "spectral_density") -> P
         "intervals over probes, point by point."
         f"{summaries.left_out(dropped)}"
     )
-    return Plot(figure, table, name, caption)
+    return Plot(drawn_on.figure, table, name, caption)
 
 
 def _draw_linear(ax: Axes, bulk: DataFrame, atoms: DataFrame) -> None:

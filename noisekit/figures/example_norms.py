@@ -10,24 +10,28 @@ from pandas import DataFrame
 
 from noisekit.core.errors import EmptyDataError
 from noisekit.figures import summaries
+from noisekit.figures.canvas import UserAxes, arm_handle, canvas, figure_function
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     ONE_COLUMN,
     TWO_COLUMNS,
+    ZONE,
     ArmStyle,
-    arm_handle,
     arm_styles,
-    legend_above,
     log_limits,
-    name_panels,
-    panels,
     snapshot_words,
-    themed,
     two_line_label,
 )
 
+_ROUNDED = 2.0**-48
+"""Squared step of a single-precision probability near 1, which is 2⁻²⁴."""
+_ROUNDING_WORDS = (
+    " Shaded: below 2⁻⁴⁸ of the largest norm, where single precision rounds "
+    "probabilities near 1 and the distribution has steps that training did not make."
+)
 
-@themed()
+
+@figure_function
 def example_norm_histograms(
     examples: DataFrame,
     *,
@@ -35,6 +39,7 @@ def example_norm_histograms(
     num_bins: int = 40,
     styles: Mapping[str, ArmStyle] | None = None,
     name: str = "example_norm_histograms",
+    ax: UserAxes | None = None,
 ) -> Plot:
     """Draw how squared per-example gradient norms are distributed, per arm.
 
@@ -47,6 +52,7 @@ def example_norm_histograms(
         num_bins: Bins over the range of all panels.
         styles: From ``arm_styles``; made from the table by default.
         name: Stem of the files.
+        ax: Axes of the user's to draw on, one per snapshot; a new figure by default.
 
     Returns:
         The plot; its table has a row a bin, with the arm's ``median`` there.
@@ -66,27 +72,31 @@ def example_norm_histograms(
     styles = styles or arm_styles(examples)
     table = _histograms(values, snapshots, edges)
     width = ONE_COLUMN if len(snapshots) == 1 else TWO_COLUMNS
-    figure, [row] = panels(1, len(snapshots), size=(width, 2.4), share_y=True)
-    for ax, snapshot in zip(row, snapshots, strict=True):
-        ax.set_xscale("log")
-        ax.set_title(snapshot_words(snapshot).capitalize())
-        ax.set_xlabel(two_line_label("example_grad_sq_norm"))
-        _draw_histograms(ax, table[table["snapshot"] == snapshot], styles)
+    drawn_on = canvas(1, len(snapshots), size=(width, 2.4), ax=ax, share_y=True)
+    row = drawn_on.axes
+    rounded = _ROUNDED * float(positive[measured].max())
+    for panel, snapshot in zip(row, snapshots, strict=True):
+        panel.set_xscale("log")
+        panel.set_title(snapshot_words(snapshot).capitalize())
+        panel.set_xlabel(two_line_label("example_grad_sq_norm"))
+        if edges[0] < rounded:
+            panel.axvspan(edges[0], rounded, color=ZONE, lw=0, zorder=0)
+        _draw_histograms(panel, table[table["snapshot"] == snapshot], styles)
     row[0].set_ylabel("Share of examples per bin")
     row[0].set_ylim(bottom=0)
-    if len(row) > 1:
-        name_panels(row)
+    drawn_on.name_panels()
     drawn = [arm for arm in styles if arm in set(table["arm"])]
     handles = [arm_handle(styles[arm]) for arm in drawn]
     for handle in handles:
         handle.set_marker("none")
-    legend_above(figure, handles)
+    drawn_on.legend(handles)
     caption = (
         "Squared per-example gradient norms, seeds pooled, bins of equal width on a "
         f"log axis; triangles mark medians.{_off_axis_words(off_axis)}"
+        f"{_ROUNDING_WORDS if edges[0] < rounded else ''}"
         f"{summaries.left_out(len(asked) - len(values))}"
     )
-    return Plot(figure, table, name, caption)
+    return Plot(drawn_on.figure, table, name, caption)
 
 
 def _off_axis_words(count: int) -> str:

@@ -6,22 +6,21 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from pandas import DataFrame
 
 from noisekit.core.errors import EmptyDataError
-from noisekit.core.vocabulary import quantity
+from noisekit.figures.canvas import UserAxes, canvas, figure_function
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     INK,
     MUTED,
     TWO_COLUMNS,
     ZONE,
+    described,
     in_three_digits,
     plain_log_ticks,
-    themed,
 )
 from noisekit.stats import ContrastResult, Verdict, contrast_titles
 
@@ -29,12 +28,13 @@ _ROW = 0.42
 """Height of one contrast [inch]."""
 
 
-@themed()
+@figure_function
 def contrast_forest(
     results: Sequence[ContrastResult],
     *,
     arms: Mapping[str, str] | None = None,
     name: str = "contrasts",
+    ax: UserAxes | None = None,
 ) -> Plot:
     """Draw the effect of each contrast with its interval, margin and verdict.
 
@@ -46,6 +46,7 @@ def contrast_forest(
         results: From ``judge``, in the order in which they are read.
         arms: The name under which each arm is shown; by default the recipe's.
         name: Stem of the files.
+        ax: Axes of the user's to draw on, one per quantity; a new figure by default.
 
     Returns:
         The plot; its table has one row a contrast, in the units that are drawn.
@@ -65,18 +66,17 @@ def contrast_forest(
     groups = list(dict.fromkeys(table["axis"]))
     counts = [int((table["axis"] == group).sum()) for group in groups]
     size = (TWO_COLUMNS, 0.35 + sum(0.62 + _ROW * count for count in counts))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=counts)[:, 0]
-    for ax, group in zip(axes, groups, strict=True):
-        _draw_group(ax, table[table["axis"] == group], group)
-    _add_legend(figure)
+    drawn_on = canvas(len(groups), size=size, ax=ax, heights=counts)
+    for panel, group in zip(drawn_on.axes, groups, strict=True):
+        _draw_group(panel, table[table["axis"] == group], group)
+    drawn_on.legend(_legend_entries())
     caption = (
         "Contrasts stated before the runs. Point: effect, paired by seed; bar: the "
         f"interval that decides{_levels(results)}; shaded: the margin inside which a "
         "difference is too small to matter. Filled points are primary, open ones "
         f"descriptive.{_without_effect(table)}"
     )
-    return Plot(figure, table.drop(columns=["axis", "arms"]), name, caption)
+    return Plot(drawn_on.figure, table.drop(columns=["axis", "arms"]), name, caption)
 
 
 def _levels(results: Sequence[ContrastResult]) -> str:
@@ -106,7 +106,7 @@ def _row(
         arms.get(arm, arm.replace("_", " "))
         for arm in (contrast.treatment, contrast.reference)
     )
-    known = quantity(contrast.quantity)
+    known = described(contrast.quantity)
     factor, axis = 1.0, f"{known.label}, ratio"
     if not ratio:
         points = known.unit == "fraction"
@@ -215,12 +215,11 @@ def _limits(rows: DataFrame, *, log: bool) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _add_legend(figure: Figure) -> None:
+def _legend_entries() -> list[Line2D | Patch]:
     point = {"color": INK, "marker": "o", "ls": "none", "ms": 5}
-    handles = [
+    return [
         Line2D([], [], **point, label="primary"),  # type: ignore[arg-type]
         Line2D([], [], **point, mfc="white", label="descriptive"),  # type: ignore[arg-type]
         Line2D([], [], color=INK, lw=1.4, label="interval that decides"),
         Patch(color=ZONE, lw=0, label="within the margin"),
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=4)

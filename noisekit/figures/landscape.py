@@ -8,33 +8,33 @@ from matplotlib.lines import Line2D
 from pandas import DataFrame
 
 from noisekit.figures import summaries
+from noisekit.figures.canvas import UserAxes, canvas, figure_function
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     INK,
     ONE_COLUMN,
     LineStyle,
-    legend_above,
-    panels,
     plain_log_ticks,
     styles_of,
-    themed,
 )
 
 _SPLIT_LINES: Mapping[str, LineStyle] = {
     "train": "-",
     "validation": (0, (1.2, 1.2)),
     "test": (0, (4, 1.5)),
+    "": "-",
 }
 
 
-@themed()
+@figure_function
 def linear_path(
     paths: DataFrame,
     *,
-    start_label: str = "SB",
-    end_label: str = "LB",
+    start_label: str = "start",
+    end_label: str = "end",
     loss_scale: Literal["log", "linear"] = "log",
     name: str = "linear_path",
+    ax: UserAxes | None = None,
 ) -> Plot:
     """Draw loss and accuracy along the line from one solution to another.
 
@@ -43,12 +43,14 @@ def linear_path(
     depends on the scale of the weights, which a line does not show.
 
     Args:
-        paths: Columns ``seed``, ``split``, ``alpha``, ``loss`` and ``error``
-            (fraction).
-        start_label: What stands at alpha 0.
-        end_label: What stands at alpha 1.
+        paths: Columns ``alpha``, ``loss`` and ``error`` (fraction), as
+            ``interpolate(...).frame()`` has them, and ``seed`` and ``split`` where
+            there are several.
+        start_label: Name of the solution at alpha 0.
+        end_label: Name of the solution at alpha 1.
         loss_scale: Scale of the left axis.
         name: Stem of the files.
+        ax: Axes of the user's to draw on; a new figure by default.
 
     Returns:
         The plot; its table has a row for each seed's point, with ``accuracy`` [%].
@@ -56,6 +58,7 @@ def linear_path(
     Source:
         Keskar et al. 2017, arXiv:1609.04836, figure 3.
     """
+    paths = summaries.with_runs(paths)
     columns = ["seed", "split", "alpha", "loss", "error"]
     summaries.require_columns(paths, columns, figure=name)
     positive = ["loss"] if loss_scale == "log" else []
@@ -63,7 +66,8 @@ def linear_path(
         paths[columns], ["alpha", "loss", "error"], figure=name, positive=positive
     )
     table["accuracy"] = 100 * (1 - table["error"])
-    figure, [[left]] = panels(size=(ONE_COLUMN, 2.7))
+    drawn_on = canvas(size=(ONE_COLUMN, 2.7), ax=ax)
+    [left] = drawn_on.axes
     right = left.twinx()
     loss, accuracy = styles_of({"loss": "", "accuracy": ""}).values()
     splits = [split for split in _SPLIT_LINES if split in set(table["split"])]
@@ -78,7 +82,7 @@ def linear_path(
         if low <= alpha <= high:
             left.axvline(alpha, color=INK, lw=0.6, ls=(0, (1, 2)), zorder=1)
             left.annotate(
-                label,
+                label.replace(", ", ",\n"),
                 (alpha, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(0, 3),
@@ -87,12 +91,12 @@ def linear_path(
                 va="bottom",
                 fontweight="bold",
             )
-    legend_above(
-        figure,
+    drawn_on.legend(
         [
             Line2D([], [], color=INK, ls=_SPLIT_LINES[s], label=f"{s} data")
             for s in splits
-        ],
+            if s
+        ]
     )
     caption = (
         f"Cross-entropy (left axis) and accuracy (right axis) along the line from "
@@ -100,7 +104,7 @@ def linear_path(
         f"{table['seed'].nunique()} pairs of seeds; thick: their median."
         f"{summaries.left_out(dropped, 'points')}"
     )
-    return Plot(figure, table.reset_index(drop=True), name, caption)
+    return Plot(drawn_on.figure, table.reset_index(drop=True), name, caption)
 
 
 def _draw_path(ax: Axes, rows: DataFrame, column: str, color: str) -> None:

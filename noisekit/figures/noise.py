@@ -10,35 +10,37 @@ from numpy.typing import NDArray
 from pandas import DataFrame
 
 from noisekit.core.results import Estimate, Ratio, Status
-from noisekit.core.vocabulary import quantity
 from noisekit.figures import summaries
+from noisekit.figures.canvas import (
+    UserAxes,
+    arm_handle,
+    canvas,
+    draw_levels,
+    figure_function,
+)
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     INK,
     TWO_COLUMNS,
     ArmStyle,
-    arm_handle,
     arm_styles,
-    draw_levels,
-    legend_above,
+    described,
     log_limits,
-    name_panels,
-    panels,
     plain_log_ticks,
-    themed,
 )
 
 _PARTS = ("grad_sq_norm", "variance_trace", "debiased_grad_sq_norm")
 _OVER_TRAINING = ("grad_sq_norm", "variance_trace", "simple_noise_scale")
 
 
-@themed()
+@figure_function
 def noise_over_training(
     steps: DataFrame,
     *,
     num_windows: int = 12,
     styles: Mapping[str, ArmStyle] | None = None,
     name: str = "noise_over_training",
+    ax: UserAxes | None = None,
 ) -> Plot:
     """Draw squared gradient norm, gradient variance and noise scale over training.
 
@@ -47,12 +49,14 @@ def noise_over_training(
     stands at the lower end of its confidence set: the truth is there or higher.
 
     Args:
-        steps: Columns ``arm``, ``seed``, ``step``, ``grad_sq_norm``,
-            ``variance_trace`` and ``debiased_grad_sq_norm``; ``batch_size`` is
-            drawn as a dotted line beside the noise scale.
+        steps: Columns ``step``, ``grad_sq_norm``, ``variance_trace`` and
+            ``debiased_grad_sq_norm``, as ``probe.frame()`` has them, and ``arm`` and
+            ``seed`` where there are several; ``batch_size`` is drawn as a dotted line
+            beside the noise scale.
         num_windows: Windows of equal length in updates, per arm.
         styles: From ``arm_styles``; made from the table by default.
         name: Stem of the files.
+        ax: Axes of the user's to draw on, three side by side; a new figure by default.
 
     Returns:
         The plot; its table is that of ``windowed_noise``.
@@ -61,33 +65,34 @@ def noise_over_training(
         McCandlish et al. 2018, arXiv:1812.06162, appendix A.1 (parts are averaged,
         not ratios).
     """
+    steps = summaries.with_runs(steps)
     columns = ["arm", "seed", "step", *_PARTS]
     summaries.require_columns(steps, columns, figure=name)
     readings, dropped = summaries.drawable(steps, ["step", *_PARTS], figure=name)
     styles = styles or arm_styles(steps)
     table = windowed_noise(readings, num_windows=num_windows)
-    figure, [row] = panels(1, 3, size=(TWO_COLUMNS, 2.6))
+    drawn_on = canvas(1, 3, size=(TWO_COLUMNS, 2.6), ax=ax)
     drawn = [arm for arm in styles if arm in set(table["arm"])]
-    for ax, measured in zip(row, _OVER_TRAINING, strict=True):
-        ax.set_yscale("log")
-        ax.set_xlabel(quantity("step").axis_label)
-        ax.set_title(quantity(measured).label)
-        known = quantity(measured)
-        ax.set_ylabel(f"${known.symbol}$ [{known.unit}]")
+    for panel, measured in zip(drawn_on.axes, _OVER_TRAINING, strict=True):
+        known = described(measured)
+        panel.set_yscale("log")
+        panel.set_xlabel(described("step").axis_label)
+        panel.set_title(known.label)
+        panel.set_ylabel(f"${known.symbol}$ [{known.unit}]")
         for arm in drawn:
             rows = table[(table["arm"] == arm) & (table["quantity"] == measured)]
-            _draw_windows(ax, rows, styles[arm])
-        ax.set_ylim(*log_limits(_drawn(table, measured), pad=1.3))
-    _mark_batch_sizes(row[-1], readings, styles)
-    for ax in row:
-        plain_log_ticks(ax.yaxis)
-    name_panels(row)
+            _draw_windows(panel, rows, styles[arm])
+        panel.set_ylim(*log_limits(_drawn(table, measured), pad=1.3))
+    _mark_batch_sizes(drawn_on.axes[-1], readings, styles)
+    for panel in drawn_on.axes:
+        plain_log_ticks(panel.yaxis)
+    drawn_on.name_panels()
     unresolved = table[table["status"] == Status.NOT_RESOLVED]
     bounds = len(unresolved)
     handles = [arm_handle(styles[arm]) for arm in drawn]
     if bounds:
         handles.append(_bound_handle())
-    legend_above(figure, handles)
+    drawn_on.legend(handles)
     caption = (
         f"Squared norm of the applied gradient, trace of the per-example gradient "
         f"covariance, and their noise scale, averaged over windows of updates and over "
@@ -95,7 +100,7 @@ def noise_over_training(
         f"arm's batch size.{_bound_words(unresolved)}"
         f"{summaries.left_out(dropped, 'readings')}"
     )
-    return Plot(figure, table, name, caption)
+    return Plot(drawn_on.figure, table, name, caption)
 
 
 def _drawn(table: DataFrame, measured: str) -> NDArray[np.float64]:

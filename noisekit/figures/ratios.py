@@ -9,17 +9,16 @@ from matplotlib.axes import Axes
 from pandas import DataFrame, Series
 
 from noisekit.core.errors import EmptyDataError, UsageError
-from noisekit.core.vocabulary import quantity
 from noisekit.figures import summaries
+from noisekit.figures.canvas import UserAxes, canvas, figure_function
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     INK,
     TWO_COLUMNS,
+    described,
     in_three_digits,
     log_limits,
-    panels,
     plain_log_ticks,
-    themed,
 )
 
 
@@ -95,12 +94,13 @@ def _seed_ratios(
     return (above.where(above > 0) / below.where(below > 0)).rename("ratio")
 
 
-@themed()
+@figure_function
 def descriptive_ratios(
     ratios: DataFrame,
     *,
     notes: Mapping[str, str] | None = None,
     name: str = "descriptive_ratios",
+    ax: UserAxes | None = None,
 ) -> Plot:
     """Draw one arm over the other for several measures, as a table with intervals.
 
@@ -112,6 +112,7 @@ def descriptive_ratios(
         notes: Quantity to a short remark below its name, such as the first-order
             share of epsilon-sharpness.
         name: Stem of the files.
+        ax: Axes of the user's to draw on, one per comparison; a new figure by default.
 
     Returns:
         The plot; its table is ``ratios``.
@@ -131,15 +132,16 @@ def descriptive_ratios(
         )
     comparisons = list(dict.fromkeys(ratios["comparison"]))
     size = (TWO_COLUMNS, 0.75 + 0.3 * len(names))
-    figure, [row] = panels(1, len(comparisons), size=size, share_x=True, share_y=True)
+    drawn_on = canvas(1, len(comparisons), size=size, ax=ax, share_x=True, share_y=True)
+    row = drawn_on.axes
     row[0].set_xscale("log")
     row[0].set_xlim(
         *log_limits([*ratios[["ratio", "low", "high"]].to_numpy(), [1.0] * 3])
     )
-    for ax, comparison in zip(row, comparisons, strict=True):
-        _draw_ratios(ax, ratios[ratios["comparison"] == comparison], names)
+    for panel, comparison in zip(row, comparisons, strict=True):
+        _draw_ratios(panel, ratios[ratios["comparison"] == comparison], names)
         title = comparison[:1].upper() + comparison[1:]
-        ax.set_title(textwrap.fill(title, max(20, 88 // len(comparisons))))
+        panel.set_title(textwrap.fill(title, max(20, 88 // len(comparisons))))
     plain_log_ticks(row[0].xaxis)
     remarks = notes or {}
     labels = [_measure_label(n, remarks.get(n, "")) for n in names]
@@ -150,11 +152,11 @@ def descriptive_ratios(
         "and 95 % t-interval. Descriptive: no verdict is drawn from them."
         f"{summaries.left_out(int(ratios['num_left_out'].sum()), 'pairs')}"
     )
-    return Plot(figure, ratios.reset_index(drop=True), name, caption)
+    return Plot(drawn_on.figure, ratios.reset_index(drop=True), name, caption)
 
 
 def _measure_label(measure: str, note: str) -> str:
-    known = quantity(measure)
+    known = described(measure)
     symbol = f" ${known.symbol}$" if known.symbol else ""
     return f"{known.label}{symbol}" + (f"\n{note}" if note else "")
 

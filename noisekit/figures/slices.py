@@ -14,18 +14,15 @@ from pandas import DataFrame
 
 from noisekit.core.errors import UsageError
 from noisekit.figures import summaries
+from noisekit.figures.canvas import UserAxes, arm_handle, canvas, figure_function
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     INK,
     ONE_COLUMN,
     ZONE,
     ArmStyle,
-    arm_handle,
-    legend_above,
-    panels,
     plain_log_ticks,
     styles_of,
-    themed,
 )
 
 LossScale = Literal["log", "linear"]
@@ -36,7 +33,7 @@ _NUM_LINES = 7
 _LIGHT = 0.6
 
 
-@themed()
+@figure_function
 def loss_surface(
     slices: DataFrame,
     *,
@@ -45,6 +42,7 @@ def loss_surface(
     axis_labels: tuple[str, str] = ("First direction", "Second direction"),
     what: str = "",
     name: str = "loss_surface",
+    ax: UserAxes | None = None,
 ) -> Plot:
     """Draw the loss on a plane through a solution, as filled contours.
 
@@ -60,6 +58,7 @@ def loss_surface(
         axis_labels: What the two axes are.
         what: A sentence for the caption, such as how the directions were scaled.
         name: Stem of the files.
+        ax: Axes of the user's to draw on; a new figure by default.
 
     Returns:
         The plot; its table has the grid's points that could be drawn.
@@ -80,20 +79,21 @@ def loss_surface(
     grid = _gridded(slices, table, figure=name)
     low, high = float(table["loss"].min()), float(table["loss"].max())
     lines = _levels(low, high, loss_scale, levels, figure=name)
-    figure, [[ax]] = panels(size=(ONE_COLUMN, 2.6))
-    ax.set_facecolor(ZONE)
+    drawn_on = canvas(size=(ONE_COLUMN, 2.6), ax=ax)
+    [panel] = drawn_on.axes
+    panel.set_facecolor(ZONE)
     shades = LogNorm(low, high) if loss_scale == "log" else Normalize(low, high)
-    drawn = _fill(ax, grid, _even(low, high, _NUM_FILLED, loss_scale), shades)
-    _draw_lines(ax, grid, lines, shades)
-    ax.plot(0, 0, "+", color="white", ms=7, mew=1.4)
-    bar = figure.colorbar(drawn, cax=ax.inset_axes((1.03, 0.0, 0.045, 1.0)))
+    drawn = _fill(panel, grid, _even(low, high, _NUM_FILLED, loss_scale), shades)
+    _draw_lines(panel, grid, lines, shades)
+    panel.plot(0, 0, "+", color="white", ms=7, mew=1.4)
+    bar = drawn_on.figure.colorbar(drawn, cax=panel.inset_axes((1.03, 0.0, 0.045, 1.0)))
     _dress_bar(bar, loss_scale)
-    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
-    ax.set_aspect("equal")
-    for axis in (ax.xaxis, ax.yaxis):
+    panel.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
+    panel.set_aspect("equal")
+    for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.set_major_formatter("{x:g}")
-    ax.grid(visible=False)
+    panel.grid(visible=False)
     said = f" {what.rstrip('.')}." if what else ""
     at = ", ".join(f"{level:.3g}" for level in lines)
     caption = (
@@ -101,10 +101,10 @@ def loss_surface(
         f"{high:.3g} (light); lines at {at}.{said}"
         f"{summaries.left_out(dropped, 'points')}"
     )
-    return Plot(figure, table.reset_index(drop=True), name, caption)
+    return Plot(drawn_on.figure, table.reset_index(drop=True), name, caption)
 
 
-@themed()
+@figure_function
 def loss_lines(
     slices: DataFrame,
     *,
@@ -113,6 +113,7 @@ def loss_lines(
     axis_label: str = "Step along the direction",
     what: str = "",
     name: str = "loss_lines",
+    ax: UserAxes | None = None,
 ) -> Plot:
     """Draw the loss along a line through one or several solutions.
 
@@ -124,6 +125,7 @@ def loss_lines(
         axis_label: What the axis is.
         what: A sentence for the caption, such as how the direction was scaled.
         name: Stem of the files.
+        ax: Axes of the user's to draw on; a new figure by default.
 
     Returns:
         The plot; its table has the points that could be drawn.
@@ -143,23 +145,24 @@ def loss_lines(
     ordered = [key for key in words if key in names]
     ordered += [key for key in names if key not in words]
     styles = styles_of({key: words.get(key, key) for key in ordered})
-    figure, [[ax]] = panels(size=(ONE_COLUMN, 2.4))
+    drawn_on = canvas(size=(ONE_COLUMN, 2.4), ax=ax)
+    [panel] = drawn_on.axes
     for key, style in styles.items():
-        _draw_line(ax, table[table["label"] == key], style)
-    ax.axvline(0.0, color=INK, lw=0.6, ls=(0, (1, 2)), zorder=1)
-    ax.set_yscale(loss_scale)
+        _draw_line(panel, table[table["label"] == key], style)
+    panel.axvline(0.0, color=INK, lw=0.6, ls=(0, (1, 2)), zorder=1)
+    panel.set_yscale(loss_scale)
     if loss_scale == "log":
-        plain_log_ticks(ax.yaxis)
-    ax.set(xlabel=axis_label, ylabel="Loss")
-    ax.xaxis.set_major_formatter("{x:g}")
+        plain_log_ticks(panel.yaxis)
+    panel.set(xlabel=axis_label, ylabel="Loss")
+    panel.xaxis.set_major_formatter("{x:g}")
     if len(styles) > 1:
-        legend_above(figure, [arm_handle(style) for style in styles.values()])
+        drawn_on.legend([arm_handle(style) for style in styles.values()])
     said = f" {what.rstrip('.')}." if what else ""
     caption = (
         "Loss along a line through the solution at 0 (dotted)."
         f"{said}{summaries.left_out(dropped, 'points')}"
     )
-    return Plot(figure, table.reset_index(drop=True), name, caption)
+    return Plot(drawn_on.figure, table.reset_index(drop=True), name, caption)
 
 
 def _gridded(

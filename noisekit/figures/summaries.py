@@ -12,6 +12,15 @@ from noisekit.core.errors import EmptyDataError, UsageError
 from noisekit.core.results import Estimate
 
 
+def with_runs(frame: DataFrame) -> DataFrame:
+    """Return a table with an arm, a seed and a split, which a single loop's lacks."""
+    frame = frame.copy(deep=False)
+    for name, value in (("arm", ""), ("seed", 0), ("split", "")):
+        if name not in frame.columns:
+            frame[name] = value
+    return frame
+
+
 def require_columns(frame: DataFrame, columns: Sequence[str], *, figure: str) -> None:
     """Check that a table has rows and these columns.
 

@@ -1,6 +1,7 @@
 """The look of every figure: sizes, fonts, and one mark per arm.
 
-Nothing here changes Matplotlib's global settings beyond a ``with`` block.
+Nothing here changes Matplotlib's global settings beyond a ``with`` block, and what is
+drawn on axes of the user's follows the user's settings.
 """
 
 import math
@@ -12,16 +13,12 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import ArrayLike
 from pandas import DataFrame
 
-from noisekit.core.vocabulary import quantity
+from noisekit.core.vocabulary import QUANTITIES, Quantity
 
 ONE_COLUMN = 3.4
 """Width of a one-column figure [inch]."""
@@ -87,7 +84,7 @@ _LINES: tuple[LineStyle, ...] = (
 
 @contextmanager
 def themed() -> Iterator[None]:
-    """Draw with noisekit's settings inside the block, whatever the user's are."""
+    """Draw with noisekit's settings inside the block; the user's are back after it."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_SETTINGS)  # type: ignore[arg-type]  # keys are literals
@@ -130,7 +127,8 @@ def arm_styles(runs: DataFrame) -> dict[str, ArmStyle]:
             of ``run_id``.
     """
     first = runs.drop_duplicates("arm").set_index("arm", drop=False)
-    factors = [name for name in _FACTOR_WORDS if name in first.columns]
+    constant = runs.groupby("arm").nunique().max() <= 1
+    factors = [name for name in _FACTOR_WORDS if constant.get(name, False)]
     if factors and not _differ_otherwise(first):
         first = first.sort_values(factors, kind="stable")
         labels = {
@@ -163,73 +161,6 @@ def _factor_label(row: Mapping[Hashable, float], factors: Sequence[str]) -> str:
     return ", ".join(f"{_FACTOR_WORDS[name]} {v:g}" for name, v in values.items())
 
 
-def panels(
-    rows: int = 1,
-    columns: int = 1,
-    *,
-    size: tuple[float, float],
-    share_x: bool | str = False,
-    share_y: bool | str = False,
-) -> tuple[Figure, list[list[Axes]]]:
-    """Return a figure of ``size`` [inch] and its grid of axes, row by row."""
-    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.03, hspace=0.03)
-    figure = Figure(figsize=size, layout=layout)
-    grid = figure.subplots(
-        rows,
-        columns,
-        squeeze=False,
-        sharex=share_x,  # type: ignore[arg-type]
-        sharey=share_y,  # type: ignore[arg-type]
-    )
-    return figure, [list(row) for row in grid]
-
-
-def name_panels(axes: Sequence[Axes]) -> None:
-    """Put (a), (b), ... before the panels' titles."""
-    for i, ax in enumerate(axes):
-        title = ax.get_title(loc="left")
-        ax.set_title(f"({chr(ord('a') + i)}) {title}".rstrip(), loc="left")
-
-
-def arm_handle(style: ArmStyle, *, line: bool = True) -> Line2D:
-    """Return what stands for an arm in a legend."""
-    return Line2D(
-        [],
-        [],
-        color=style.color,
-        marker=style.marker,
-        linestyle=style.linestyle if line else "none",
-        markersize=4,
-        label=style.label,
-    )
-
-
-def legend_above(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Put one legend above all panels, in as many columns as fit the width."""
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    entry = 0.05 * longest + 0.45  # inches at 7 pt, handle and gap included
-    columns = max(1, int(figure.get_figwidth() / entry))
-    rows = math.ceil(len(handles) / columns)
-    figure.legend(
-        handles=list(handles),
-        loc="outside upper left",
-        ncols=math.ceil(len(handles) / rows),
-    )
-
-
-def draw_levels(
-    ax: Axes, levels: Mapping[str, float], styles: Mapping[str, ArmStyle]
-) -> None:
-    """Draw a horizontal dotted line per arm; arms at one level take turns in dots."""
-    for level in dict.fromkeys(levels.values()):
-        sharing = [arm for arm, other in levels.items() if other == level]
-        period = 3.0 * len(sharing)
-        for turn, arm in enumerate(sharing):
-            dots = (3.0 * turn, (1.2, period - 1.2))
-            color = styles[arm].color
-            ax.axhline(level, color=color, lw=0.9, ls=dots, zorder=1)
-
-
 def snapshot_words(name: str) -> str:
     """Return a snapshot's name in words: ``loss_0.05`` is at training loss 0.05."""
     if name.startswith("loss_"):
@@ -237,9 +168,16 @@ def snapshot_words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def described(name: str) -> Quantity:
+    """Return a quantity of the vocabulary, or the words of a column of the user's."""
+    words = name.replace("_", " ")
+    unknown = Quantity(name, "", "", words[:1].upper() + words[1:], "")
+    return QUANTITIES.get(name, unknown)
+
+
 def two_line_label(name: str) -> str:
     """Return the axis label of a quantity with symbol and unit on a second line."""
-    known = quantity(name)
+    known = described(name)
     return known.axis_label.replace(f"{known.label} ", f"{known.label}\n", 1)
 
 

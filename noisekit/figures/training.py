@@ -11,20 +11,16 @@ from numpy.typing import NDArray
 from pandas import DataFrame
 
 from noisekit.core.errors import EmptyDataError
-from noisekit.core.vocabulary import quantity
 from noisekit.figures import summaries
+from noisekit.figures.canvas import UserAxes, arm_handle, canvas, figure_function
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     ONE_COLUMN,
     TWO_COLUMNS,
     ArmStyle,
-    arm_handle,
     arm_styles,
-    legend_above,
-    name_panels,
-    panels,
+    described,
     plain_log_ticks,
-    themed,
     two_line_label,
 )
 
@@ -35,16 +31,18 @@ _SEED_POINTS, _MEAN_POINTS = 48, 96
 """Most points of one line; more cannot be told apart at the printed size."""
 
 Axis = Literal["epoch", "step", "examples_seen"]
+_AXES: tuple[Axis, ...] = ("epoch", "step")
 
 
-@themed()
+@figure_function
 def training_curves(
     evaluations: DataFrame,
     *,
     quantities: Sequence[str] | None = None,
-    against: Sequence[Axis] = ("epoch", "step"),
+    against: Sequence[Axis] | None = None,
     styles: Mapping[str, ArmStyle] | None = None,
     name: str = "training_curves",
+    ax: UserAxes | None = None,
 ) -> Plot:
     """Draw losses and errors against epochs and against updates, all seeds shown.
 
@@ -54,12 +52,15 @@ def training_curves(
     scale. A mean is drawn only where all seeds of the arm have a value.
 
     Args:
-        evaluations: Columns ``arm``, ``seed``, the axes and the quantities.
-        quantities: Names from the vocabulary; by default those of ``CURVES`` that
-            the table holds.
-        against: Columns for the horizontal axes.
+        evaluations: The axes and the quantities, and ``arm`` and ``seed`` where there
+            are several.
+        quantities: Names from the vocabulary, or columns of your own; by default
+            those of ``CURVES`` that the table holds.
+        against: Columns for the horizontal axes; by default epochs and updates, as
+            far as the table has them.
         styles: From ``arm_styles``; made from the table by default.
         name: Stem of the files.
+        ax: Axes of the user's to draw on, one per panel; a new figure by default.
 
     Returns:
         The plot; its table has a row for each seed's evaluation (``kind`` is
@@ -69,14 +70,17 @@ def training_curves(
     Raises:
         EmptyDataError: If a quantity has no finite value.
     """
+    evaluations = summaries.with_runs(evaluations)
     names = list(quantities) if quantities else _recorded(evaluations, name)
+    against = against or [axis for axis in _AXES if axis in evaluations.columns]
     summaries.require_columns(
         evaluations, ["arm", "seed", *against, *names], figure=name
     )
     styles = styles or arm_styles(evaluations)
-    figure, grid = panels(
+    drawn_on = canvas(
         len(names),
         len(against),
+        ax=ax,
         size=(
             ONE_COLUMN if len(against) == 1 else TWO_COLUMNS,
             0.6 + 1.55 * len(names) if len(names) > 1 else 2.5,
@@ -84,40 +88,41 @@ def training_curves(
         share_x="col",
         share_y="row",
     )
+    grid = drawn_on.rows
     ends, is_cut = _column_ends(evaluations, against)
     tables, dropped = [], 0
     for row, curve in zip(grid, names, strict=True):
         table, missing = _curve_table(evaluations, against, curve, figure=name)
-        _scale_curve_axis(row[0], table, curve)
-        for ax, axis in zip(row, against, strict=True):
-            _draw_curves(ax, table[table[axis] <= ends[axis]], axis, styles)
+        for panel, axis in zip(row, against, strict=True):
+            _scale_curve_axis(panel, table, curve)
+            _draw_curves(panel, table[table[axis] <= ends[axis]], axis, styles)
+            _start_at_zero(panel)
         row[0].set_ylabel(two_line_label(curve))
         if row[0].get_yscale() == "log":
             plain_log_ticks(row[0].yaxis)
         tables.append(table)
         dropped += missing
-    for ax, axis in zip(grid[-1], against, strict=True):
-        ax.margins(x=0.03)
-        ax.set_xlabel(quantity(axis).axis_label)
-    figure.align_ylabels([row[0] for row in grid])
-    if len(names) * len(against) > 1:
-        name_panels([ax for row in grid for ax in row])
+    for panel, axis in zip(grid[-1], against, strict=True):
+        panel.margins(x=0.03)
+        panel.set_xlabel(described(axis).axis_label)
+    drawn_on.figure.align_ylabels([row[0] for row in grid])
+    drawn_on.name_panels()
     drawn = [styles[arm] for arm in styles if arm in set(evaluations["arm"])]
-    legend_above(figure, [arm_handle(style) for style in drawn])
+    drawn_on.legend([arm_handle(style) for style in drawn])
     caption = _curves_caption(names, against, is_cut=is_cut)
     table = pd.concat(tables, ignore_index=True)
-    return Plot(figure, table, name, caption + summaries.left_out(dropped))
+    return Plot(drawn_on.figure, table, name, caption + summaries.left_out(dropped))
 
 
 def _curves_caption(
     names: Sequence[str], against: Sequence[str], *, is_cut: bool
 ) -> str:
-    labels = ", ".join(quantity(name).label.lower() for name in names)
+    labels = ", ".join(described(name).label.lower() for name in names)
     words = {"epoch": "epochs", "step": "updates", "examples_seen": "examples seen"}
     cut = " A column ends where its first arm ends." if is_cut else ""
     return (
         f"{labels.capitalize()} against "
-        f"{' and against '.join(words[axis] for axis in against)}. Thick: mean over "
+        f"{' and against '.join(words.get(a, a) for a in against)}. Thick: mean over "
         "seeds, band: its 95 % t-interval; thin: each seed. A mean ends where the "
         f"first of its seeds ends.{cut} Lines are drawn through at most {_SEED_POINTS} "
         f"(seeds) or {_MEAN_POINTS} (means) evaluations; the table has all of them."
@@ -210,9 +215,16 @@ def _scale_curve_axis(ax: Axes, table: DataFrame, curve: str) -> None:
     spans = len(positive) > 0 and positive.max() / positive.min() > 20
     if curve.endswith("_loss") or (spans and len(positive) == len(values)):
         ax.set_yscale("log")
-    elif spans:
+    elif spans and len(positive) + int((values == 0).sum()) == len(values):
         _scale_down_to_zero(ax, positive)
-    else:
+
+
+def _start_at_zero(ax: Axes) -> None:
+    """Let a linear axis begin at zero where nothing lies below; after drawing only.
+
+    Before drawing, fixing the lower end would fix the upper one at 1.
+    """
+    if ax.get_yscale() == "linear" and ax.dataLim.y0 >= 0:
         ax.set_ylim(bottom=0)
 
 

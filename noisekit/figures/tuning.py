@@ -8,32 +8,30 @@ from matplotlib.lines import Line2D
 from pandas import DataFrame
 
 from noisekit.core.errors import UsageError
-from noisekit.core.vocabulary import quantity
 from noisekit.figures import summaries
+from noisekit.figures.canvas import UserAxes, arm_handle, canvas, figure_function
 from noisekit.figures.plot import Plot
 from noisekit.figures.theme import (
     INK,
     ONE_COLUMN,
     ArmStyle,
-    arm_handle,
-    legend_above,
-    panels,
+    described,
     plain_log_ticks,
     styles_of,
-    themed,
 )
 
 _WIDE = 10.0
 """Ratio of largest to smallest value from which on the vertical axis is log."""
 
 
-@themed()
+@figure_function
 def rate_tuning(
     grid: DataFrame,
     *,
     chosen: Mapping[int, float],
     measured: str = "validation_error",
     name: str = "rate_tuning",
+    ax: UserAxes | None = None,
 ) -> Plot:
     """Draw an error against the learning rate for each batch size, choice marked.
 
@@ -45,6 +43,7 @@ def rate_tuning(
         chosen: The rate that was taken for each batch size.
         measured: What the choice was made on; never a test quantity.
         name: Stem of the files.
+        ax: Axes of the user's to draw on; a new figure by default.
 
     Returns:
         The plot; its table has a row a run, with the ``mean`` over seeds of its batch
@@ -66,30 +65,31 @@ def rate_tuning(
     table = _tuning_table(grid[columns], measured, chosen, figure=name)
     sizes = sorted(set(grid["batch_size"]))
     styles = styles_of({str(size): f"batch {size:g}" for size in sizes})
-    figure, [[ax]] = panels(size=(ONE_COLUMN, 2.6))
+    drawn_on = canvas(size=(ONE_COLUMN, 2.6), ax=ax)
+    [panel] = drawn_on.axes
     for size, style in zip(sizes, styles.values(), strict=True):
-        _draw_tuning(ax, table[table["batch_size"] == size], style)
-    ax.set_xscale("log")
-    ax.margins(x=0.06)
+        _draw_tuning(panel, table[table["batch_size"] == size], style)
+    panel.set_xscale("log")
+    panel.margins(x=0.06)
     values = finite[measured].to_numpy(dtype=float)
     if values.min() > 0 and values.max() > _WIDE * values.min():
         # A rate at the edge would press all others onto the lower edge.
-        ax.set_yscale("log")
-        plain_log_ticks(ax.yaxis)
-    plain_log_ticks(ax.xaxis)
-    ax.set_xlabel(quantity("learning_rate").axis_label)
-    ax.set_ylabel(quantity(measured).axis_label)
+        panel.set_yscale("log")
+        plain_log_ticks(panel.yaxis)
+    plain_log_ticks(panel.xaxis)
+    panel.set_xlabel(described("learning_rate").axis_label)
+    panel.set_ylabel(described(measured).axis_label)
     star = Line2D([], [], color=INK, marker="*", ls="none", ms=8, label="chosen rate")
     handles = [arm_handle(style) for style in styles.values()]
-    legend_above(figure, [*handles, star])
+    drawn_on.legend([*handles, star])
     noun = "run" if diverged == 1 else "runs"
     crosses = f" Crosses at the top: {diverged} diverged {noun}." if diverged else ""
     caption = (
-        f"{quantity(measured).label} against the learning rate for each batch size. "
+        f"{described(measured).label} against the learning rate for each batch size. "
         f"Small: each of {finite['seed'].nunique()} seeds; line: their mean; "
         f"star: the rate that was chosen.{crosses}"
     )
-    return Plot(figure, table, name, caption)
+    return Plot(drawn_on.figure, table, name, caption)
 
 
 def _tuning_table(

@@ -45,7 +45,9 @@ def test_vocabulary_cannot_be_changed() -> None:
     [
         ("lambda_max", r"Largest Hessian eigenvalue $\lambda_{\max}$ [loss/param²]"),
         ("learning_rate", r"Learning rate $\eta$"),
-        ("epoch", "Epoch [epochs]"),
+        ("epoch", "Epoch"),
+        ("train_loss", "Training loss"),
+        ("weight_norm", r"Weight norm $\|w\|$ [param]"),
     ],
 )
 def test_axis_label_has_symbol_and_unit(name: str, label: str) -> None:

@@ -11,8 +11,8 @@ from pandas import DataFrame
 from noisekit.core.errors import UsageError
 from noisekit.core.vocabulary import QUANTITIES
 from noisekit.figures import arm_styles, themed, training_curves
+from noisekit.figures.canvas import draw_levels
 from noisekit.figures.theme import (
-    draw_levels,
     in_three_digits,
     log_limits,
     plain_log_ticks,

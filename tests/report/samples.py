@@ -9,7 +9,8 @@ from pathlib import Path
 from pandas import DataFrame
 
 from noisekit.figures import ONE_COLUMN, Plot
-from noisekit.figures.theme import panels, themed
+from noisekit.figures.canvas import canvas
+from noisekit.figures.theme import themed
 from noisekit.records import (
     Manifest,
     RunDirectory,
@@ -99,10 +100,11 @@ def plot(name: str = "curve", caption: str = "A line.", title: str = "") -> Plot
     """Draw a clipped line with markers, so that the SVG refers to ids of its own."""
     frame = DataFrame({"step": [0, 1, 2], "train_loss": [2.0, 1.0, 0.5]})
     with themed():
-        figure, axes = panels(size=(ONE_COLUMN, 2.0))
-        axes[0][0].plot(frame["step"], frame["train_loss"], marker="o")
-        axes[0][0].set_title(title)
-    return Plot(figure, frame, name, caption)
+        drawn_on = canvas(size=(ONE_COLUMN, 2.0))
+        [ax] = drawn_on.axes
+        ax.plot(frame["step"], frame["train_loss"], marker="o")
+        ax.set_title(title)
+    return Plot(drawn_on.figure, frame, name, caption)
 
 
 def contrasts(
