@@ -24,6 +24,7 @@ from noisekit.figures.theme import (
 )
 from noisekit.stats import ContrastResult, Verdict, contrast_titles
 
+_LABEL = 44  # characters of a line beside an axis
 _ROW = 0.42
 """Height of one contrast [inch]."""
 
@@ -72,21 +73,13 @@ def contrast_forest(
     drawn_on.legend(_legend_entries())
     caption = (
         "Contrasts stated before the runs. Point: effect, paired by seed; bar: the "
-        f"interval that decides{_levels(results)}; shaded: the margin inside which a "
-        "difference is too small to matter. Filled points are primary, open ones "
-        f"descriptive.{_without_effect(table)}"
+        f"interval that decides; shaded: the margin inside which a difference is too "
+        "small to matter. Filled points are primary, with intervals adjusted for their "
+        f"number; open ones are descriptive.{_without_effect(table)}"
     )
-    return Plot(drawn_on.figure, table.drop(columns=["axis", "arms"]), name, caption)
-
-
-def _levels(results: Sequence[ContrastResult]) -> str:
-    levels = {r.contrast.primary: 100 * r.interval.level for r in results}
-    words = [
-        f"{levels[primary]:.3g} % for {kind} contrasts"
-        for primary, kind in ((True, "primary"), (False, "descriptive"))
-        if primary in levels
-    ]
-    return f" ({', '.join(words)})"
+    return Plot(
+        drawn_on.figure, table.drop(columns=["axis", "arms", "over"]), name, caption
+    )
 
 
 def _without_effect(table: DataFrame) -> str:
@@ -125,7 +118,8 @@ def _row(
         "primary": contrast.primary,
         "scale": contrast.scale,
         "axis": axis,
-        "arms": f"{treatment} {'over' if ratio else 'minus'} {reference}",
+        "arms": treatment,
+        "over": f"{'over' if ratio else 'minus'} {reference}",
         "effect": result.effect * factor,
         "low": interval.low * factor if interval.bounded else math.nan,
         "high": interval.high * factor if interval.bounded else math.nan,
@@ -158,7 +152,10 @@ def _draw_group(ax: Axes, rows: DataFrame, group: str) -> None:
 
 
 def _names(row: Mapping[Hashable, object]) -> str:
-    return "\n".join(textwrap.fill(str(row[key]), 44) for key in ("label", "arms"))
+    arms = f"{row['arms']} {row['over']}"
+    if len(arms) > _LABEL:
+        arms = f"{row['arms']}\n{row['over']}"
+    return f"{textwrap.fill(str(row['label']), _LABEL)}\n{arms}"
 
 
 def _draw_contrast(ax: Axes, y: int, row: Mapping[Hashable, object]) -> None:
@@ -197,11 +194,15 @@ def _verdict_words(verdict: str) -> str:
 def _numbers(number: Mapping[Hashable, float], *, log: bool) -> str:
     if not math.isfinite(number["effect"]):
         return "no effect"
-    write = in_three_digits if log else "{:+.2f}".format
+    write = in_three_digits if log else _signed
     effect, low, high = (write(number[key]) for key in ("effect", "low", "high"))
     if math.isnan(number["low"]):
         return effect
     return f"{effect} [{low}, {high}]"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def _limits(rows: DataFrame, *, log: bool) -> tuple[float, float]:

@@ -62,7 +62,6 @@ class Article:
     warnings: tuple[str, ...]
     primary: tuple[ContrastRow, ...]
     descriptive: tuple[ContrastRow, ...]
-    primary_level: str
     figures: tuple[FigureView, ...]
     tables: tuple[TableView, ...]
 
@@ -113,7 +112,6 @@ def page_of(
             warnings=tuple(map(typeset, result.warnings)),
             primary=_contrasts(result, provenance, primary=True),
             descriptive=_contrasts(result, provenance, primary=False),
-            primary_level=_primary_level(result),
             figures=tuple(_figures(result, figures, beside)),
             tables=tuple(_tables(result, tables, provenance, beside)),
         )
@@ -142,12 +140,6 @@ def _contrasts(
         for row, item in zip(rows, result.contrasts, strict=True)
         if item.contrast.primary is primary
     )
-
-
-def _primary_level(result: AnalysisResult) -> str:
-    """Return the level of the primary intervals; empty where there is none."""
-    levels = [i.interval.level for i in result.contrasts if i.contrast.primary]
-    return f"{100 * levels[0]:.3g} %" if levels else ""
 
 
 def _figures(

@@ -217,11 +217,10 @@ class ContrastResult:
         verdict: Where ``interval`` lies.
         reason: Why there is no verdict, or what to know about the one there is.
         effect: Ratio of geometric means, or difference of means; NaN without pairs.
-        interval: The interval that decides. Its level is 95 % for a descriptive
-            contrast and ``1 - 0.05/num_tests`` for a primary one, so that all primary
-            intervals hold together in 95 % of experiments.
-        p_value: Of no effect, times ``num_tests``: at most 0.05 exactly where
-            ``interval`` excludes no effect. NaN where nothing was tested.
+        interval: The interval that decides: at level ``1 - 0.05/num_tests``, or
+            ``1 - 0.1/num_tests`` where only that one lies inside the margin.
+        p_value: Of no effect, times ``num_tests``; at most 0.05 where a direction is
+            established. NaN where nothing was tested.
         error_over: What the interval averages over.
         num_pairs: Pairs that entered.
         num_missing: Pairs of which a side is missing.

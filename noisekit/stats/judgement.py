@@ -23,15 +23,20 @@ def judge(
 ) -> list[ContrastResult]:
     """Return a verdict on each contrast.
 
-    One t-interval decides, and it is the one that is shown. Beyond the margin the
-    verdict is *larger* or *smaller*; inside the margin it is *larger within the
-    margin* or *smaller within the margin* where the interval excludes no effect, and
-    *equivalent* where it does not; across the margin it is *not resolved*.
+    The t-interval that decides is the one in the result. Where the 95 % interval lies
+    beyond the margin the verdict is *larger* or *smaller*; where it lies inside, it is
+    *larger within the margin* or *smaller within the margin* if it excludes no effect,
+    else *equivalent*. Where it reaches across the margin, the 90 % interval may still
+    lie inside (two one-sided tests at 5 %) and then decides, if both agree on the
+    direction; otherwise the contrast is *not resolved*.
 
-    The intervals of the m primary contrasts have level ``1 - 0.05/m`` (Bonferroni), so
-    that all of them hold, and with them all verdicts, in 95 % of experiments. The
-    family is all primary contrasts of the recipe, also those that end without a
-    verdict. Descriptive contrasts have 95 % intervals of their own.
+    For the m primary contrasts 5 % becomes ``5 %/m`` throughout (Bonferroni), so that
+    one or more false verdicts come in at most 5 % of experiments. The family is all
+    primary contrasts of the recipe, also those that end without a verdict.
+
+    Source:
+        Schuirmann 1987, "A comparison of the two one-sided tests procedure and the
+        power approach for assessing the equivalence of average bioavailability".
 
     A pair of which a side is missing (a diverged run, a snapshot never reached) is
     information about the arm and is never dropped in silence: a primary contrast with
@@ -87,20 +92,21 @@ def _judge_one(
     claims: bool,
     allow_missing: bool,
 ) -> ContrastResult:
-    level = 1.0 - ALPHA / num_tests
+    alpha = ALPHA / num_tests
     num_missing = len(sample.seeds) - sample.complete()[0].size
-    effect, fault = _measure(sample, contrast.scale, level)
-    interval = _interval(effect, contrast.scale, level)
+    effect, fault = _measure(sample, contrast.scale, 1.0 - alpha)
+    interval = _interval(effect, contrast.scale, 1.0 - alpha)
     obstacle = _obstacle(sample, num_missing, claims=claims, allowed=allow_missing)
-    p_value = math.nan
+    p_value, reason = math.nan, ""
     if obstacle is not None:
         verdict, reason = obstacle
     elif effect is None or fault:
         verdict, reason = Verdict.NOT_RESOLVED, fault
     else:
         p_value = min(1.0, num_tests * effect.p_value)
-        verdict = _verdict(contrast, interval)
-        reason = _open_question(contrast, effect, interval, num_tests)
+        verdict, interval = _decide(contrast, effect, alpha)
+        if verdict is Verdict.NOT_RESOLVED:
+            reason = _open_question(contrast, effect, interval, num_tests)
     if num_missing and obstacle is None:
         note = f"{num_missing} of {len(sample.seeds)} pairs are missing and left out"
         reason = f"{reason}; {note}" if reason else note
@@ -119,7 +125,27 @@ def _judge_one(
     )
 
 
-def _verdict(contrast: Contrast, interval: Interval) -> Verdict:
+def _decide(
+    contrast: Contrast, effect: PairedEffect, alpha: float
+) -> tuple[Verdict, Interval]:
+    """Return the verdict and the interval that decides it.
+
+    The narrow interval rejects each side of the margin at ``alpha``, the wide one
+    both at once; a direction, whose null is a single point, needs the wide one.
+    """
+    wide, narrow = effect.interval(1.0 - alpha), effect.interval(1.0 - 2.0 * alpha)
+    verdict = _position(contrast, wide)
+    if verdict is Verdict.NOT_RESOLVED:
+        inside = _position(contrast, narrow)
+        direction = (wide.low > contrast.null) - (wide.high < contrast.null)
+        is_inside = inside.decided and inside.region == 0
+        if is_inside and inside.direction == direction:
+            return inside, narrow
+    return verdict, wide
+
+
+def _position(contrast: Contrast, interval: Interval) -> Verdict:
+    """Return what an interval by itself says against no effect and the margin."""
     low, high = interval.low, interval.high
     lowest, highest = contrast.margin_ends
     if low > highest:
@@ -138,14 +164,11 @@ def _verdict(contrast: Contrast, interval: Interval) -> Verdict:
 def _open_question(
     contrast: Contrast, effect: PairedEffect, interval: Interval, num_tests: int
 ) -> str:
-    """Return why the data do not decide; empty where they do."""
-    if _verdict(contrast, interval) is not Verdict.NOT_RESOLVED:
-        return ""
-    alone = _verdict(contrast, effect.interval(1.0 - ALPHA))
-    if alone is not Verdict.NOT_RESOLVED:
+    """Return why the data do not decide."""
+    alone, _ = _decide(contrast, effect, ALPHA)
+    if alone.decided:
         return (
-            f"{alone} by its 95 % interval, not after adjusting for {num_tests} "
-            "primary contrasts"
+            f"{alone} by itself, not after adjusting for {num_tests} primary contrasts"
         )
     if interval.low > contrast.null:
         return "larger, but the interval reaches across the margin"

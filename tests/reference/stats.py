@@ -16,20 +16,24 @@ def paired_t_interval(treatment, reference, level):
 
 
 def verdict_by_interval(differences, margin, num_tests):
-    """The rule in words: where does SciPy's t-interval lie against 0 and the margin?"""
+    """The rule in words: where do SciPy's two t-intervals lie against 0 and margin?"""
+    alpha = 0.05 / num_tests
     result = stats.ttest_1samp(differences, 0.0)
-    interval = result.confidence_interval(1.0 - 0.05 / num_tests)
-    if interval.low > margin:
+    wide = result.confidence_interval(1.0 - alpha)
+    narrow = result.confidence_interval(1.0 - 2.0 * alpha)
+    if wide.low > margin:
         return "larger"
-    if interval.high < -margin:
+    if wide.high < -margin:
         return "smaller"
-    if interval.low < -margin or interval.high > margin:
+    if narrow.low < -margin or narrow.high > margin:
         return "not resolved"
-    if interval.low > 0.0:
+    if wide.low > 0.0:
         return "larger within the margin"
-    if interval.high < 0.0:
+    if wide.high < 0.0:
         return "smaller within the margin"
-    return "equivalent"
+    shown_is_wide = -margin < wide.low and wide.high < margin
+    shown_includes_none = shown_is_wide or narrow.low <= 0.0 <= narrow.high
+    return "equivalent" if shown_includes_none else "not resolved"
 
 
 def kendall_by_pairs(x, y):
