@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 import noisekit
+from noisekit.cli.terminal import cell
 from noisekit.core.errors import DataNotFoundError
 from noisekit.curvature import HessianOperator, top_eigenpairs
 from noisekit.probes import self_check
@@ -45,7 +46,7 @@ def examine() -> tuple[Table, bool]:
         table.add_column(column, overflow="fold")
     marks = {True: "[green]ok[/]", False: "[bold red]bad[/]", None: "[dim]info[/]"}
     for finding in findings:
-        table.add_row(marks[finding.good], finding.what, finding.detail)
+        table.add_row(marks[finding.good], cell(finding.what), cell(finding.detail))
     return table, all(finding.good is not False for finding in findings)
 
 

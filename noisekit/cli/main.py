@@ -1,8 +1,9 @@
 """The commands of ``noisekit`` and their exit codes.
 
 0 done, 1 the work failed (which run, why, how to resume), 2 the request was wrong
-(what, where, what to write instead). Nothing heavy is imported before a command
-needs it, so that ``--help`` answers at once.
+(what, where, what to write instead), 130 stopped by Ctrl-C, 143 by SIGTERM (what is
+kept, how to go on). Nothing heavy is imported before a command needs it, so that
+``--help`` answers at once.
 """
 
 import sys
@@ -12,7 +13,16 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from noisekit.cli.terminal import (
+    Stopped,
+    complain,
+    kept_runs,
+    say,
+    stop_signals,
+    warn,
+)
 from noisekit.core.errors import NoisekitError, RunFailedError, UsageError
+from noisekit.core.text import printable
 
 WORK_FAILED = 1
 WRONG_REQUEST = 2
@@ -24,8 +34,33 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: noisekit demo",
+    epilog="Start with: noisekit demo. Exit codes: 0 done, 1 the work failed, 2 the "
+    "request was wrong, 130 stopped by Ctrl-C, 143 by SIGTERM.",
 )
+
+
+def _existing(path: Path) -> Path:
+    """Refuse a directory that is not there."""
+    try:
+        found = path.is_dir()
+    except OSError:  # a name that the file system does not take
+        found = False
+    if not found:
+        raise UsageError(
+            f"DIR needs to be a folder that `noisekit run` or nk.attach wrote, got "
+            f"{path}, which {'is a file' if path.is_file() else 'does not exist'}; "
+            "check the path."
+        )
+    return path
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import noisekit
+
+        say(f"noisekit {noisekit.__version__}")
+        raise typer.Exit
+
 
 OutOption = Annotated[
     Path | None,
@@ -42,8 +77,28 @@ DeviceOption = Annotated[
     typer.Option("--device", help="Where to train: cpu, cuda, cuda:1, mps."),
 ]
 RunsArgument = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A folder that `noisekit run` made.")
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="A folder that `noisekit run` made, or nk.attach with save_to.",
+        callback=_existing,
+    ),
 ]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Measure gradient noise and sharpness; re-run the batch-size experiments."""
 
 
 @app.command()
@@ -71,7 +126,7 @@ def new(
     from noisekit.train.recipes.catalogue import write_starter_recipe
 
     path = write_starter_recipe(directory)
-    typer.echo(f"Wrote {path}. Try it with: noisekit run {path} --profile smoke")
+    say(f"Wrote {path}. Try it with: noisekit run {path} --profile smoke")
 
 
 @app.command()
@@ -144,17 +199,19 @@ def resume(directory: RunsArgument, workers: WorkersOption = None) -> None:
     from noisekit.train.sweeps.run_status import status as run_progress
 
     num_left = sum(not row.complete for row in run_progress(directory))
-    with SweepProgress(num_left) as progress:
+    with kept_runs(directory), SweepProgress(num_left) as progress:
         sweep.resume(directory, workers=workers, progress=progress)
     _report(directory, None)
 
 
 @app.command()
 def status(directory: RunsArgument) -> None:
-    """Show how far each run of DIR is."""
-    from noisekit.cli.listing import status_table
+    """Show how far each run of DIR is; reads without writing."""
+    from noisekit.cli.listing import set_fault, status_table
 
     Console().print(status_table(directory))
+    if fault := set_fault(directory):
+        warn(fault)
 
 
 @app.command()
@@ -173,11 +230,13 @@ def analyse(
     """Run one analysis on the runs of DIR: figures, tables and verdicts."""
     from noisekit.cli.pipeline import run_analysis
 
-    result, folder = run_analysis(name, directory, out)
-    typer.echo(result.answer)
+    result, folder, faults = run_analysis(name, directory, out)
+    for fault in faults:
+        warn(fault)
+    say(result.answer)
     for sentence in result.sentences:
-        typer.echo(f"  {sentence}")
-    typer.echo(f"Figures and tables: {folder}")
+        say(f"  {sentence}")
+    say(f"Figures and tables: {folder}")
 
 
 @app.command()
@@ -204,28 +263,25 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run the command line; turn noisekit's errors into exit codes."""
+    """Run the command line; turn noisekit's errors and signals into exit codes."""
     try:
-        app()
+        with stop_signals():
+            app()
+    except Stopped as stop:
+        typer.echo(f"\n{printable(stop.describe())}", err=True)
+        sys.exit(stop.exit_code)
     except RunFailedError as error:
-        _complain(error)
+        complain(error)
         sys.exit(WORK_FAILED)
     except UsageError as error:
-        _complain(error)
+        complain(error)
         sys.exit(WRONG_REQUEST)
     except NoisekitError as error:
-        _complain(error)
+        complain(error)
         # A file that is not there is a request to correct; anything else is work
         # that was begun and failed.
         missing = isinstance(error, FileNotFoundError)
         sys.exit(WRONG_REQUEST if missing else WORK_FAILED)
-    except KeyboardInterrupt as stop:
-        typer.echo(f"\n{stop or 'Stopped. What was computed is kept.'}", err=True)
-        sys.exit(WORK_FAILED)
-
-
-def _complain(error: NoisekitError) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {error}")
 
 
 def _run_and_report(
@@ -245,8 +301,8 @@ def _run_and_report(
 
     loaded = load(recipe, profile, settings, seeds=seeds, device=device)
     directory = out or Path("noisekit-runs") / f"{loaded.name}-{loaded.profile}"
-    typer.echo(f"{loaded.question}\nRuns go to {directory}")
-    with SweepProgress(len(loaded.run_specs())) as progress:
+    say(f"{loaded.question}\nRuns go to {directory}")
+    with kept_runs(directory), SweepProgress(len(loaded.run_specs())) as progress:
         sweep.run(
             loaded,
             directory,
@@ -278,10 +334,12 @@ def _report(directory: Path, out: Path | None) -> None:
     from noisekit.cli.pipeline import write_report
 
     with Console(stderr=True).status("Analysing and drawing ..."):
-        answer, path = write_report(directory, out)
+        answer, path, faults = write_report(directory, out)
+    for fault in faults:
+        warn(fault)
     if answer:
-        typer.echo(f"\n{answer}")
-    typer.echo(f"\nReport: {path.resolve()}")
+        say(f"\n{answer}")
+    say(f"\nReport: {path.resolve()}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from noisekit.core.errors import NoisekitError, UsageError
+from noisekit.core.errors import NoisekitError, NoVerdictError, UsageError
 from noisekit.records import Runs, open_runs
+from noisekit.records.files import make_directory
 from noisekit.report import AnalysisResult, build_report, provenance_of
 from noisekit.train.recipes.catalogue import find_analysis
 
@@ -18,40 +19,49 @@ _OF_OWN_LOOPS = ("gradient_noise",)
 
 def run_analysis(
     name: str, directory: Path, out: Path | None = None
-) -> tuple[AnalysisResult, Path]:
-    """Run one analysis; return what it found and where figures and tables are."""
-    runs = open_runs(directory)
-    result = load_analysis(name)(runs)
-    folder = out or directory / "analyses" / name
-    save(result, folder)
-    return result, folder
-
-
-def write_report(directory: Path, out: Path | None) -> tuple[str, Path]:
-    """Run the recipe's analyses and write the report.
-
-    An analysis that cannot be made stands in the report with its reason, and the
-    others are complete.
+) -> tuple[AnalysisResult, Path, list[str]]:
+    """Run one analysis.
 
     Returns:
-        The answer of the first analysis, empty if there is none, and the report's path.
+        Its result, where its figures and tables are, and the faults of the runs.
     """
+    analyse = load_analysis(name)
+    folder = out or directory / "analyses" / name
+    make_directory(folder)
+    runs = open_runs(directory)
+    result = _result_of(analyse, runs)
+    save(result, folder)
+    return result, folder, runs.faults
+
+
+def write_report(directory: Path, out: Path | None) -> tuple[str, Path, list[str]]:
+    """Run the recipe's analyses and write the report.
+
+    An analysis that cannot be made has its reason in the report, and the others are
+    complete.
+
+    Returns:
+        The answer of the first analysis, empty if there is none, the report's path,
+        and the faults of the runs.
+    """
+    path = out or directory / "report.html"
+    make_directory(path.parent)
     runs = open_runs(directory)
     names = cast("Sequence[str]", runs.recipe.get("analyses", _OF_OWN_LOOPS))
     started = time.monotonic()
     results = [_made(name, runs, directory / "analyses" / name) for name in names]
-    path = build_report(
+    build_report(
         results,
         provenance_of(runs, analysis_seconds=time.monotonic() - started),
-        out or directory / "report.html",
+        path,
     )
-    return (results[0].answer if results else ""), path
+    return (results[0].answer if results else ""), path, runs.faults
 
 
 def _made(name: str, runs: Runs, folder: Path) -> AnalysisResult:
     """Return what an analysis found, or why it could not be made."""
     try:
-        result = load_analysis(name)(runs)
+        result = _result_of(load_analysis(name), runs)
     except NoisekitError as error:
         return AnalysisResult(
             name=name,
@@ -60,6 +70,25 @@ def _made(name: str, runs: Runs, folder: Path) -> AnalysisResult:
         )
     save(result, folder)
     return result
+
+
+def _result_of(analyse: Analyse, runs: Runs) -> AnalysisResult:
+    """Return what an analysis finds.
+
+    Raises:
+        NoVerdictError: If it fails on runs of which files are lost.
+    """
+    try:
+        return analyse(runs)
+    except NoisekitError:
+        raise
+    except Exception as error:
+        if not runs.faults:
+            raise
+        raise NoVerdictError(
+            f"the analysis needs whole runs, got {type(error).__name__} ({error}) from "
+            f"runs with faults: {'; '.join(runs.faults)}."
+        ) from error
 
 
 def load_analysis(name: str) -> Analyse:

@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from noisekit.cli.terminal import cell
+from noisekit.core.text import printable
 from noisekit.train.runs.progress import ProgressEvent
 
 _ENDED = frozenset({"done", "failed", "diverged"})
@@ -33,10 +35,10 @@ class SweepProgress:
         self._live = sys.stderr.isatty()
         console = Console(stderr=True)
         self._bars = Progress(
-            TextColumn("{task.description:<34}"),
+            TextColumn("{task.description:<34}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[phase]}"),
+            TextColumn("{task.fields[phase]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -81,13 +83,13 @@ class SweepProgress:
     def _advance(self, event: ProgressEvent) -> None:
         if event.run_id not in self._active:
             self._active[event.run_id] = self._bars.add_task(
-                event.run_id, total=event.total, phase=event.phase
+                printable(event.run_id), total=event.total, phase=event.phase
             )
         self._bars.update(
             self._active[event.run_id],
             completed=event.done,
             total=event.total,
-            phase=f"{event.phase} {event.detail}".strip(),
+            phase=printable(f"{event.phase} {event.detail}".strip()),
         )
         # Training is taken as the first half of a run, measuring as the second.
         part = event.done / max(event.total, 1) / 2
@@ -100,7 +102,7 @@ class SweepProgress:
         if task is not None:
             self._bars.remove_task(task)
         if event.phase != "done":
-            self._console.print(f"{event.run_id}: {event.phase}. {event.detail}")
+            self._console.print(cell(f"{event.run_id}: {event.phase}. {event.detail}"))
 
     def _print_line(self) -> None:
         elapsed = time.monotonic() - self._started

@@ -6,6 +6,7 @@ importing PyTorch may take longer than a killed parent's run may stay locked.
 
 import multiprocessing
 import os
+import signal
 import threading
 from importlib import import_module
 from multiprocessing.connection import wait
@@ -13,6 +14,8 @@ from multiprocessing.connection import wait
 
 def run_while_parent_lives(target: str, *arguments: object) -> None:
     """Call ``target``, written ``module:function``, and end when the parent does."""
+    # Ctrl-C reaches the whole group; the parent decides what becomes of its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     module, _, function = target.partition(":")
     getattr(import_module(module), function)(*arguments)

@@ -12,7 +12,12 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from noisekit.core.errors import RunDirectoryError, RunLockedError, StorageError
+from noisekit.core.errors import (
+    RunDirectoryError,
+    RunLockedError,
+    StorageError,
+    UsageError,
+)
 
 _PATIENCE_SECONDS = 0.2
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -84,27 +89,33 @@ def exists(path: Path) -> bool:
     """Whether ``path`` is there.
 
     Raises:
-        StorageError: If it cannot be, as where its name is too long.
+        UsageError: If nothing can be there, as where its name is too long.
     """
     try:
         return path.exists()
     except OSError as error:
-        raise storage_error(path, error) from error
+        raise UsageError(_no_place(path, error)) from error
 
 
 def make_directory(path: Path) -> None:
     """Make a directory, and those above it, in which files can be made.
 
     Raises:
-        StorageError: If the file system refuses.
+        UsageError: If the file system refuses.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise storage_error(path, error) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        raise storage_error(path, refused)
+        raise UsageError(_no_place(path, error)) from error
+
+
+def _no_place(path: Path, error: OSError) -> str:
+    return (
+        f"needs a folder that it can make and write to, got {path} "
+        f"({error.strerror}); choose another folder, or change its permissions."
+    )
 
 
 def sync_directory(path: Path) -> None:

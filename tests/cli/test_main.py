@@ -3,12 +3,16 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import noisekit as nk
 from noisekit.cli.main import main
+from noisekit.records import RunSink, read_set, write_set
+from noisekit.records.writer import Cell
 
 Call = Callable[..., tuple[int, str, str]]
 COMMANDS = (
@@ -22,6 +26,16 @@ COMMANDS = (
     "run",
     "status",
 )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a sink needs of a reading."""
+
+    cells: Mapping[str, Cell]
+
+    def row(self) -> Mapping[str, Cell]:
+        return self.cells
 
 
 @pytest.fixture
@@ -168,9 +182,9 @@ def test_report_survives_an_analysis_that_cannot_be_made(
     """
     copy = tmp_path / "runs"
     shutil.copytree(smoke_runs, copy)
-    content = json.loads((copy / "set.json").read_text())
+    content = read_set(copy)
     content["recipe"]["analyses"] = ["rate_choice", "outcomes_by_arm"]
-    (copy / "set.json").write_text(json.dumps(content))
+    write_set(copy, content)
     for table in copy.glob("runs/*/evaluations.parquet"):
         table.unlink()
     code, out, _ = call("report", copy)
@@ -201,8 +215,6 @@ def test_report_of_a_loop_that_a_probe_recorded(call: Call, tmp_path: Path) -> N
     """
     import torch
 
-    import noisekit as nk
-
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -225,6 +237,72 @@ def test_unknown_analysis_lists_the_known(call: Call, smoke_runs: Path) -> None:
     code, _, err = call("analyse", "gradient_nois", smoke_runs)
     assert code == 2
     assert "gradient_noise" in err
+
+
+@pytest.mark.parametrize("command", ["status", "report", "resume", "analyse"])
+def test_a_missing_folder_is_a_wrong_request(
+    call: Call, tmp_path: Path, command: str
+) -> None:
+    """Catches: exit code 1, as where work had begun; a name too long as a traceback."""
+    name = ["gradient_noise"] if command == "analyse" else []
+    for folder in (tmp_path / "nowhere", tmp_path / ("x" * 300)):
+        code, _, err = call(command, *name, folder)
+        assert code == 2
+        assert "DIR needs to be a folder that `noisekit run` or nk.attach wrote" in err
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/below"])
+def test_a_place_that_cannot_be_made_is_a_wrong_request(
+    call: Call, tmp_path: Path, smoke_runs: Path, name: str
+) -> None:
+    """Catches: tracebacks for over-long names and for folders below files."""
+    (tmp_path / "file").write_text("")
+    for command in (
+        ("run", "small_vs_large_batch", "--profile", "smoke"),
+        ("analyse", "gradient_noise", smoke_runs),
+    ):
+        code, _, err = call(*command, "--out", tmp_path / name)
+        assert code == 2
+        assert "needs a folder that it can make and write to" in err
+
+
+def test_version(call: Call) -> None:
+    """Catches: an option that needs a command beside it."""
+    assert call("--version") == (0, f"noisekit {nk.__version__}", "")
+
+
+def test_markup_and_control_characters_are_printed_as_text(
+    call: Call, tmp_path: Path
+) -> None:
+    """Catches: names that vanish or end the command since rich takes them for markup.
+
+    Also escape codes that reach the terminal.
+    """
+    folder = tmp_path / "[bold]\x1b[31m[oops]"
+    (folder / "runs" / "x").mkdir(parents=True)
+    code, out, err = call("status", folder)
+    assert code == 0
+    assert "[bold]\\x1b[31m[oops]" in out
+    assert "[bold]\\x1b[31m[oops]" in err
+    assert "damaged" in out
+    code, _, err = call("run", "[/x]")
+    assert code == 2
+    assert "'[/x]'" in err
+
+
+def test_status_of_a_loop_that_a_probe_recorded(call: Call, tmp_path: Path) -> None:
+    """Catches: asking such a run for its recipe; writing to a folder that is read."""
+    with RunSink(tmp_path / "mine") as sink:
+        for step in range(1, 8):
+            sink(Reading({"step": step}))
+    (tmp_path / "mine" / "lock").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = call("status", tmp_path / "mine")
+    assert (code, err) == (0, "")
+    assert "mine" in out
+    assert "done" in out
+    assert "7" in out
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_report_of_a_folder_without_runs(call: Call, tmp_path: Path) -> None:
@@ -268,6 +346,7 @@ def test_newer_run_directory_is_refused(
     copy = tmp_path / "newer"
     shutil.copytree(smoke_runs, copy)
     content = json.loads((copy / "set.json").read_text())
+    del content["digest"]
     (copy / "set.json").write_text(json.dumps(content | {"format": 99}))
     code, _, err = call("report", copy)
     assert code == 1

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -124,6 +125,7 @@ class _Worker:
         )
         # Inherited: Ctrl-C reaches the whole group, and must not end a worker that is
         # still importing with a traceback. The parent ends it.
+        resource_tracker.ensure_running()  # which would unblock it, once
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
