@@ -9,7 +9,7 @@ OUT ?= noisekit-runs/demo
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo replica test lint docs bench data clean
+.PHONY: help setup demo replica test soak lint docs bench data clean
 
 help: ## Show what each target does.
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ replica: $(VENV)/.installed data ## Re-run Keskar's experiment on Fashion-MNIST 
 
 test: $(VENV)/.installed-dev ## Run the tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope -q
+
+soak: $(VENV)/.installed-dev ## Run the batteries at full size (an hour or more).
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/soak
 
 lint: $(VENV)/.installed-dev ## Check style, types, layers and spelling.
 	$(BIN)/ruff format --check .

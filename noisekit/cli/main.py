@@ -7,6 +7,7 @@ kept, how to go on). Nothing heavy is imported before a command needs it, so tha
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,17 +42,13 @@ app = typer.Typer(
 
 def _existing(path: Path) -> Path:
     """Refuse a directory that is not there."""
-    try:
-        found = path.is_dir()
-    except OSError:  # a name that the file system does not take
-        found = False
-    if not found:
-        raise UsageError(
-            f"DIR needs to be a folder that `noisekit run` or nk.attach wrote, got "
-            f"{path}, which {'is a file' if path.is_file() else 'does not exist'}; "
-            "check the path."
-        )
-    return path
+    with suppress(OSError):  # a name that the file system does not take
+        if path.is_dir():
+            return path
+    raise UsageError(
+        "DIR needs to be a folder that `noisekit run` or nk.attach wrote, got "
+        f"{path}, which is no folder; check the path."
+    )
 
 
 def _print_version(wanted: bool) -> None:

@@ -49,6 +49,11 @@ def read_set(path: Path | str) -> dict[str, object]:
             f"{file} needs a format number, got {written!r}; {_REMEDY}."
         )
     check_object(file, content, remedy=_REMEDY)
+    if "run_id" in content:
+        raise RunDirectoryError(
+            f"{file} needs to describe a set of runs, got the manifest of run "
+            f"{content['run_id']!r}; {_REMEDY}."
+        )
     return content
 
 

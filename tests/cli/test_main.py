@@ -287,7 +287,7 @@ def test_markup_and_control_characters_are_printed_as_text(
     assert "damaged" in out
     code, _, err = call("run", "[/x]")
     assert code == 2
-    assert "'[/x]'" in err
+    assert "recipe [/x] does not exist" in err
 
 
 def test_status_of_a_loop_that_a_probe_recorded(call: Call, tmp_path: Path) -> None:
