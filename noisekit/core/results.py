@@ -31,6 +31,23 @@ class Status(StrEnum):
     """The quantity does not exist here, such as per-example norms under BatchNorm."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """What stands for a value that does not exist here.
+
+    Attributes:
+        reason: Why.
+        way_out: What to do instead, where the reason does not tell.
+    """
+
+    reason: str
+    way_out: str = ""
+
+    def __str__(self) -> str:
+        """Write the reason and the way out."""
+        return f"{self.reason}; {self.way_out}" if self.way_out else self.reason
+
+
 class ErrorSource(StrEnum):
     """Where the error of an estimate comes from."""
 
@@ -162,6 +179,7 @@ class Estimate:
         ratio: The parts, where ``value`` is a ratio of averages.
         side: ``"lower"`` where ``value`` is a lower bound of what is sought, such
             as a maximum found by a search.
+        note: What a reader must know, such as why there is no value.
     """
 
     value: float
@@ -175,6 +193,7 @@ class Estimate:
     num_grads: int = 0
     ratio: Ratio | LogRatio | None = None
     side: Literal["lower"] | None = None
+    note: str | None = None
 
     def __float__(self) -> float:
         """Return the bare value."""
@@ -215,7 +234,7 @@ class Estimate:
         return f"Estimate({self})"
 
     def __str__(self) -> str:
-        """Write the value with its kind of error, and its status unless OK."""
+        """Write the value with its kind of error, its status unless OK, its note."""
         if self.ratio is not None:
             text = f"{self.value:.4g} {self.interval()}"
         elif self.stderr is not None:
@@ -225,7 +244,10 @@ class Estimate:
         else:
             text = f"{self.value:.4g}"
         text = f"≥ {text}" if self.side == "lower" else text
-        return text if self.status is Status.OK else f"{text} [{self.status}]"
+        if self.status is Status.UNAVAILABLE and self.note is not None:
+            return f"{text} [{self.status}: {self.note}]"
+        text = text if self.status is Status.OK else f"{text} [{self.status}]"
+        return text if self.note is None else f"{text} ({self.note})"
 
 
 def _two_sided_quantile(level: float, dof: float | None) -> float:

@@ -182,6 +182,22 @@ NOISE_QUANTITIES = (
     ),
 )
 
+EstimatorName = Literal[
+    "per_example",
+    "rows",
+    "chunks",
+    "accumulation",
+    "ranks",
+    "random_signs",
+    "norm_layers",
+    "ghost",
+    "preconditioned",
+]
+"""Ways to estimate gradient noise."""
+
+ESTIMATORS: tuple[str, ...] = get_args(EstimatorName)
+"""Their names; a reading may have several, named in front of a column."""
+
 QuantityName = Literal[
     "norm_test",
     "inner_product_test",
@@ -197,7 +213,7 @@ QuantityName = Literal[
     "gradient_cosine",
     "hessian_noise_scale",
 ]
-"""What a probe may be asked for beside the noise."""
+"""Step metrics: what a probe may be asked for beside the noise."""
 
 STEP_QUANTITIES = (
     # Whether the batch is large enough.
@@ -348,24 +364,11 @@ STEP_QUANTITIES = (
     ),
 )
 
-_SEVERAL = {
-    "gsnr": ("gsnr", "debiased_gsnr"),
-    "grad_histogram": (
-        "example_grad_norm_median",
-        "example_grad_norm_q95",
-        "example_grad_norm_max",
-    ),
-    "hessian_noise_scale": (
-        "hessian_noise_scale",
-        "noise_curvature",
-        "gradient_curvature",
-    ),
-}
-
-COLUMNS_OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {name: _SEVERAL.get(name, (name,)) for name in get_args(QuantityName)}
+STEP_COLUMNS: tuple[str, ...] = (
+    *(quantity.name for quantity in STEP_QUANTITIES),
+    "distance_from_start",
 )
-"""Names of the columns that each optional quantity of a probe adds to a reading."""
+"""Names of all values that step metrics may add to a reading."""
 
 SHARPNESS_QUANTITIES = (
     Quantity(

@@ -158,6 +158,15 @@ class GradientMoments:
             grad_sq_norm=self.grad_sq_norm[index],
         )
 
+    def where(self, mask: Tensor) -> "GradientMoments":
+        """Return the moments per entry, NaN where ``mask`` is false."""
+        return replace(
+            self,
+            sum_sq_norm=self.sum_sq_norm.where(mask, math.nan),
+            sum_fourth=self.sum_fourth.where(mask, math.nan),
+            grad_sq_norm=self.grad_sq_norm.where(mask, math.nan),
+        )
+
     def trace_and_norm(
         self, *, population_size: int | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,11 @@ class NoiseParts:
     num_samples: int
     dof: float | None = None
 
+    @property
+    def finite(self) -> bool:
+        """Whether both parts are finite numbers."""
+        return math.isfinite(self.variance_trace + self.debiased_grad_sq_norm)
+
     def noise_scale(self, *, counted: float = 1.0) -> NoiseScale:
         """Return both parts and their ratio, with Fieller's confidence set.
 

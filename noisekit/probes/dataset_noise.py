@@ -20,7 +20,7 @@ from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.step_record import ForwardPass
 from noisekit.probes.capture.tokens import TokenCounts
 from noisekit.probes.dataset_tokens import sequence_shares
-from noisekit.probes.estimators.choice import Unit, refuse_unit
+from noisekit.probes.options import Unit, check_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def gradient_noise(
         LayerReadError: If some parameter's gradients cannot be told apart.
         UsageError: If it is not known which tokens count.
     """
-    refuse_unit(unit)
+    check_unit(unit)
     risk = EmpiricalRisk(
         model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
     )

@@ -1,7 +1,7 @@
-"""The readings that a probe has kept, and what they say together."""
+"""The readings that a probe keeps, and their average."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import pandas as pd
@@ -10,20 +10,22 @@ import torch
 from noisekit.noise.moments import GradientMoments
 from noisekit.noise.scale import NoiseParts, NoiseScale, ratio_of_averages
 from noisekit.probes.host_copy import on_its_way
-from noisekit.probes.options import Sink
 from noisekit.probes.reading import Reading
 
 MAX_READINGS = 10_000
 
 
+Sink = Callable[[Reading], object]
+
+
 class Pending(Protocol):
-    """A reading that has to wait for the device, and does so only when looked at."""
+    """A reading that waits for the device, and does so only when looked at."""
 
     def resolved(self) -> Reading | None:
         """Return the reading; ``None`` if there turns out to be none."""
 
 
-class Readings:
+class ReadingHistory:
     """The last readings of a probe, each handed to the sinks as it comes.
 
     Attributes:

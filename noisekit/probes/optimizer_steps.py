@@ -1,7 +1,6 @@
 """An optimiser's steps, and what was done to the gradient between backward and step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,23 +9,6 @@ from torch.utils.hooks import RemovableHandle
 
 from noisekit.probes.capture.hooks import guarded
 from noisekit.probes.capture.recorder import Recorder
-from noisekit.probes.history import Pending
-from noisekit.probes.reading import Reading
-
-
-@dataclass(frozen=True, slots=True)
-class _UnlessSkipped:
-    """A reading that counts only if its step turns out to have been taken."""
-
-    reading: Reading | Pending
-    found_inf: Tensor
-
-    def resolved(self) -> Reading | None:
-        """Return the reading, unless gradients were not finite."""
-        if bool(self.found_inf):
-            return None
-        reading = self.reading
-        return reading if isinstance(reading, Reading) else reading.resolved()
 
 
 class OptimizerSteps:
@@ -67,9 +49,9 @@ class OptimizerSteps:
             handle.remove()
         self._handles = []
 
-    def annotated(self, reading: Reading) -> Reading:
-        """Add to a reading what the step tells about its gradient."""
-        notes = [] if reading.coverage.note is None else [reading.coverage.note]
+    def notes(self) -> tuple[str, ...]:
+        """Return what a reader must know of the step that has been taken."""
+        notes = []
         if self.num_evaluations > 1:
             notes.append(f"the last of {self.num_evaluations} evaluations in the step")
         joined = self._num_trainable() - self._num_at_first
@@ -78,21 +60,18 @@ class OptimizerSteps:
                 f"{joined} parameters became trainable after the probe was attached "
                 "and are not read: attach anew"
             )
-        return replace(
-            reading,
-            clip_factor=self.clip_factor,
-            coverage=replace(reading.coverage, note="; ".join(notes) or None),
-        )
+        return tuple(notes)
 
-    def unless_skipped(self, reading: Reading | Pending) -> Reading | Pending:
-        """Have a reading dropped whose step a fused optimiser has skipped.
+    @property
+    def found_inf(self) -> Tensor | None:
+        """Whether a fused optimizer has skipped the step, which only the device knows.
 
-        Others are not called for such a step; a fused one finds out on the device.
+        Others are not called for such a step.
         """
         found_inf = getattr(self._optimizer, "found_inf", None)
         if self._scaler is None or not isinstance(found_inf, Tensor):
-            return reading
-        return _UnlessSkipped(reading, found_inf)
+            return None
+        return found_inf
 
     def _num_trainable(self) -> int:
         groups = self._optimizer.param_groups

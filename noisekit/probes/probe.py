@@ -1,7 +1,9 @@
 """The probe: a reading per optimiser step of somebody's training loop."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,35 +13,38 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from noisekit.core.distributed import Ranks
-from noisekit.core.errors import UsageError
+from noisekit.core.errors import BatchSizeError, UsageError
 from noisekit.core.evaluation_mode import call_model
 from noisekit.core.model_state import preserve_model_state
 from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import LossFn
-from noisekit.probes.capture.hooks import suspend_recording
+from noisekit.probes.capture.hooks import is_suspended, suspend_recording
 from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.replicas import ProbeJoin
 from noisekit.probes.capture.step_record import StepRecord
-from noisekit.probes.estimators.assembly import StepPosition
-from noisekit.probes.estimators.choice import OF_CALLS
-from noisekit.probes.estimators.estimator_set import NoiseReaders
-from noisekit.probes.history import Readings
+from noisekit.probes.context import ProbeContext
+from noisekit.probes.estimators.estimator import NoiseEstimator
+from noisekit.probes.estimators.estimator_set import EstimatorSet
+from noisekit.probes.estimators.ghost import Ghost
+from noisekit.probes.estimators.step_inputs import StepInputs
+from noisekit.probes.history import ReadingHistory, Sink
 from noisekit.probes.optimizer_steps import OptimizerSteps
-from noisekit.probes.options import ProbeOptions, Sink
-from noisekit.probes.ranks.examples_seen import ExamplesSeen, SummedReading
-from noisekit.probes.ranks.rank_payload import StepParts
+from noisekit.probes.options import ProbeOptions
+from noisekit.probes.ranks.examples_seen import ExamplesSeen, PendingReading
 from noisekit.probes.ranks.sums import RankSums
 from noisekit.probes.reading import Reading
 from noisekit.probes.schedule import Overhead, Schedule, clock_of
-from noisekit.probes.step_metrics.gathering import StepQuantities
-from noisekit.probes.step_metrics.gradient_norms import GradientNorms
+from noisekit.probes.step_metrics.gradient_norms import GradHistogram, GradientNorms
+from noisekit.probes.step_metrics.metric import StepMetric
+from noisekit.probes.step_metrics.metric_set import MetricSet
+from noisekit.probes.step_result import StepResult
 
 
 class Probe:
-    """What ``attach`` returns: the readings of a training loop.
+    """The readings of a training loop, as returned by ``attach``.
 
     Attributes:
-        step: Optimiser steps taken.
+        step: Optimizer steps taken.
     """
 
     def __init__(
@@ -47,58 +52,57 @@ class Probe:
         recorder: Recorder,
         optimizer: torch.optim.Optimizer,
         options: ProbeOptions,
+        estimators: Sequence[NoiseEstimator],
+        metrics: Sequence[StepMetric],
     ) -> None:
         self.step = 0
         self._recorder = recorder
         self._options = options
-        self._readings = Readings(options.sinks)
+        self._history = ReadingHistory(options.sinks)
         self._at_the_end: list[Callable[[], object]] = []
-        self._noise = NoiseReaders(recorder, optimizer, options)
-        self._quantities = StepQuantities(recorder, optimizer, options)
+        self._context = _context(recorder, optimizer, options, estimators)
+        self._estimators = EstimatorSet(estimators, self._context)
+        self._metrics = MetricSet(metrics, self._context)
         self._leave_compiled_calls()
         self._steps = OptimizerSteps(optimizer, recorder, options.scaler, self._on_step)
         device = recorder.parameters[0].device
         self._schedule = Schedule(options.every, options.budget, clock_of(device))
-        self._seen = ExamplesSeen(recorder.replicas, self._rank_sums(), device)
+        sums = RankSums(
+            len(recorder.names),
+            self._estimators.names,
+            options.loss_reduction,
+            recorder.replicas.ranks.size,
+            self._metrics.metrics,
+        )
+        self._seen = ExamplesSeen(recorder.replicas, sums, device)
         recorder.replicas.join(self._on_absent_step)
         self._handles: list[RemovableHandle] = []
         if isinstance(options.loss_fn, nn.Module):
-            self._handles.append(options.loss_fn.register_forward_hook(self._on_loss))
+            hook = options.loss_fn.register_forward_hook(self._on_loss_call)
+            self._handles.append(hook)
         self._prepare()
 
     def __repr__(self) -> str:
         """Write how much was read; nothing is waited for."""
-        return f"<Probe: {self._readings.num_taken} readings in {self.step} steps>"
+        return f"<Probe: {self._history.num_taken} readings in {self.step} steps>"
 
     def _leave_compiled_calls(self) -> None:
         """Replay compiled parts only where it was asked for: it is a second pass."""
-        names = set(self._noise.options.names)
-        if self._recorder.opaque and not names & OF_CALLS:
+        if self._recorder.opaque and not self._estimators.reads_calls:
             self._recorder.refuse_calls(
                 "torch.compile keeps the calls of layers to itself; "
                 "estimator='per_example' replays the compiled parts"
             )
 
-    def _rank_sums(self) -> RankSums:
-        recorder = self._recorder
-        return RankSums(
-            len(recorder.names),
-            self._noise.options.names,
-            self._options.loss_reduction,
-            recorder.replicas.ranks.size,
-            self._quantities.num_parts,
-        )
-
     # ------------------------------------------------------------------- the loop
 
     def _prepare(self) -> None:
         """Decide what the next step's passes are to record."""
-        recorder, taken = self._recorder, self._readings.num_taken
+        recorder, taken = self._recorder, self._history.num_taken
         wanted = self._schedule.is_due(self.step + 1)
-        self._noise.want(recorder, wanted=wanted, num_readings=taken)
-        self._quantities.want(wanted=wanted, num_readings=taken)
-        wants = recorder.wanted
-        wants.closure = not recorder.verified or _check_is_due(self._readings.num_taken)
+        self._estimators.request(recorder, wanted=wanted, num_readings=taken)
+        self._metrics.request(wanted=wanted, num_readings=taken)
+        recorder.wanted.closure = not recorder.verified or _check_is_due(taken)
 
     def _on_step(self) -> None:
         """Commit what the step's backward passes have left."""
@@ -120,38 +124,55 @@ class Probe:
 
     def _commit(self, record: StepRecord) -> None:
         """Make a reading of the record, over all ranks, which wait for each other."""
-        local: Reading | None = None
-        parts: StepParts | None = None
+        result: StepResult | None = None
         if record.gradient is not None:
-            try:
-                local, parts = self._local_reading(record)
-            except Exception as error:  # the training is not to stop for it
-                self._recorder.faults.report(error)
-        reading: Reading | SummedReading | None = local
+            with self._faults_reported():
+                result = self._result(record)
+        found_inf = self._steps.found_inf
+        pending: Reading | PendingReading | None = None
         if not self.ranks.alone:
-            count = self._noise.count(record)
-            reading = self._seen.summed(local, count=count, parts=parts)
-        if reading is not None:
-            whole = self._quantities.completed(reading, parts)
-            self._readings.add(self._steps.unless_skipped(whole))
+            count = sum(self._context.weights_of(record).counts)
+            pending = self._seen.summed(result, count=count, found_inf=found_inf)
+        elif result is not None and found_inf is not None:
+            pending = PendingReading(result=result, found_inf=found_inf)
+        elif result is not None:
+            with self._faults_reported():
+                pending = result.reading()
+        if pending is not None:
+            self._history.add(pending)
 
-    def _local_reading(self, record: StepRecord) -> tuple[Reading, StepParts | None]:
-        """This rank's part of the reading, and what is to be summed beside it."""
-        # Over several ranks the count of examples comes with the sums.
-        seen = self._seen.total if self.ranks.alone else 0
-        local = self._noise.reading(
-            record,
-            StepPosition(self.step, seen),
-            self._steps.loss_scale,
-            num_ranks=self.ranks.size,
+    @contextmanager
+    def _faults_reported(self) -> Iterator[None]:
+        """Report an error instead of stopping the training for it."""
+        try:
+            yield
+        except Exception as error:
+            self._recorder.faults.report(error)
+
+    def _result(self, record: StepRecord) -> StepResult:
+        """What the step has given on this rank."""
+        step = StepInputs.of(record, self._context, self._steps.loss_scale)
+        noise = self._estimators.noise(step)
+        return StepResult(
+            step=self.step,
+            # Over several ranks the count of examples comes with the sums.
+            examples_seen=self._seen.total if self.ranks.alone else 0,
+            batch_size=record.num_examples,
+            gradient=step.gradient,
+            sizes=tuple(p.numel() for p in self._recorder.parameters),
+            methods=step.methods,
+            noise=noise,
+            states=self._metrics.measure(step, noise.noise),
+            unit=self._options.unit,
+            tokens=self._estimators.tokens(step),
+            clip_factor=self._steps.clip_factor,
+            applied_factor=self._context.applied_factor(record),
+            notes=self._steps.notes(),
         )
-        local = self._steps.annotated(local)
-        local = self._quantities.added(local, record)
-        return local, self._quantities.parts(local, record, self._steps.loss_scale)
 
     @property
     def loss_fn(self) -> LossFn:
-        """The loss, to be called in the loop where ghost batches need the targets.
+        """The loss, to be called in the loop where the probe needs the targets.
 
         A loss that is a module is watched where it is called; a plain function has to
         be called through this.
@@ -165,21 +186,27 @@ class Probe:
 
         def observed(outputs: Any, targets: Any) -> Tensor:  # the user's own types
             loss = loss_fn(outputs, targets)
-            self._observe(targets, loss)
+            self._on_loss(targets, loss)
             return loss
 
         return observed
 
-    def _on_loss(self, module: object, args: tuple[Any, ...], loss: Tensor) -> None:
+    def _on_loss_call(self, _: object, args: tuple[Any, ...], loss: Tensor) -> None:
         if len(args) > 1:
-            self._observe(args[1], loss)
+            self._on_loss(args[1], loss)
 
-    def _observe(self, targets: Any, loss: Tensor) -> None:
+    def _on_loss(self, targets: Any, loss: Tensor) -> None:
+        """Look at the open pass before its backward pass, if it is to be read."""
+        recorder = self._recorder
+        if is_suspended(recorder) or not torch.is_grad_enabled():
+            return
         try:
-            self._quantities.observe(targets, loss)
-            self._noise.observe(targets)
+            self._metrics.on_loss(targets, loss)
+            self._estimators.on_loss(recorder, targets)
         except Exception as error:  # the training is not to stop for it
-            self._recorder.faults.note(error)
+            recorder.faults.note(error)
+        if recorder.active is not None:
+            recorder.active.inputs = None  # replays are done
 
     # ------------------------------------------------------------------- readings
 
@@ -223,22 +250,27 @@ class Probe:
         Raises:
             UsageError: If ``"grad_histogram"`` is not among the probe's quantities.
         """
-        norms = self._quantities.norms
-        if norms is None:
-            raise UsageError(
-                "gradient_norms needs quantities=('grad_histogram',), got others; "
-                "name it in attach()."
-            )
-        return norms
+        for metric in self._metrics.metrics:
+            if isinstance(metric, GradHistogram):
+                return metric.norms
+        raise UsageError(
+            "gradient_norms needs quantities=('grad_histogram',), got others; "
+            "name it in attach()."
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the values of all step metrics that were asked for."""
+        return tuple(n for metric in self._metrics.metrics for n in metric.columns())
 
     @property
     def readings(self) -> list[Reading]:
         """The last readings, oldest first; at most 10,000 are kept."""
-        return self._readings.kept()
+        return self._history.kept()
 
     def frame(self) -> pd.DataFrame:
         """Return the readings as a table, one row per step."""
-        return self._readings.frame()
+        return self._history.frame()
 
     def simple_noise_scale(
         self,
@@ -265,10 +297,10 @@ class Probe:
             UsageError: If ``window`` is not positive, or that estimator was not
                 asked for.
         """
-        self._noise.check_asked(estimator)
+        self._estimators.check_asked(estimator)
         if window is not None and window < 1:
             raise UsageError(f"window needs to be 1 or more readings, got {window}.")
-        found = self._readings.noise_scale(
+        found = self._history.noise_scale(
             window=window, estimator=estimator, population_size=population_size
         )
         if found is None:
@@ -290,20 +322,29 @@ class Probe:
             BatchSizeError: If ghost batches do not fit into the batch.
         """
         loss_fn = self._needed_loss_fn("measure")
-        model = self._recorder.model
-        own = self._recorder.twin()
+        model, own = self._recorder.model, self._recorder.twin()
         with suspend_recording(own), preserve_model_state(model):
             try:
-                self._noise.set_up_twin(own)
+                self._estimators.install(own)
                 record = _passed(own, model, loss_fn, inputs, targets)
-                active, ghosts = own.active, self._noise.ghosts
-                self._noise.weigh(own, targets)
-                if ghosts is not None and active is not None:
-                    active.ghost = ghosts.moments(active, targets)
+                self._estimators.on_loss(own, targets)
             finally:
                 own.remove()
-        position = StepPosition(self.step, self.examples_seen)
-        return self._noise.reading(record, position, None)
+        for fault in own.active.ghost_faults if own.active is not None else ():
+            raise BatchSizeError(fault)
+        step = StepInputs.of(record, replace(self._context, recorder=own), None)
+        return StepResult(
+            step=self.step,
+            examples_seen=self.examples_seen,
+            batch_size=record.num_examples,
+            gradient=step.gradient,
+            sizes=tuple(p.numel() for p in own.parameters),
+            methods=step.methods,
+            noise=self._estimators.noise(step),
+            states={},
+            unit=self._options.unit,
+            tokens=self._estimators.tokens(step),
+        ).reading()
 
     def _needed_loss_fn(self, caller: str) -> LossFn:
         if self._options.loss_fn is None:
@@ -318,7 +359,7 @@ class Probe:
         """Take every hook off; the readings stay."""
         self._recorder.remove()
         self._steps.remove()
-        self._quantities.remove()
+        self._metrics.remove()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -327,7 +368,7 @@ class Probe:
 
     def add_sink(self, sink: Sink) -> None:
         """Have ``sink`` called with every reading from now on."""
-        self._readings.add_sink(sink)
+        self._history.add_sink(sink)
 
     def on_detach(self, close: Callable[[], object]) -> None:
         """Have ``close`` called once, when the probe is taken off, such as a sink's."""
@@ -351,10 +392,10 @@ class Probe:
         return {
             "step": self.step,
             "examples_seen": self.examples_seen,
-            "num_readings": self._readings.num_taken,
+            "num_readings": self._history.num_taken,
             "replayed": self._recorder.plan.replayed,
-            "noise": self._noise.state_dict(),
-            "quantities": self._quantities.state_dict(),
+            "noise": self._estimators.state_dict(),
+            "quantities": self._metrics.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # parsed from a file
@@ -371,11 +412,35 @@ class Probe:
             )
         self.step = int(state["step"])
         self._seen.restart(int(state["examples_seen"]))
-        self._readings.num_taken = int(state["num_readings"])
+        self._history.num_taken = int(state["num_readings"])
         self._recorder.plan.replay(state["replayed"])
-        self._noise.load_state_dict(state["noise"])
-        self._quantities.load_state_dict(state["quantities"], started=self.step > 0)
+        self._estimators.load_state_dict(state["noise"])
+        self._metrics.load_state_dict(state["quantities"])
+        if self.step > 0:
+            self._metrics.resume()
         self._prepare()
+
+
+def _context(
+    recorder: Recorder,
+    optimizer: torch.optim.Optimizer,
+    options: ProbeOptions,
+    estimators: Sequence[NoiseEstimator],
+) -> ProbeContext:
+    """What the estimators and metrics are set up with."""
+    replays = any(isinstance(estimator, Ghost) for estimator in estimators)
+    return ProbeContext(
+        recorder=recorder,
+        optimizer=optimizer,
+        loss_fn=options.loss_fn,
+        loss_reduction=options.loss_reduction,
+        microbatch_weights=options.microbatch_weights,
+        example_weights=options.example_weights,
+        unit=options.unit,
+        tokens=options.tokens,
+        ghost_batch=options.ghost_batch if replays else None,
+        generator=options.generator or torch.Generator().manual_seed(0),
+    )
 
 
 def _passed(

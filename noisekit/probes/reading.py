@@ -1,4 +1,4 @@
-"""What a probe reads at one optimiser step."""
+"""Gradient and gradient noise of one optimizer step."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,45 +7,62 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from noisekit.core.results import Estimate, Status
-from noisekit.core.vocabulary import COLUMNS_OF
 from noisekit.noise.moments import MOMENT_COLUMNS, GradientMoments
 from noisekit.noise.scale import NoiseScale
 from noisekit.noise.step_quantity import HessianForms, StepQuantity
 from noisekit.probes.capture.tokens import TokenCount
-from noisekit.probes.estimators.choice import ESTIMATORS
 
-_NOTHING = Estimate(math.nan, status=Status.UNAVAILABLE)
 _LISTED_REPLAYS = 3
+_LISTED_UNREAD = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How the parameters were read, and why not.
+    """Which parameters the noise was read of, how, and why not of others.
 
     Attributes:
         methods: By parameter: a layer's rule, or the replay of a module, and for other
             estimators than per-example what was made of it.
-        reason: Why there are no readings of the noise; ``None`` where there are.
+        reason: Why the step has no noise; ``None`` where it has.
         note: What a reader must know of the reading, such as unequal micro-batches.
-        missing: By estimator that was asked for beside the reading's own, and by
-            quantity: why it has nothing to say of this step.
+        missing: By estimator beside the reading's own, and by quantity, that was asked
+            for and is missing in this step: why.
+        unread: By parameter that the noise does not cover: why.
+        share_of_params: Share of the parameters' elements that it covers.
+        way_out: What to do for a noise that is missing, where the reason does not tell.
     """
 
     methods: Mapping[str, str]
     reason: str | None = None
     note: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
+    share_of_params: float = 1.0
+    way_out: str | None = None
+
+    @property
+    def why_missing(self) -> str | None:
+        """Why the step has no noise, and what to do; ``None`` where it has."""
+        if self.reason is None or self.way_out is None:
+            return self.reason
+        return f"{self.reason}; {self.way_out}"
 
     @property
     def complete(self) -> bool:
         """Whether the noise was read, of all parameters."""
-        return self.reason is None
+        return self.reason is None and not self.unread
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Write it in one line."""
         if self.reason is not None:
-            return f"no noise: {self.reason}"
-        text = f"{len(self.methods)} parameters by {_ways(self.methods.values())}"
+            return f"no noise: {self.why_missing}"
+        count, read = len(self.methods), dict(self.methods)
+        for name in self.unread:
+            read.pop(name, None)
+        of = "" if len(read) == count else f" of {count}"
+        text = f"{len(read)}{of} parameters by {_ways(read.values())}"
+        if self.unread:
+            text += f"; {_unread(self.unread)}"
         return text if self.note is None else f"{text}; {self.note}"
 
     def __repr__(self) -> str:
@@ -62,6 +79,29 @@ def _ways(methods: Iterable[str]) -> str:
         more = f"{replays[0]} and of {len(replays) - 1} more modules"
         return ", ".join([*rules, more])
     return ", ".join(found)
+
+
+def _unread(reasons: Mapping[str, str]) -> str:
+    """The parameters that were left out, of many the first, and the first reason."""
+    names = list(reasons)
+    more = len(names) - _LISTED_UNREAD
+    listed = ", ".join(names[:_LISTED_UNREAD]) + (
+        f" and {more} more" if more > 0 else ""
+    )
+    return f"not read: {listed} ({reasons[names[0]]})"
+
+
+@dataclass(frozen=True, slots=True)
+class ShareRead:
+    """How much of the model a reading's noise covers.
+
+    Attributes:
+        params: Share of the parameters' elements.
+        grad_sq_norm: Share of the squared gradient norm.
+    """
+
+    params: float
+    grad_sq_norm: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +136,7 @@ class Reading:
         batch_size: Examples behind this step's gradient.
         estimator: How the noise was read, such as ``"per_example"``; where units are
             of ``b`` examples with it, as in ``"accumulation(b)"``; or ``"none"``.
-        coverage: How each parameter was read, or why the noise was not.
+        coverage: Which parameters the noise was read of, how, and why not of others.
         moments: Sufficient statistics of the noise; ``None`` where there are none.
         layer_moments: The same with one entry per parameter.
         layer_sq_norms: Squared norm of the mean gradient per parameter.
@@ -109,7 +149,11 @@ class Reading:
         tokens: Tokens that count behind this step's gradient, where those are asked
             for and known.
         clip_factor: What clipping has multiplied the gradient by, where it is known.
-        quantities: What else was asked for, by its name in the vocabulary.
+        quantities: Step metrics that were asked for, by the names of their values.
+        of_step_gradient: Whether the noise is that of the step's own gradient, not of
+            a proxy or of the preconditioned gradient.
+        blank: Columns of all estimators and metrics beside the reading's own, empty:
+            a row has them also where one is missing in this step.
     """
 
     step: int
@@ -126,6 +170,8 @@ class Reading:
     tokens: TokenCount | None = None
     clip_factor: Tensor | float | None = None
     quantities: Mapping[str, StepQuantity | HessianForms] = field(default_factory=dict)
+    of_step_gradient: bool = True
+    blank: Mapping[str, float | int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Write the step, the noise scale and its parts, a line each."""
@@ -182,6 +228,21 @@ class Reading:
         return self._finalised(self.moments)[2]
 
     @property
+    def share_read(self) -> ShareRead:
+        """How much of the model the noise covers; nothing where there is none."""
+        if self.moments is None:
+            return ShareRead(0.0, 0.0)
+        unread = self.coverage.unread
+        if not unread:
+            return ShareRead(1.0, 1.0)
+        norms = dict(
+            zip(self.coverage.methods, self.layer_sq_norms.tolist(), strict=True)
+        )
+        whole, left_out = sum(norms.values()), sum(norms[name] for name in unread)
+        share = 1 - left_out / whole if whole > 0 else math.nan
+        return ShareRead(self.coverage.share_of_params, share)
+
+    @property
     def status(self) -> Status:
         """Whether the noise of this step can be relied on."""
         return self.simple_noise_scale.status
@@ -191,20 +252,22 @@ class Reading:
         """The reading parameter by parameter."""
         norms = self.layer_sq_norms.tolist()
         return tuple(
-            LayerReading(name, Estimate(norm), *self._layer(index))
+            LayerReading(name, Estimate(norm), *self._layer(index, name))
             for index, (name, norm) in enumerate(
                 zip(self.coverage.methods, norms, strict=True)
             )
         )
 
-    def _layer(self, index: int) -> tuple[Estimate, Estimate, Estimate]:
+    def _layer(self, index: int, name: str) -> tuple[Estimate, Estimate, Estimate]:
+        if name in self.coverage.unread:
+            return (_unavailable(self.coverage.unread[name]),) * 3
         moments = self.layer_moments
         return self._finalised(None if moments is None else moments.layer(index))
 
     def noise(self, estimator: str) -> NoiseScale | None:
-        """Return what one of the estimators says of this step alone.
+        """Return the noise of this step alone by one of the estimators.
 
-        ``None`` where it has nothing to say; ``coverage.missing`` then says why.
+        ``None`` where it has none; ``coverage.missing`` then says why.
         """
         moments = self.estimates.get(estimator)
         return None if moments is None else self._noise(moments)
@@ -219,21 +282,26 @@ class Reading:
     def _finalised(
         self, moments: GradientMoments | None
     ) -> tuple[Estimate, Estimate, Estimate]:
-        found = None if moments is None else self._noise(moments)
-        if found is None:
-            return _NOTHING, _NOTHING, _NOTHING
+        noise = None if moments is None else self._noise(moments)
+        if noise is None:
+            reason = self.coverage.why_missing or "noise needs 2 units in a step"
+            return (_unavailable(reason),) * 3
         return (
-            found.variance_trace,
-            found.debiased_grad_sq_norm,
-            found.simple_noise_scale,
+            noise.variance_trace,
+            noise.debiased_grad_sq_norm,
+            noise.simple_noise_scale,
         )
 
     def _noise(self, moments: GradientMoments) -> NoiseScale | None:
         parts, counted = moments.parts(), self._per_example
         if parts is None:
             return None
+        if not parts.finite:
+            nothing = _unavailable("the gradient is not finite")
+            return NoiseScale(nothing, nothing, nothing)
         if math.isnan(counted):
-            return replace(parts.noise_scale(), simple_noise_scale=_NOTHING)
+            nothing = _unavailable(self.coverage.missing.get("tokens", ""))
+            return replace(parts.noise_scale(), simple_noise_scale=nothing)
         return parts.noise_scale(counted=counted)
 
     def row(self) -> dict[str, float | int | str]:
@@ -254,7 +322,7 @@ class Reading:
             "unit": self.unit,
             **_columns(self.moments),
             "estimator": self.estimator,
-            "coverage": float(self.coverage.complete),
+            "coverage": self.share_read.params,
             "status": str(scale.status),
         }
         if self.unit == "token":
@@ -265,16 +333,25 @@ class Reading:
             row["unit"] = "chunk"
         factor = self.clip_factor
         row["clip_factor"] = math.nan if factor is None else float(factor)
-        # Every row of a run has the same columns, also for what is missing in a step.
-        for name in (*list(self.estimates)[1:], *self.coverage.missing):
-            if name in ESTIMATORS:
-                columns = _columns(self.estimates.get(name))
-                row |= {f"{name}_{column}": value for column, value in columns.items()}
-        for name in self.coverage.missing:
-            row |= dict.fromkeys(COLUMNS_OF.get(name, ()), math.nan)
+        row |= self.blank
+        own = self.estimator.partition("(")[0]
+        for name, moments in self.estimates.items():
+            if name != own:
+                row |= estimator_columns(name, moments)
         for name, quantity in self.quantities.items():
             row |= quantity.columns(name)
         return row
+
+
+def _unavailable(reason: str) -> Estimate:
+    return Estimate(math.nan, status=Status.UNAVAILABLE, note=reason or None)
+
+
+def estimator_columns(
+    name: str, moments: GradientMoments | None
+) -> dict[str, float | int]:
+    """Return the statistics of an estimator beside a reading's own, by column."""
+    return {f"{name}_{column}": value for column, value in _columns(moments).items()}
 
 
 def _columns(moments: GradientMoments | None) -> dict[str, float | int]:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import pyarrow as pa
 
 from noisekit.core.errors import UsageError
-from noisekit.core.vocabulary import COLUMNS_OF, QUANTITIES
+from noisekit.core.vocabulary import ESTIMATORS, QUANTITIES, STEP_COLUMNS
 
 FORMAT = 2
 """Version of the run directory; raised when an older reader would go wrong.
@@ -99,19 +99,6 @@ _MOMENTS = (
 )
 """Sufficient statistics: every estimate can be made of them again."""
 
-ESTIMATORS = (
-    "per_example",
-    "rows",
-    "chunks",
-    "accumulation",
-    "ranks",
-    "random_signs",
-    "norm_layers",
-    "ghost",
-    "preconditioned",
-)
-"""Estimators that a reading may have beside its own, named in front of a column."""
-
 _STEPS = (
     *_POSITION,
     *_integers("batch_size"),
@@ -131,7 +118,7 @@ _STEPS = (
     Column("coverage", pa.float64(), "Share of the parameters that the reading saw."),
     Column("status", pa.string(), "Whether the reading can be relied on."),
     Column("clip_factor", pa.float64(), "What clipping multiplied the gradient by."),
-    *_floats(*dict.fromkeys(name for names in COLUMNS_OF.values() for name in names)),
+    *_floats(*STEP_COLUMNS),
     *(
         replace(
             column,

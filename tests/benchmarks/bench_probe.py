@@ -16,7 +16,7 @@ from networks import NETWORKS, Network
 from peer_steps import PEERS, Prepared, UnavailableError
 
 from noisekit.core.errors import CoupledExamplesError
-from noisekit.probes import attach
+from noisekit.integrations import attach
 
 Step = Callable[[], object]
 

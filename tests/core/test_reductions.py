@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from noisekit.core.reductions import inner_product, row_sq_norms, sq_norms
-from noisekit.probes import attach
+from noisekit.integrations import attach
 
 LARGE = 40_000_003
 EXACT = 3e-6

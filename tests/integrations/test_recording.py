@@ -1,8 +1,8 @@
 """A probe that writes a run directory, and the report of such a run."""
 
+import dataclasses
 import inspect
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import noisekit as nk
-from noisekit import probes
 from noisekit.core.errors import RunLockedError, StorageError, UsageError
 from noisekit.integrations import recording
+from noisekit.probes import MetricStep, ProbeOptions, StepMetric, StepQuantity
 
 
 def train(probed: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -157,37 +157,59 @@ def test_an_unwritable_file_leaves_no_probe(
     assert not model._forward_pre_hooks
 
 
-def arguments(function: Callable[..., object]) -> dict[str, str]:
-    """What a docstring says of each argument."""
-    text = (function.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
-    entries = re.split(r"\n\s{8}(?=\w+: )", text)[1:]
-    pairs = (entry.partition(": ")[::2] for entry in entries)
-    return {name: " ".join(said.split()) for name, said in pairs}
+def test_attach_has_the_options_of_a_probe() -> None:
+    """The same names in the same order, with the same types and defaults, described.
 
-
-def test_attach_is_that_of_the_probes_with_a_directory() -> None:
-    """The same parameters in the same order, with the same defaults and descriptions.
-
-    Catches: an option that one of the two has not got.
+    Catches: an option that one of the two has not got, or that no text describes.
     """
-    own = inspect.signature(nk.attach).parameters
-    theirs = inspect.signature(probes.attach).parameters
-    rest = [parameter for name, parameter in own.items() if name != "save_to"]
-    assert rest == list(theirs.values())
-    documented = arguments(nk.attach)
-    assert documented.keys() == own.keys()
-    del documented["save_to"]
-    assert documented == arguments(probes.attach)
+    own = dict(inspect.signature(nk.attach).parameters)
+    options = inspect.signature(ProbeOptions).parameters
+    assert list(own) == ["model", "optimizer", *options, "save_to"]
+    for name, option in options.items():
+        assert own[name].default == option.default, name
+        if name != "sinks":
+            assert own[name].annotation == option.annotation, name
+    text = inspect.getdoc(nk.attach) or ""
+    arguments = text.partition("Args:\n")[2].partition("\nRaises:")[0]
+    assert re.findall(r"^    (\w+): ", arguments, re.MULTILINE) == list(own)
 
 
 def test_every_option_reaches_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: one option passed on as another, or not at all."""
     got: dict[str, object] = {}
 
-    def attach(model: object, optimizer: object, **options: object) -> None:
-        got.update(options, model=model, optimizer=optimizer)
+    def attach_probe(model: object, optimizer: object, options: object) -> None:
+        got.update(options.__dict__, model=model, optimizer=optimizer)
 
-    wanted = {name: object() for name in inspect.signature(probes.attach).parameters}
-    monkeypatch.setattr(recording.probes, "attach", attach)
+    wanted = {name: object() for name in inspect.signature(nk.attach).parameters}
+    wanted["save_to"] = None
+    monkeypatch.setattr(recording, "attach_probe", attach_probe)
+    names = [field.name for field in dataclasses.fields(ProbeOptions)]
+    unchecked = dataclasses.make_dataclass("Options", names)
+    monkeypatch.setattr(recording, "ProbeOptions", unchecked)
     nk.attach(**wanted)  # type: ignore[arg-type]
+    del wanted["save_to"]
     assert got == wanted
+
+
+def test_a_metric_of_one_s_own_needs_a_text_file(
+    net: tuple[nn.Module, torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    """Catches: a run directory whose table breaks off at the first reading."""
+
+    class Steps(StepMetric):
+        name = "my_metric"
+
+        def value(self, step: MetricStep) -> StepQuantity:
+            return StepQuantity(torch.tensor([float(step.reading.step)]))
+
+    model, optimizer = net
+    with pytest.raises(
+        UsageError, match=r"quantities of the vocabulary, got my_metric"
+    ):
+        nk.attach(model, optimizer, quantities=[Steps()], save_to=tmp_path / "mine")
+    assert not model._forward_pre_hooks
+    path = tmp_path / "mine.csv"
+    with nk.attach(model, optimizer, quantities=[Steps()], save_to=path):
+        train(model, optimizer, 2)
+    assert list(pd.read_csv(path)["my_metric"]) == [1.0, 2.0]

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from noisekit.core.layers.linear import LinearRule
 from noisekit.core.layers.rule import LayerCall
-from noisekit.probes import Reading, attach
+from noisekit.integrations import attach
+from noisekit.probes import Reading
 from tests.probes.networks import Headed
 from tests.probes.routes import attention
 from tests.reference import noise as reference

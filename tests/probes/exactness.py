@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.probes import Reading, attach
+from noisekit.integrations import attach
+from noisekit.probes import Reading
 from tests.reference import noise as reference
 
 

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.core.vocabulary import COLUMNS_OF, QuantityName
+from noisekit.core.vocabulary import QuantityName
+from noisekit.integrations import attach
 from noisekit.noise.step_quantity import StepQuantity
-from noisekit.probes import Probe, Reading, attach
+from noisekit.probes import Probe, Reading
+from noisekit.probes.step_metrics.metric_set import METRICS
 
 N, CLASSES, RATE = 12, 3, 0.1
-ALL: tuple[QuantityName, ...] = tuple(COLUMNS_OF)  # type: ignore[assignment]
+ALL: tuple[QuantityName, ...] = tuple(METRICS)  # type: ignore[assignment]
 
 
 class TiedNet(nn.Module):

@@ -6,8 +6,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from noisekit.core.errors import NoisekitError
-from noisekit.core.vocabulary import COLUMNS_OF, QuantityName
-from noisekit.probes import Reading, attach, hessian_weighted_noise
+from noisekit.core.vocabulary import QuantityName
+from noisekit.integrations import attach
+from noisekit.probes import Reading, hessian_weighted_noise
+from noisekit.probes.step_metrics.metric_set import METRICS
 from tests.probes import rank_work
 from tests.probes.quantity_problems import problem
 
@@ -27,7 +29,7 @@ def everything(rank: int, size: int) -> dict[str, Any]:
     return {
         "mean": _trained(rank, size, "mean", even=True),
         "sum": _trained(rank, size, "sum", even=False),
-        "refused": {name: _refusal(name) for name in COLUMNS_OF},
+        "refused": {name: _refusal(name) for name in METRICS},
         "frozen": _frozen(rank),
     }
 

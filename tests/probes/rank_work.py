@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from noisekit.core import distributed
 from noisekit.core.errors import NoisekitError
-from noisekit.probes import Probe, Reading, attach
+from noisekit.integrations import attach
+from noisekit.probes import Probe, Reading
 
 Row = dict[str, Any]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.probes import Reading, attach
+from noisekit.integrations import attach
+from noisekit.probes import Reading
 
 
 class ConvNet(nn.Module):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from noisekit.probes import Reading, attach, self_check
+from noisekit.integrations import attach
+from noisekit.probes import Reading, self_check
 from tests.probes.architectures import (
     ARCHITECTURES,
     LOSSES,

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.errors import UsageError
-from noisekit.probes import Probe, attach
+from noisekit.integrations import attach
+from noisekit.probes import Probe
 from noisekit.probes.capture.hooks import ModelHook, ParameterHook
 from tests.reference import noise as reference
 

@@ -7,8 +7,8 @@ from torch.nn import functional
 
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError
 from noisekit.core.results import Status
-from noisekit.probes import attach
-from noisekit.probes.estimators.assembly import LossReduction
+from noisekit.integrations import attach
+from noisekit.probes.capture.step_weights import LossReduction
 from tests.reference import noise as reference
 
 

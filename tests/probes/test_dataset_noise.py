@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError, LayerReadError
 from noisekit.core.layers.chunks import chunk_sq_norms
-from noisekit.probes import attach, example_sq_norms, gradient_noise, self_check
+from noisekit.integrations import attach
+from noisekit.probes import example_sq_norms, gradient_noise, self_check
 from tests.probes.models import CASES as ALL_CASES
 from tests.probes.models import MLP, Case, dropout_model
 from tests.reference import noise as reference

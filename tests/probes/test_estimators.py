@@ -11,7 +11,8 @@ from torch.nn import functional
 from noisekit.core.errors import CoupledExamplesError
 from noisekit.core.layers.linear import LinearRule
 from noisekit.core.layers.rule import LayerCall
-from noisekit.probes import Probe, Reading, attach
+from noisekit.integrations import attach
+from noisekit.probes import Probe, Reading
 from noisekit.probes.capture.microbatch_gradients import OwnGradients
 from tests.probes.models import CASES, MLP, Case, random_attention
 from tests.reference import noise as reference

@@ -14,10 +14,12 @@ from torch.nn.utils import parametrizations, parametrize
 from noisekit.core.errors import ProbeWarning
 from noisekit.core.layers.linear import LinearRule
 from noisekit.core.layers.per_example import Site
-from noisekit.probes import Probe, attach
+from noisekit.integrations import attach
+from noisekit.probes import Probe
 from noisekit.probes.capture import forward, recorder
 from noisekit.probes.capture.independence import IndependenceCheck
-from noisekit.probes.estimators import estimator_set
+from noisekit.probes.estimators.examples import PerExample
+from noisekit.probes.step_result import StepResult
 
 
 def mlp() -> nn.Module:
@@ -175,7 +177,8 @@ PLACES: dict[str, tuple[object, str]] = {
     "a layer's rule": (LinearRule, "sq_norms"),
     "a site": (Site, "name_of"),
     "the gradient's norm": (recorder, "gradient_sq_norms"),
-    "the reading": (estimator_set, "assemble"),
+    "an estimator": (PerExample, "noise"),
+    "the reading": (StepResult, "reading"),
 }
 
 

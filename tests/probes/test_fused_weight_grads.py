@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from noisekit.core.errors import UsageError
 from noisekit.core.layers import rule as layer_rules
-from noisekit.probes import attach
+from noisekit.integrations import attach
 from tests.probes.models import CASES, IDS, Case
 from tests.probes.replaced import (
     ConvNet,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from noisekit.probes import attach
+from noisekit.integrations import attach
 from tests.probes.replaced import ConvNet, conv_net, data, loss_of, one_step, ran
 
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError
+from noisekit.integrations import attach
 from noisekit.noise import HessianNoiseScale
 from noisekit.noise.step_quantity import HessianForms
-from noisekit.probes import Reading, attach
+from noisekit.probes import Reading
 from noisekit.probes.dataset_curvature import hessian_weighted_noise
 from tests.probes.quantity_problems import N, problem, rows_of
 from tests.reference import noise as reference

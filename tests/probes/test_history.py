@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.results import Status
-from noisekit.probes import Reading, attach
+from noisekit.integrations import attach
+from noisekit.probes import Reading
 from tests.probes.models import CASES, IDS, MLP, Case, random_attention
 from tests.reference import noise as reference
 

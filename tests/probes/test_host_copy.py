@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from noisekit.probes import Reading, attach
+from noisekit.integrations import attach
+from noisekit.probes import Reading
 from noisekit.probes.host_copy import HostCopy, on_its_way
 from tests.probes.models import MLP
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from noisekit.probes import Probe, attach
+from noisekit.integrations import attach
+from noisekit.probes import Probe
 
 
 class Net(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.probes import Reading, attach
+from noisekit.integrations import attach
+from noisekit.probes import Reading
 from tests.probes import planted
 from tests.probes.exactness import (
     assert_agree,
@@ -41,7 +42,8 @@ def test_rows_in_another_order_are_read_around_the_layer() -> None:
     inputs, targets = data(4, 6)
     first, second = readings_of(model, inputs, targets, steps=2)
     reason = "core.linear: its rows are not the batch's examples in their order"
-    assert first.coverage.reason == reason
+    assert set(first.coverage.unread.values()) == {reason}
+    assert set(first.coverage.unread) == {"core.linear.weight", "core.linear.bias"}
     assert second.coverage.methods["core.linear.weight"] == "replay of core"
     assert_agree(second, expected_now(model, inputs, targets), 1e-9)
 
@@ -199,7 +201,7 @@ def test_bags_by_offsets_have_no_axis_of_examples() -> None:
     model = seeded(lambda: _Bags(offsets=True))
     reading = first_reading(model, torch.arange(5)[:, None], torch.arange(5) % 3)
     expected = "bags: its input has no axis of 5 examples ((5,), (5,))"
-    assert reading.coverage.reason == expected
+    assert reading.coverage.unread == {"bags.weight": expected}
 
 
 # ------------------------------------------------------------------ a planted coupling

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from noisekit.core.errors import ClosureError
 from noisekit.core.results import Status
-from noisekit.probes import attach
+from noisekit.integrations import attach
 from tests.probes.models import CASES, MLP, Case
 from tests.probes.test_estimators import (
     assert_noise,

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from noisekit.core.errors import ClosureError
 from noisekit.core.layers import rule as layer_rules
 from noisekit.core.results import Status
-from noisekit.probes import Probe, attach
+from noisekit.integrations import attach
+from noisekit.probes import Probe
 from noisekit.probes.capture.accumulation import GradientWatch
 from tests.probes.models import CASES, IDS, MLP, Case, dropout_model, random_attention
 from tests.reference import noise as reference
@@ -350,9 +351,9 @@ def test_a_penalty_that_starts_later_is_flagged_and_training_goes_on() -> None:
         (loss_of(model, inputs, targets) + penalty).backward()
         optimizer.step()
     assert probe.readings[8].coverage.complete
-    reason = probe.readings[-1].coverage.reason
-    assert reason is not None
-    assert "did not add up to the gradient of 0.weight" in reason
+    unread = probe.readings[-1].coverage.unread
+    assert list(unread) == ["0.weight"]
+    assert "did not add up to the gradient of 0.weight" in unread["0.weight"]
 
 
 def test_checks_become_rarer_but_never_stop() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from noisekit.probes import attach
+from noisekit.integrations import attach
 from tests.benchmarks.networks import NETWORKS, Network
 
 SGD, ADAM = torch.optim.SGD, torch.optim.Adam

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.vocabulary import QuantityName
+from noisekit.integrations import attach
 from noisekit.noise.step_quantity import StepQuantity
-from noisekit.probes import attach
 from tests.probes.quantity_problems import RATE, problem, value
 
 

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.errors import NoParametersError
-from noisekit.probes import Probe, attach
+from noisekit.integrations import attach
+from noisekit.probes import Probe
+from noisekit.probes.capture.step_record import StepRecord
 from noisekit.probes.ranks.sums import RankPart, RankSums
+from noisekit.probes.step_result import StepResult
 from tests.probes.models import MLP
 from tests.reference import noise as reference
 
@@ -394,6 +397,13 @@ def test_no_step_asks_the_device() -> None:
             (functional.cross_entropy(model(inputs), targets) / 2).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
+    results, make = [], probe._result
+
+    def result(record: StepRecord) -> StepResult:
+        results.append(make(record))
+        return results[-1]
+
+    probe._result = result  # type: ignore[method-assign]
     for step in range(4):
         if step % 2:
             optimizer.step(closure)
@@ -404,7 +414,7 @@ def test_no_step_asks_the_device() -> None:
     assert isinstance(reading.clip_factor, Tensor)
     assert reading.clip_factor.is_meta
     layout = RankSums(4, ("per_example", "accumulation"), "sum", 4)
-    packed = layout.packed(RankPart(reading, 6, 6.0))
+    packed = layout.packed(RankPart(results[-1], 6, 6.0))
     assert packed.is_meta
     assert packed.shape == layout.absent(packed.device).shape
 

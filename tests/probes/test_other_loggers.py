@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.probes import attach
+from noisekit.integrations import attach
 from tests.probes.models import MLP
 
 

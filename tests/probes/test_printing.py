@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.errors import ClosureError
-from noisekit.probes import Probe, Reading, attach, self_check
+from noisekit.integrations import attach
+from noisekit.probes import Probe, Reading, self_check
 
 
 def deep(num_layers: int = 30) -> nn.Sequential:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.results import ErrorSource, Status
+from noisekit.integrations import attach
 from noisekit.noise import ratio_of_averages
-from noisekit.probes import Probe, Reading, attach
+from noisekit.probes import Probe, Reading
 from tests.probes.models import CASES, MLP
 from tests.reference import noise as reference
 

@@ -9,10 +9,11 @@ from backpack.extensions import SumGradSquared
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.core.vocabulary import COLUMNS_OF, QuantityName
+from noisekit.core.vocabulary import QuantityName
+from noisekit.integrations import attach
 from noisekit.noise import SampleTest
 from noisekit.noise.step_quantity import HessianForms, StepQuantity
-from noisekit.probes import attach
+from noisekit.probes.step_metrics.metric_set import METRICS
 from tests.probes.quantity_problems import (
     ALL,
     MODELS,
@@ -283,7 +284,9 @@ def test_rows_have_the_same_columns_whatever_is_missing() -> None:
         optimizer.step()
     columns = [set(reading.row()) for reading in probe.readings]
     assert columns[0] == columns[1] == columns[2]
-    assert {name for names in COLUMNS_OF.values() for name in names} <= columns[0]
+    assert {
+        name for metric in METRICS.values() for name in metric.columns()
+    } <= columns[0]
     first, second, third = (reading.coverage.missing for reading in probe.readings)
     assert first == {
         "gradient_cosine": "there is no earlier reading to compare the gradient with"

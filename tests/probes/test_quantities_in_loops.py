@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from noisekit.core.vocabulary import QuantityName
+from noisekit.integrations import attach
 from noisekit.noise import norm_statistic
-from noisekit.probes import Probe, attach
+from noisekit.probes import Probe
 from tests.probes.quantity_problems import ALL, RATE, N, problem, rows_of, value
 from tests.reference import noise as reference
 

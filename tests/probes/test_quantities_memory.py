@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from noisekit.core.vocabulary import QuantityName
-from noisekit.probes import attach
+from noisekit.integrations import attach
 from tests.benchmarks.networks import NETWORKS
 from tests.probes.test_memory import Way, peak_of_a_step, plain_peak
 
@@ -57,14 +57,11 @@ def test_what_is_held_between_steps(name: QuantityName, copies: int) -> None:
         optimizer.zero_grad()
         model(inputs).square().mean().backward()
         optimizer.step()
-    movement = probe._quantities._movement
-    held = [
-        *movement._before,
-        *movement._start,
-        *movement._gradient,
-        *movement._last_gradient,
-    ]
-    active = probe._recorder.active
+    (metric,), active = probe._metrics.metrics, probe._recorder.active
     assert active is not None
-    held += active.gathered.square_sums.values()
+    lists = [value for value in vars(metric).values() if isinstance(value, list)]
+    held = {id(t): t for tensors in lists for t in tensors if t.requires_grad is False}
+    for kept in active.gathered.values():
+        held |= {id(tensor): tensor for tensor in kept.values()}
+    held = [*held.values()]
     assert sum(tensor.numel() for tensor in held) == copies * model.weight.numel()

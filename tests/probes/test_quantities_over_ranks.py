@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from noisekit.core.vocabulary import COLUMNS_OF
-from noisekit.probes import attach
+from noisekit.integrations import attach
+from noisekit.probes.step_metrics.metric_set import METRICS
 from tests.probes import rank_quantities, rank_work
 from tests.probes.quantity_problems import problem
 from tests.processes import run_in_processes
@@ -91,7 +91,7 @@ def test_what_no_sum_gives_is_refused(answers: Answers) -> None:
         "grad_histogram": "it would count one rank's own examples only",
     }
     for answer in answers:
-        for name in COLUMNS_OF:
+        for name in METRICS:
             message = ""
             if name in reasons:
                 message = (

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from noisekit.core.errors import UsageError
 from noisekit.core.vocabulary import QuantityName
-from noisekit.probes import attach
+from noisekit.integrations import attach
 from tests.probes.quantity_problems import RATE, problem
 
 
@@ -60,10 +60,11 @@ def _adam(model: nn.Module) -> torch.optim.Optimizer:
         (
             _sgd,
             {"quantities": ("norm_test", "noise")},
-            "quantities needs names among norm_test, inner_product_test, "
-            "orthogonality_test, gradient_diversity, cabs, cabs_conv_compat, gsnr, "
-            "evidence_stopping, grad_histogram, update_size, distance_from_start, "
-            "gradient_cosine, hessian_noise_scale, got 'noise'.",
+            "quantities needs to be one of 'norm_test', 'inner_product_test', "
+            "'orthogonality_test', 'gradient_diversity', 'cabs', 'cabs_conv_compat', "
+            "'gsnr', 'evidence_stopping', 'grad_histogram', 'update_size', "
+            "'distance_from_start', 'gradient_cosine', 'hessian_noise_scale', or a "
+            "StepMetric of your own, got 'noise'.",
         ),
         (
             _sgd,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from noisekit.probes import attach
+from noisekit.integrations import attach
 from tests.probes.rank_work import Row, batch, loss_of, row_of, summed_loss
 from tests.processes import run_in_processes
 from tests.reference import noise as reference

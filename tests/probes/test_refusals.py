@@ -13,7 +13,7 @@ from noisekit.core.errors import (
     NoParametersError,
     UsageError,
 )
-from noisekit.probes import attach
+from noisekit.integrations import attach
 
 
 def mlp() -> nn.Module:
@@ -100,14 +100,40 @@ def test_a_wrapper_that_is_an_optimizer_in_name() -> None:
     """
 
     class Wrapped(torch.optim.Optimizer):
-        def __init__(self, inner: torch.optim.Optimizer) -> None:
-            self.optimizer = inner
-            self.param_groups = inner.param_groups
+        def __init__(self, **inner: torch.optim.Optimizer) -> None:
+            vars(self).update(inner)
+            (self.param_groups,) = (each.param_groups for each in inner.values())
 
     message = "got a Wrapped that wraps another; give the optimiser inside the wrapper"
     model = mlp()
     with pytest.raises(UsageError, match=message):
-        attach(model, Wrapped(sgd(model)))
+        attach(model, Wrapped(hidden=sgd(model)))
+    inner = sgd(model)
+    with attach(model, Wrapped(optimizer=Wrapped(optimizer=inner))) as probe:
+        model(torch.ones(2, 4)).sum().backward()
+        inner.step()
+    assert len(probe.readings) == 1
+
+
+def test_a_list_of_optimizers() -> None:
+    """Catches: a refusal that does not say that several probes are the way out."""
+    model = mlp()
+    several = [
+        torch.optim.SGD(child.parameters(), lr=0.1) for child in (model[0], model[2])
+    ]
+    message = (
+        "attach needs a torch.optim.Optimizer, got list of 2: readings are of one "
+        "optimizer's steps; attach once for each, and each probe reads the parameters "
+        "of its own."
+    )
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        attach(model, several)  # type: ignore[arg-type]
+    probes = [attach(model, optimizer) for optimizer in several]
+    model(torch.ones(2, 4)).sum().backward()
+    for optimizer in several:
+        optimizer.step()
+    read = [probe.readings[0].coverage.methods.keys() for probe in probes]
+    assert read == [{"0.weight", "0.bias"}, {"2.weight", "2.bias"}]
 
 
 def test_somebody_else_s_optimizer() -> None:
@@ -137,7 +163,7 @@ OPTIONS: list[tuple[dict[str, object], str]] = [
         {"estimator": "exact"},
         "estimator needs to be one of 'auto', 'per_example', 'rows', 'chunks', "
         "'accumulation', 'ranks', 'random_signs', 'norm_layers', 'ghost', "
-        "'preconditioned', got 'exact'",
+        "'preconditioned', or a NoiseEstimator of your own, got 'exact'",
     ),
     (
         {"loss_reduction": "none"},

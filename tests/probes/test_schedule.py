@@ -8,7 +8,7 @@ from torch import nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
-from noisekit.probes import attach
+from noisekit.integrations import attach
 from noisekit.probes.schedule import (
     DeviceClock,
     HostClock,

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from noisekit.core.errors import NormaliserError, UsageError
 from noisekit.core.results import Ratio, Status
+from noisekit.integrations import attach
 from noisekit.noise.moments import GradientMoments
-from noisekit.probes import Probe, attach, gradient_noise
+from noisekit.probes import Probe, gradient_noise
 from noisekit.probes.host_copy import HostCopy
 from noisekit.records.schema import table
 from tests.reference import noise as reference

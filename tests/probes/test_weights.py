@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from noisekit.core.errors import NormaliserError
 from noisekit.core.results import Status
-from noisekit.probes import Reading, attach
+from noisekit.integrations import attach
+from noisekit.probes import Reading
 from tests.probes.models import MLP, Case
 from tests.reference import noise as reference
 

@@ -10,7 +10,6 @@ from noisekit.core.layers.decomposition import GradientPieces, example_pieces
 from noisekit.core.layers.per_example import Site
 from noisekit.core.layers.rule import LayerCall
 from noisekit.noise.moments import GradientMoments
-from noisekit.noise.step_quantity import HessianForms
 from noisekit.probes.capture.accumulation import Before
 
 CallKey = tuple[str, int]
@@ -24,28 +23,6 @@ UNSEEN = (
 
 Norms = tuple[tuple[int, ...], Tensor]
 """Parameters by index, and one squared norm for each of them."""
-
-
-@dataclass(slots=True)
-class Gathered:
-    """What one pass leaves for the quantities beside the noise.
-
-    Attributes:
-        products: ``<u_i, sum u_i>`` by parameter index.
-        square_sums: ``sum u_i²`` element by element, by parameter index.
-        position_sums: By index of a convolution's parameter: its second moment with
-            positions counted apart.
-        loss: The pass's loss, where it was seen.
-        num_losses: How often a loss was seen.
-        hessian: Curvature along chunks' gradients, or why there is none.
-    """
-
-    products: dict[int, Tensor] = field(default_factory=dict)
-    square_sums: dict[int, Tensor] = field(default_factory=dict)
-    position_sums: dict[int, Tensor] = field(default_factory=dict)
-    loss: Tensor | None = None
-    num_losses: int = 0
-    hessian: HessianForms | str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +53,7 @@ class ForwardPass:
         ghost: Moments over replayed ghost batches.
         weights: What each example counts in the loss's mean; alike if ``None``.
         tokens: How many of the sequences' tokens count, or why that is not known.
-        gathered: What else was gathered.
+        gathered: What step metrics keep of the pass, each under a key of its own.
     """
 
     num_examples: int | None
@@ -102,7 +79,7 @@ class ForwardPass:
     ghost: GradientMoments | None = None
     weights: Tensor | None = None
     tokens: Tensor | str | None = None
-    gathered: Gathered = field(default_factory=Gathered)
+    gathered: dict[object, Any] = field(default_factory=dict)
 
     def refuse_coupled(self, reason: str) -> None:
         """Note that the examples are coupled, which explains other faults as well."""
@@ -180,8 +157,6 @@ class StepRecord:
         scaled_gradient: The same of ``P .grad``, with the optimiser's preconditioner.
         faults: Why the gradient is not this step's alone.
         num_discarded: Backward passes whose gradient was zeroed without a step.
-        signal: Sum over a parameter's entries of squared mean over variance, and the
-            number of entries ``(2, Q)``.
     """
 
     passes: list[ForwardPass] = field(default_factory=list)
@@ -189,7 +164,6 @@ class StepRecord:
     scaled_gradient: Tensor | None = None
     faults: list[str] = field(default_factory=list)
     num_discarded: int = 0
-    signal: Tensor | None = None
 
     def start(self, before: Before) -> None:
         """Begin a backward pass; where ``.grad`` was emptied, begin the step anew."""

@@ -6,76 +6,140 @@ statistics, and its noise, which belongs to that size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from noisekit.core.errors import BatchSizeError
+from noisekit.core.errors import BatchSizeError, UsageError
 from noisekit.core.layers.rule import widen
 from noisekit.core.model_state import preserve_model_state
 from noisekit.core.reductions import sq_norms
+from noisekit.core.results import Unavailable
 from noisekit.core.risk import LossFn
 from noisekit.noise.moments import GradientMoments
-from noisekit.probes.capture.hooks import is_suspended, suspend_recording
+from noisekit.probes.capture.hooks import suspend_recording
 from noisekit.probes.capture.recorder import Recorder
-from noisekit.probes.capture.step_record import ForwardPass
-from noisekit.probes.estimators.assembly import LossReduction
+from noisekit.probes.capture.step_weights import LossReduction
+from noisekit.probes.context import ProbeContext
+from noisekit.probes.estimators.estimator import NoiseEstimator, StepNoise
+from noisekit.probes.estimators.norm_layers import unit_trace
+from noisekit.probes.estimators.step_inputs import StepInputs
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a model was called with."""
 
 
-class GhostReplay:
-    """Replays parts of a training batch, at the weights that its step starts from."""
+class Ghost(NoiseEstimator):
+    """Gradients of replayed parts of the batch, at the weights of the step."""
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        loss_fn: LossFn,
-        ghost_batch: int,
-        loss_reduction: LossReduction,
-    ) -> None:
-        self._recorder = recorder
-        self._loss_fn = loss_fn
-        self._ghost_batch = ghost_batch
-        self._loss_reduction = loss_reduction
+    name = "ghost"
+    settings = ("ghost_batch",)
+    reads_coupled = True
 
-    def observe(self, targets: Any) -> None:  # whatever the loss takes
-        """Replay the pass that the loss is being computed of, if it is to be read."""
-        active = self._recorder.active
-        if is_suspended(self._recorder) or not torch.is_grad_enabled():
-            return
-        if active is None or active.inputs is None:
-            return
-        try:
-            active.ghost = self.moments(active, targets)
-        except BatchSizeError as error:
-            active.ghost_faults.append(str(error))
-        active.inputs = None
+    def __init__(self, *, ghost_batch: int | None) -> None:
+        """Replay parts of ``ghost_batch`` examples."""
+        self._size = ghost_batch
 
-    def moments(self, forward_pass: ForwardPass, targets: Any) -> GradientMoments:
-        """Return the moments over ghost batches of one pass.
+    def set_up(self, context: ProbeContext) -> None:
+        """Check that the loss and the size are known.
 
         Raises:
-            BatchSizeError: If the batch has no two ghost batches.
+            UsageError: If they are not.
         """
-        assert forward_pass.inputs is not None
-        assert forward_pass.num_examples is not None
-        with suspend_recording():
-            return _ghost_moments(
-                self._recorder.model,
-                self._loss_fn,
-                (forward_pass.inputs, targets),
-                weights=forward_pass.weights,
-                parameters=self._recorder.parameters,
-                ghost_batch=self._ghost_batch,
-                batch_size=forward_pass.num_examples,
-                batch_dim=self._recorder.batch_dim,
-                loss_reduction=self._loss_reduction,
+        if context.loss_fn is None or self._size is None:
+            raise UsageError(
+                "estimator='ghost' replays parts of the batch, so that it needs "
+                f"loss_fn= and ghost_batch=, got loss_fn={context.loss_fn!r}, "
+                f"ghost_batch={self._size}."
             )
+        self._loss_fn: LossFn = context.loss_fn
+        self._loss_reduction = context.loss_reduction
+
+    def request(self, recorder: Recorder, num_readings: int) -> None:
+        """Request the model's inputs."""
+        recorder.wanted.inputs = True
+
+    def on_loss(self, recorder: Recorder, targets: Any) -> None:
+        """Replay the pass that the loss is being computed of, if it is to be read."""
+        active = recorder.active
+        if active is None or active.inputs is None or active.num_examples is None:
+            return
+        assert self._size is not None
+        try:
+            with suspend_recording():
+                active.ghost = _ghost_moments(
+                    recorder.model,
+                    self._loss_fn,
+                    (active.inputs, targets),
+                    weights=active.weights,
+                    parameters=recorder.parameters,
+                    ghost_batch=self._size,
+                    batch_size=active.num_examples,
+                    batch_dim=recorder.batch_dim,
+                    loss_reduction=self._loss_reduction,
+                )
+        except BatchSizeError as error:
+            active.ghost_faults.append(str(error))
+
+    def noise(self, step: StepInputs) -> StepNoise | Unavailable:
+        """Return the moments over the ghost batches of all micro-batches."""
+        passes = step.passes
+        faults = [fault for p in passes for fault in p.ghost_faults]
+        ghosts = [p.ghost for p in passes if p.ghost is not None]
+        if not faults and len(ghosts) < len(passes):
+            faults = ["the loss was not called through probe.loss_fn"]
+        if faults:
+            return Unavailable(faults[0])
+        note = None
+        if len(ghosts) > 1:
+            note = f"averaged over {len(ghosts)} micro-batches"
+        return StepNoise(
+            self.name,
+            f"{self.name}({self._size})",
+            dict.fromkeys(step.methods, f"ghost batches of {self._size}"),
+            _averaged(ghosts),
+            note=note,
+            averaged=True,
+        )
+
+
+def _averaged(parts: Sequence[GradientMoments]) -> GradientMoments:
+    """Moments whose ``tr Σ`` and ``|G|²`` are the averages over parts, by their units.
+
+    Unlike ``merge`` this needs no gradient of all parts together.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    total = sum(part.num_units for part in parts)
+    shares = [part.num_units / total for part in parts]
+    size = sum(s * part.unit_size for s, part in zip(shares, parts, strict=True))
+    own = [unit_trace(part) for part in parts]  # per unit
+    traces = [
+        trace * (part.unit_size / size) for part, trace in zip(parts, own, strict=True)
+    ]
+    norms = [
+        part.grad_sq_norm - part.weight_sq_sum * trace
+        for part, trace in zip(parts, own, strict=True)
+    ]
+    trace, norm, mean_fourth = (
+        torch.stack([s * v for s, v in zip(shares, values, strict=True)]).sum()
+        for values in (traces, norms, [part.mean_fourth for part in parts])
+    )
+    a = sum(s * part.weight_sq_sum for s, part in zip(shares, parts, strict=True))
+    q = norm + a * trace
+    mean_sq = q + (1 - a) * trace
+    return replace(
+        parts[0],
+        num_units=total,
+        unit_size=size,
+        weight_sq_sum=a,
+        sum_sq_norm=mean_sq * a,
+        sum_fourth=mean_fourth * a**3,
+        grad_sq_norm=q,
+    )
 
 
 def _ghost_moments(

@@ -1,4 +1,4 @@
-"""How many examples training has seen, on this rank or on all; sums that bring it."""
+"""How many examples training has seen, on this rank or on all; the sum over ranks."""
 
 from dataclasses import dataclass
 
@@ -8,44 +8,45 @@ from torch import Tensor
 from noisekit.core.distributed import sum_over_ranks
 from noisekit.probes.capture.replicas import Replicas
 from noisekit.probes.capture.step_weights import Number
-from noisekit.probes.ranks.rank_payload import StepParts
 from noisekit.probes.ranks.sums import RankPart, RankSums
 from noisekit.probes.reading import Reading
+from noisekit.probes.step_result import StepResult
 
 
-@dataclass(frozen=True, slots=True)
-class SummedReading:
-    """A reading of all ranks, whose sums are still on their device.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingReading:
+    """A reading that waits for values on the device until somebody looks at it.
 
     Attributes:
-        part: This rank's.
-        sums: Of all ranks' vectors.
+        result: This rank's.
+        sums: Of all ranks' vectors, where there are several.
         layout: How they lie in the vector.
         examples_seen: By all ranks, this step included.
         mean_over_active: Whether ranks without inputs are left out of the average.
+        found_inf: Whether the optimizer has skipped the step, where only the device
+            knows.
     """
 
-    part: RankPart
-    sums: Tensor
-    layout: RankSums
-    examples_seen: int | Tensor
-    mean_over_active: bool
+    result: StepResult
+    sums: Tensor | None = None
+    layout: RankSums | None = None
+    examples_seen: int | Tensor = 0
+    mean_over_active: bool = False
+    found_inf: Tensor | None = None
 
-    def parts(self) -> StepParts | None:
-        """Return what quantities take of all ranks' examples, if there are such."""
-        own = self.part.parts
-        if own is None:
+    def resolved(self) -> Reading | None:
+        """Return the reading; ``None`` if the step was skipped."""
+        if self.found_inf is not None and bool(self.found_inf):
             return None
-        return self.layout.parts(own, self.sums, mean_over_active=self.mean_over_active)
-
-    def resolved(self) -> Reading:
-        """Return the reading, now that somebody asks for it."""
-        return self.layout.reading(
-            self.part,
+        if self.sums is None or self.layout is None:
+            return self.result.reading()
+        whole = self.layout.whole(
+            self.result,
             self.sums,
             examples_seen=int(self.examples_seen),
             mean_over_active=self.mean_over_active,
         )
+        return whole.reading()
 
 
 class ExamplesSeen:
@@ -79,25 +80,31 @@ class ExamplesSeen:
 
     def summed(
         self,
-        local: Reading | None,
+        local: StepResult | None,
         *,
         count: Number = 0.0,
-        parts: StepParts | None = None,
-    ) -> SummedReading | None:
+        found_inf: Tensor | None = None,
+    ) -> PendingReading | None:
         """Sum over ranks, in one all-reduce that each of them takes part in.
 
         Args:
-            local: This rank's reading; ``None`` where it has no part in the step.
+            local: This rank's result; ``None`` where it has no part in the step.
             count: What its examples count together in a loss that is a sum.
-            parts: What the quantities beside the noise take of its examples.
+            found_inf: Whether the step was skipped, where only the device knows.
         """
-        layout, part = self._layout, None
+        layout = self._layout
+        own = layout.absent(self._device)
         if local is not None:
-            part = RankPart(local, self._since, count, parts)
-        own = layout.absent(self._device) if part is None else layout.packed(part)
+            own = layout.packed(RankPart(local, self._since, count))
         sums = sum_over_ranks(own, self._replicas.ranks)
         self._before, self._since = self._before + layout.num_seen(sums), 0
-        if part is None:
+        if local is None:
             return None
-        mean_over_active = self._replicas.mean_over_active()
-        return SummedReading(part, sums, layout, self._before, mean_over_active)
+        return PendingReading(
+            result=local,
+            sums=sums,
+            layout=layout,
+            examples_seen=self._before,
+            mean_over_active=self._replicas.mean_over_active(),
+            found_inf=found_inf,
+        )

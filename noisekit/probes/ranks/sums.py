@@ -1,28 +1,38 @@
-"""One step's statistics over all ranks: packed, summed in one go, made a reading.
+"""One step's statistics over all ranks: packed, summed in one go, and put together.
 
-Each rank's reading is of its own mean gradient. Rank ``k`` enters the mean over all
+Each rank's statistics are of its own mean gradient. Rank ``k`` enters the mean over all
 with the weight ``W_k``: its share of the examples where losses are sums, and the same
 as every other rank where they are means, since data parallelism averages the ranks'
-gradients as they are. Its statistics then count ``W_k²`` and ``W_k⁴``.
+gradients as they are. Squared norms then count ``W_k²`` and fourth powers ``W_k⁴``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from noisekit.core.results import Unavailable
 from noisekit.noise.moments import GradientMoments
 from noisekit.probes.capture.step_weights import LossReduction, Number
 from noisekit.probes.capture.tokens import TokenCount
-from noisekit.probes.ranks.rank_payload import StepParts
-from noisekit.probes.reading import Reading
+from noisekit.probes.estimators.estimator import StepNoise
+from noisekit.probes.estimators.estimator_set import EstimatedNoise
+from noisekit.probes.ranks.layout import Part, VectorLayout
+from noisekit.probes.step_metrics.metric import State, StepMetric
+from noisekit.probes.step_result import StepResult
 
-_HEADER, _SLOT = 6, 10
-_REPLAYED = "ghost"
-"""Replays have no gradient in common: their statistics are averaged over the ranks."""
+_HEADER = {"batch_size": 1, "num_active": 1, "num_seen": 1, "count": 1, "tokens": 2}
+_SLOT = 10
+"""Numbers of one estimator's moments."""
+_LAYERS = ("gradient", "layer_norm", "layer_first", "layer_fourth")
+_METHODS_DIFFER = (
+    "the ranks have read in different ways; name an estimator that all of them can "
+    "take, such as 'accumulation'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +40,17 @@ class RankPart:
     """One rank's part of a step.
 
     Attributes:
-        reading: Of this rank alone.
+        result: Of this rank alone.
         num_seen: Examples since the last reading, this step's included.
         count: What this rank's examples count together, in a loss that is a sum.
-        parts: What the quantities beside the noise take, if there are such.
     """
 
-    reading: Reading
+    result: StepResult
     num_seen: int
     count: Number
-    parts: StepParts | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RankSums:
     """How the statistics of one step lie in the vector that is summed over ranks.
 
@@ -54,183 +62,236 @@ class RankSums:
         names: Estimators that were asked for; the first is the reading's own.
         loss_reduction: What the loss does over a micro-batch.
         num_ranks: All ranks, those without inputs included.
-        num_parts: Entries for the quantities beside the noise.
+        metrics: Step metrics, whose states are summed by name.
     """
 
     num_params: int
     names: tuple[str, ...]
     loss_reduction: LossReduction
     num_ranks: int
-    num_parts: int = 0
+    metrics: tuple[StepMetric, ...] = ()
+
+    @cached_property
+    def layout(self) -> VectorLayout:
+        """Names and sizes of the parts."""
+        slots = {f"estimator.{name}": _SLOT for name in self.names}
+        states = {}
+        for metric in self.metrics:
+            if metric.rank_sums:
+                states[f"{metric.name}.known"] = 1
+            for name, rank_sum in metric.rank_sums.items():
+                states[f"{metric.name}.{name}"] = rank_sum.size
+        layers = dict.fromkeys(_LAYERS, self.num_params)
+        return VectorLayout({**_HEADER, **slots, **states, **layers})
 
     def absent(self, device: torch.device) -> Tensor:
         """Return the vector of a rank that has no part in the step."""
-        size = self._start_of_parts + self.num_parts + 4 * self.num_params
-        return torch.zeros(size, dtype=torch.float64, device=device)
+        return self.layout.packed({}, device)
+
+    # --------------------------------------------------------------------- packing
 
     def packed(self, part: RankPart) -> Tensor:
         """Return this rank's vector."""
-        reading, weight = part.reading, self._weight(part)
-        device = reading.layer_sq_norms.device
-        header = (float(reading.batch_size), 1.0, float(part.num_seen), part.count)
-        parts = [_vector((*header, *_tokens(reading, weight)), device)]
+        result, weight = part.result, self._weight(part)
+        parts: dict[str, Part] = {
+            "batch_size": float(result.batch_size),
+            "num_active": 1.0,
+            "num_seen": float(part.num_seen),
+            "count": part.count,
+            "tokens": _packed_tokens(result, weight),
+            "gradient": result.gradient.double() * weight**2,
+        }
         for asked in self.names:
-            name = _found_name(reading, asked)
-            moments = reading.estimates.get(name)
-            if moments is None:
-                parts.append(_vector((0.0,) * _SLOT, device))
-            else:
-                own = 1.0 if name == _REPLAYED else weight
-                parts.append(_vector(_slot(moments, name, own), device))
-        if part.parts is not None:
-            parts.append(part.parts.packed(weight, reading.layer_sq_norms))
-        parts.append(reading.layer_sq_norms.double() * weight**2)
-        layers = reading.layer_moments
-        if layers is None:
-            parts.append(_vector((0.0,) * (3 * self.num_params), device))
-        else:
-            parts.append(layers.grad_sq_norm.double() * weight**2)
-            parts.append(layers.sum_sq_norm.double() * weight**2)
-            parts.append(layers.sum_fourth.double() * weight**4)
-        return torch.cat(parts)
-
-    @property
-    def _start_of_parts(self) -> int:
-        return _HEADER + _SLOT * len(self.names)
-
-    def parts(
-        self, own: StepParts, sums: Tensor, *, mean_over_active: bool
-    ) -> StepParts:
-        """Return what quantities take of all ranks; transfers the sums to the host.
-
-        Args:
-            own: This rank's.
-            sums: The sum of all vectors.
-            mean_over_active: As for ``reading``.
-        """
-        sums, start = sums.cpu(), self._start_of_parts
-        _, num_active, _, counted, *_ = sums[:_HEADER].tolist()
-        total = counted if self.loss_reduction == "sum" else num_active
-        averaged = num_active if mean_over_active else float(self.num_ranks)
-        found = own.of_all(sums[start : start + self.num_parts], total, num_active)
-        # From a step along the applied gradient to one along the mean's.
-        return replace(found, rates=found.rates * (total / averaged))
-
-    def num_seen(self, sums: Tensor) -> Tensor:
-        """Return the examples that all ranks have seen since the last reading."""
-        return sums[2]
+            noise = _noise_of(result, asked)
+            if noise is not None:
+                own = 1.0 if noise.averaged else weight
+                parts[f"estimator.{asked}"] = _slot(noise, own)
+        for metric, state in result.states.items():
+            if not isinstance(state, Unavailable):
+                parts |= _packed_state(metric, state, weight)
+        own_noise = result.noise.noise
+        layers = own_noise.layer_moments if isinstance(own_noise, StepNoise) else None
+        if layers is not None:
+            parts["layer_norm"] = layers.grad_sq_norm.double() * weight**2
+            parts["layer_first"] = layers.sum_sq_norm.double() * weight**2
+            parts["layer_fourth"] = layers.sum_fourth.double() * weight**4
+        return self.layout.packed(parts, result.gradient.device)
 
     def _weight(self, part: RankPart) -> Number:
         """``W_k``, up to a factor that only the sum over ranks tells."""
         return part.count if self.loss_reduction == "sum" else 1.0
 
-    def reading(
+    def num_seen(self, sums: Tensor) -> Tensor:
+        """Return the examples that all ranks have seen since the last reading."""
+        return self.layout.unpacked(sums)["num_seen"].reshape(())
+
+    # ------------------------------------------------------------------- unpacking
+
+    def whole(
         self,
-        part: RankPart,
+        local: StepResult,
         sums: Tensor,
         *,
         examples_seen: int,
         mean_over_active: bool,
-    ) -> Reading:
-        """Return the reading of all ranks; transfers the sums to the host.
+    ) -> StepResult:
+        """Return the result of all ranks; transfers the sums to the host.
 
         Its bits are the same on every rank, also those of the reduced gradient's norm,
         which each rank knows in its own units.
 
         Args:
-            part: This rank's.
+            local: This rank's.
             sums: The sum of all vectors.
             examples_seen: By all ranks, this step included.
             mean_over_active: Whether gradients are averaged over the ranks that had
                 inputs, not over all.
         """
-        local, sums = part.reading, sums.cpu()
-        num_examples, num_active, _, counted, *tokens = sums[:_HEADER].tolist()
+        parts = self.layout.unpacked(sums.cpu())
+        num_active, counted = (float(parts[name]) for name in ("num_active", "count"))
         total = counted if self.loss_reduction == "sum" else num_active
         averaged = num_active if mean_over_active else float(self.num_ranks)
         # From the gradient as it is applied to the mean over all examples.
         factor = (averaged / total) ** 2 / num_active
-        slots = sums[_HEADER : _HEADER + _SLOT * len(self.names)].view(-1, _SLOT)
-        estimates, missing = self._estimates(local, slots, (total, num_active, factor))
-        gradient, norm, first, fourth = sums[-4 * self.num_params :].view(4, -1)
-        asked = self.names[0]
-        own = estimates.get(_found_name(local, asked))
-        layers = None
-        if own is not None and local.layer_moments is not None:
-            layers = replace(
-                own,
-                sum_sq_norm=first / total**2,
-                sum_fourth=fourth / total**4,
-                grad_sq_norm=norm * factor,
-            )
-        reason = missing.pop(asked, None)
-        counted = _all_tokens(*tokens, total=total)
-        if local.unit == "token" and counted is None:
-            missing.setdefault("tokens", "not every rank could count its tokens")
+        totals = _Totals(total, num_active, factor)
         return replace(
             local,
             examples_seen=examples_seen,
-            batch_size=int(num_examples),
-            estimator="none" if own is None else _label(local.estimator, own),
-            coverage=replace(local.coverage, reason=reason, missing=missing),
-            moments=own,
-            layer_moments=layers,
-            layer_sq_norms=gradient * factor,
-            example_sq_norms=None if own is None else local.example_sq_norms,
-            estimates=estimates,
-            tokens=counted,
+            batch_size=int(parts["batch_size"]),
+            gradient=parts["gradient"] * factor,
+            noise=self._noise(local, parts, totals),
+            states={
+                metric: _summed_state(metric, state, parts, totals)
+                for metric, state in local.states.items()
+            },
+            tokens=_all_tokens(local, parts["tokens"].tolist(), total),
+            applied_factor=total / averaged,
         )
 
-    def _estimates(
-        self, local: Reading, slots: Tensor, totals: tuple[float, float, float]
-    ) -> tuple[dict[str, GradientMoments], dict[str, str]]:
-        """What the estimators say, and why others say nothing."""
-        total, num_active, factor = totals
-        estimates: dict[str, GradientMoments] = {}
-        missing = dict(local.coverage.missing)
-        if local.coverage.reason is not None:
-            missing[self.names[0]] = local.coverage.reason
-        for asked, slot in zip(self.names, slots.tolist(), strict=True):
-            name = _found_name(local, asked)
-            fault = _fault(slot, num_active)
-            if fault:
-                missing.setdefault(asked, fault)
-            else:
-                estimates[name] = _summed(slot, name, total, factor)
-        return estimates, missing
+    def _noise(
+        self, local: StepResult, parts: Mapping[str, Tensor], totals: "_Totals"
+    ) -> EstimatedNoise:
+        """The noise over all ranks, and why some estimators have none."""
+        found: dict[str, StepNoise] = {}
+        missing = dict(local.noise.missing)
+        for asked in self.names:
+            slot, own = parts[f"estimator.{asked}"].tolist(), _noise_of(local, asked)
+            fault = _fault(slot, totals.num_active)
+            if fault or own is None:
+                missing.setdefault(asked, Unavailable(fault))
+                continue
+            moments = _summed(slot, own, totals)
+            layers = own.layer_moments if asked == self.names[0] else None
+            if layers is not None:
+                layers = replace(
+                    moments,
+                    sum_sq_norm=parts["layer_first"] / totals.total**2,
+                    sum_fourth=parts["layer_fourth"] / totals.total**4,
+                    grad_sq_norm=parts["layer_norm"] * totals.factor,
+                )
+            found[own.name] = replace(
+                own, label=_label(own, moments), moments=moments, layer_moments=layers
+            )
+        return EstimatedNoise(found, self.names, missing)
 
 
-def _tokens(reading: Reading, weight: Number) -> tuple[Number, Number]:
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """What sums over the ranks are divided by.
+
+    Attributes:
+        total: ``sum_k W_k``.
+        num_active: Ranks that took part.
+        factor: From the ranks' sum of the applied gradient's ``|g|²`` to the mean's.
+    """
+
+    total: float
+    num_active: float
+    factor: float
+
+
+def _noise_of(result: StepResult, asked: str) -> StepNoise | None:
+    """The noise of the estimator that ``asked`` has come to, which "auto" chooses."""
+    if asked in result.noise.missing:
+        return None
+    if asked == "auto":
+        return next(iter(result.noise.found.values()))
+    return result.noise.found.get(asked)
+
+
+def _packed_tokens(result: StepResult, weight: Number) -> tuple[Number, Number]:
     """A rank's tokens, and ``sum w_i²`` of its sequences; NaN if not known."""
-    if reading.tokens is None:
-        return (math.nan,) * 2 if reading.unit == "token" else (0.0, 0.0)
-    count, per_sequence = reading.tokens.values
+    if result.tokens is None:
+        return (0.0, 0.0)
+    if isinstance(result.tokens, Unavailable):
+        return (math.nan, math.nan)
+    count, per_sequence = result.tokens.values
     return count, per_sequence / count * weight**2
 
 
-def _all_tokens(count: float, squares: float, *, total: float) -> TokenCount | None:
-    """The tokens of all ranks; ``None`` where some rank does not know its own."""
+def _all_tokens(
+    local: StepResult, sums: Sequence[float], total: float
+) -> TokenCount | Unavailable | None:
+    """The tokens of all ranks, where every rank knows its own."""
+    if isinstance(local.tokens, Unavailable) or local.tokens is None:
+        return local.tokens
+    count, squares = sums
     if not count > 0.0:
-        return None
+        return Unavailable("not every rank could count its tokens")
     values = (count, count * squares / total**2)
     return TokenCount(torch.tensor(values, dtype=torch.float64))
 
 
-def _found_name(reading: Reading, asked: str) -> str:
-    """The estimator that ``asked`` has come to: "auto" takes the first that says."""
-    return next(iter(reading.estimates), asked) if asked == "auto" else asked
+def _packed_state(metric: StepMetric, state: State, weight: Number) -> dict[str, Part]:
+    """A metric's tensors that are summed, times their power of the weight."""
+    sums = metric.rank_sums
+    if not sums:
+        return {}
+    parts: dict[str, Part] = {f"{metric.name}.known": 1.0}
+    for name, rank_sum in sums.items():
+        value = state[name]
+        if isinstance(value, Tensor):
+            value = value.double()
+        parts[f"{metric.name}.{name}"] = value * weight**rank_sum.power
+    return parts
 
 
-def _label(local: str, moments: GradientMoments) -> str:
-    name, _, size = local.partition("(")
-    if name == _REPLAYED:
-        return local  # what a model's statistics are of, whatever examples weigh
+def _summed_state(
+    metric: StepMetric,
+    own: State | Unavailable,
+    parts: Mapping[str, Tensor],
+    totals: _Totals,
+) -> State | Unavailable:
+    """A metric's state over all ranks, on the host; what is not summed is alike."""
+    sums = metric.rank_sums
+    known = float(parts[f"{metric.name}.known"]) if sums else totals.num_active
+    if isinstance(own, Unavailable):
+        return own
+    if known < totals.num_active:
+        return Unavailable(_too_few(known, totals.num_active))
+    state: dict[str, Number] = {}
+    for name, value in own.items():
+        if name in sums:
+            power = sums[name].power
+            divisor = totals.total**power if power else totals.num_active
+            summed = parts[f"{metric.name}.{name}"] / divisor
+            value = summed if isinstance(value, Tensor) else float(summed)
+        state[name] = value.cpu() if isinstance(value, Tensor) else value
+    return state
+
+
+def _label(own: StepNoise, moments: GradientMoments) -> str:
+    name, _, size = own.label.partition("(")
+    if own.averaged:
+        return own.label  # what a model's statistics are of, whatever examples weigh
     return f"{name}({float(moments.unit_size):g})" if size else name
 
 
-def _slot(moments: GradientMoments, name: str, weight: Number) -> tuple[Number, ...]:
-    """One estimator's entry; the name's code tells whether all have read alike."""
-    code = float(crc32(name.encode()) % (1 << 20))  # its square sums exactly
+def _slot(noise: StepNoise, weight: Number) -> tuple[Number, ...]:
+    """One estimator's entry; a code tells whether all ranks have read alike."""
+    moments = noise.moments
+    way = f"{noise.name}{sorted(noise.unread)}" if noise.unread else noise.name
+    code = float(crc32(way.encode()) % (1 << 20))  # its square sums exactly
     read = moments.num_units if moments.num_read is None else moments.num_read
     squares = weight**2 * moments.weight_sq_sum
     return (
@@ -247,37 +308,23 @@ def _slot(moments: GradientMoments, name: str, weight: Number) -> tuple[Number, 
     )
 
 
-def _vector(values: Sequence[Number], device: torch.device) -> Tensor:
-    """Return the values as one vector, without copies from the host, which wait."""
-    parts = [
-        value.detach().double().reshape(1)
-        if isinstance(value, Tensor)
-        else torch.full((1,), value, dtype=torch.float64, device=device)
-        for value in values
-    ]
-    return torch.cat(parts)
-
-
 def _fault(slot: Sequence[float], num_active: float) -> str:
     """Why the ranks' statistics cannot be put together, if so."""
     present, code, code_sq = slot[:3]
     if present < num_active:
-        return f"only {present:g} of {num_active:g} ranks could read their examples"
-    if code_sq * present != code**2:
-        return (
-            "the ranks have read in different ways; name an estimator that all of "
-            "them can take, such as 'accumulation'"
-        )
-    return ""
+        return _too_few(present, num_active)
+    return _METHODS_DIFFER if code_sq * present != code**2 else ""
 
 
-def _summed(
-    slot: Sequence[float], name: str, total: float, factor: float
-) -> GradientMoments:
+def _too_few(present: float, num_active: float) -> str:
+    return f"only {present:g} of {num_active:g} ranks could read their examples"
+
+
+def _summed(slot: Sequence[float], own: StepNoise, totals: _Totals) -> GradientMoments:
     """Return one estimator's moments over all ranks; of replays, their average."""
     present, _, _, num_units, num_read, squares, by_size, *norms = slot
-    scales = (total**-2, total**-4, factor)
-    if name == _REPLAYED:
+    scales = (totals.total**-2, totals.total**-4, totals.factor)
+    if own.averaged:  # replays have no gradient in common
         scales = (1 / present,) * 3
     first, fourth, gradient = (
         torch.tensor(norm * scale, dtype=torch.float64)

@@ -1,11 +1,11 @@
 """Curvature along the gradients of a batch's parts, at the weights of its step.
 
 The Hessian has to be independent of the gradients that it is applied to: each half of
-the batch gives chunk gradients, and the other half the Hessian for them.
+the batch gives chunk gradients ``c_k``, and the other half the Hessian ``H`` for them.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,64 +13,138 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from noisekit.core.errors import UsageError
 from noisekit.core.layers.per_example import coupling
 from noisekit.core.model_state import preserve_model_state
+from noisekit.core.results import Unavailable
 from noisekit.curvature.operators.graph_cache import refuse_once_differentiable
 from noisekit.noise.step_quantity import HessianForms
 from noisekit.probes.capture.hooks import suspend_recording
 from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.step_record import ForwardPass
+from noisekit.probes.context import ProbeContext
+from noisekit.probes.estimators.estimator import StepNoise
 from noisekit.probes.estimators.ghost import narrow
-from noisekit.probes.options import ProbeOptions
-from noisekit.probes.step_metrics.options import FEWEST_CHUNKS
+from noisekit.probes.estimators.step_inputs import StepInputs
+from noisekit.probes.step_metrics.cabs import check_loss_given
+from noisekit.probes.step_metrics.metric import (
+    MetricStep,
+    RankSum,
+    State,
+    StepMetric,
+)
+
+FEWEST_CHUNKS = 3
+"""Chunks that the jackknife needs."""
 
 
-class HessianReplay:
-    """Replays a micro-batch in chunks, for ``tr(HΣ)`` and ``G'HG``.
+class HessianNoise(StepMetric):
+    """``c_k' H c_l`` of replayed chunks, for ``tr(HΣ)`` and ``G'HG``.
 
     Costs one and a half forward passes, two gradients and ``num_chunks``
     Hessian-vector products over the batch; holds ``num_chunks`` copies of the
     parameters, five more while it differentiates, and the graph of half the batch.
-    Where ghost batches were asked for, these are the chunks, so that examples may be
+    Where ghost batches are replayed, these are the chunks, so that examples may be
     coupled within them.
 
-    Attributes:
-        wanted: Whether the next passes are replayed.
-        has_ghosts: Whether ghost batches are replayed as well.
+    Source:
+        McCandlish et al. 2018, arXiv:1812.06162, section 2.2.
     """
 
-    def __init__(self, recorder: Recorder, options: ProbeOptions) -> None:
-        self.wanted = False
-        self._recorder = recorder
-        self._options = options
-        asked = options.estimator
-        names = (asked,) if isinstance(asked, str) else asked
-        self.has_ghosts = "ghost" in names
-        self._ghost_batch = options.ghost_batch if self.has_ghosts else None
+    name = "hessian_noise_scale"
+    quantities = ("hessian_noise_scale", "noise_curvature", "gradient_curvature")
+    settings = ("hessian_every", "num_chunks")
 
-    def observe(self, active: ForwardPass, targets: Any) -> None:  # the loss's own
-        """Replay the first pass of a step, if the model and the batch allow it."""
-        if active.inputs is None or not active.num_examples:
+    def __init__(self, *, hessian_every: int, num_chunks: int) -> None:
+        """Replay once in ``hessian_every`` readings, in twice ``num_chunks`` chunks.
+
+        Raises:
+            UsageError: If there are too few chunks for a jackknife.
+        """
+        if num_chunks < FEWEST_CHUNKS:
+            raise UsageError(
+                f"quantities={self.name!r} needs num_chunks of {FEWEST_CHUNKS} or "
+                f"more in each half of the batch, got {num_chunks}."
+            )
+        self._every = hessian_every
+        self._num_chunks = num_chunks
+        self._due = False
+
+    def set_up(self, context: ProbeContext) -> None:
+        """Check that the loss is seen, and that ranks' chunks are alike.
+
+        Raises:
+            UsageError: If it is not, or they are not.
+        """
+        check_loss_given(self.name, context)
+        ranks = context.recorder.replicas.ranks
+        if context.ghost_batch is not None and not ranks.alone:
+            raise UsageError(
+                f"quantities={self.name!r} of ghost batches needs one process, got "
+                f"{ranks.size} ranks; leave estimator='ghost' out, or the quantity."
+            )
+        self._context = context
+
+    @property
+    def rank_sums(self) -> Mapping[str, RankSum]:
+        """Averages over the ranks; of the size to see whether it is one."""
+        sizes = dict.fromkeys(("chunk_size", "chunk_size_squared"), RankSum(1))
+        return {"forms": RankSum(self._num_chunks**2), **sizes}
+
+    def request(self, recorder: Recorder, num_readings: int) -> None:
+        """Request the model's inputs where a replay is due."""
+        self._due = num_readings % self._every == 0
+        recorder.wanted.inputs |= self._due
+
+    def on_loss(self, active: ForwardPass, targets: Any, loss: Tensor) -> None:
+        """Replay the open pass, if the model and the batch allow it."""
+        if not self._due or active.inputs is None or not active.num_examples:
             return
         size, num_chunks, fault = self._division(active.num_examples)
         if fault:
-            active.gathered.hessian = fault
+            active.gathered[self] = Unavailable(fault)
             return
         try:
             forms = self._forms(active, targets, (size, num_chunks))
         except RuntimeError as error:  # such as a kernel that is differentiable once
             reason = str(error).partition("\n")[0]
-            active.gathered.hessian = f"no Hessian-vector products: {reason}"
+            active.gathered[self] = Unavailable(f"no Hessian-vector products: {reason}")
             return
-        active.gathered.hessian = HessianForms(forms, size)
+        active.gathered[self] = (forms, size)
+
+    def measure(
+        self, step: StepInputs, noise: StepNoise | Unavailable
+    ) -> State | Unavailable:
+        """Return the forms of the step's first pass."""
+        if not self._due:
+            return Unavailable(f"it is read once in {self._every} readings")
+        unseen = Unavailable("the loss was not seen: call it through probe.loss_fn")
+        found = next((p.gathered.get(self, unseen) for p in step.passes), unseen)
+        if isinstance(found, Unavailable):
+            return found
+        forms, size = found
+        return {
+            "forms": forms.reshape(-1),
+            "chunk_size": float(size),
+            "chunk_size_squared": float(size**2),
+        }
+
+    def value(self, step: MetricStep) -> HessianForms | Unavailable:
+        """Return the forms; two ranks' chunks of different sizes have none."""
+        size, squared = step.state["chunk_size"], step.state["chunk_size_squared"]
+        if squared != size**2:
+            return Unavailable("the ranks' chunks are of different sizes")
+        forms = step.tensor("forms")
+        width = round(forms.numel() ** 0.5)
+        return HessianForms(forms.view(width, width), int(size))
 
     def _forms(
         self, active: ForwardPass, targets: Any, division: tuple[int, int]
     ) -> Tensor:
         """``c_k' H c_l``, averaged over the halves that give ``c`` and ``H``."""
         size, num_chunks = division
-        model = self._recorder.model
-        parameters = [p for p in self._recorder.parameters if p.requires_grad]
+        model = self._context.recorder.model
+        parameters = [p for p in self._context.recorder.parameters if p.requires_grad]
 
         def losses(first: int) -> list[Tensor]:
             starts = range(first, first + num_chunks * size, size)
@@ -92,24 +166,26 @@ class HessianReplay:
 
     def _loss(self, active: ForwardPass, targets: Any, rows: tuple[int, int]) -> Tensor:
         """Mean loss of some of the batch's examples (start, length)."""
-        loss_fn, count = self._options.loss_fn, active.num_examples
+        loss_fn, count = self._context.loss_fn, active.num_examples
         assert loss_fn is not None
         assert count is not None
         assert active.inputs is not None
-        args, kwargs = narrow(active.inputs, count, self._recorder.batch_dim, rows)
-        outputs = self._recorder.model(*args, **kwargs)
+        args, kwargs = narrow(
+            active.inputs, count, self._context.recorder.batch_dim, rows
+        )
+        outputs = self._context.recorder.model(*args, **kwargs)
         loss = loss_fn(outputs, narrow(targets, count, 0, rows))
-        return loss / rows[1] if self._options.loss_reduction == "sum" else loss
+        return loss / rows[1] if self._context.loss_reduction == "sum" else loss
 
     def _division(self, num_examples: int) -> tuple[int, int, str]:
         """Examples in a chunk, chunks in a half, and why there are none."""
-        num_chunks = self._options.num_chunks
+        num_chunks, ghost_batch = self._num_chunks, self._context.ghost_batch
         size = num_examples // (2 * num_chunks)
-        if self._ghost_batch is not None:
-            size = self._ghost_batch
+        if ghost_batch is not None:
+            size = ghost_batch
             num_chunks = num_examples // (2 * size)
         else:
-            for name, module in self._recorder.model.named_modules():
+            for name, module in self._context.recorder.model.named_modules():
                 if coupling(module):
                     return 0, 0, f"{coupling(module)} couples the examples ({name})"
         if size < 1 or num_chunks < FEWEST_CHUNKS:

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from noisekit.core.randomness import stream
 from noisekit.core.risk import LossFn
-from noisekit.probes import Probe, attach
+from noisekit.integrations import attach
+from noisekit.probes import Probe
 from noisekit.records import RunDirectory
 from noisekit.train.data.batch_order import BatchOrder
 from noisekit.train.data.datasets import TensorPair
