@@ -77,6 +77,7 @@ class EmpiricalRisk:
         total: Sum of ``c_b`` over all batches and processes.
         num_examples: Examples over all batches and processes.
         memory_budget: Most memory for what is computed, such as kept graphs [bytes].
+        verified: Kinds of derivatives that were checked against differences.
         reduction: ``"mean"`` or ``"sum"``, as found by the check.
         checked: Whether that was checked, on parts and repeats of a batch.
         bn: The BatchNorm policy.
@@ -135,8 +136,9 @@ class EmpiricalRisk:
         self.layout = layout_of(named)
         self.parameters = tuple(named.values())
         self.normaliser = normaliser or known_normaliser(loss_fn)
-        # Shared with the risks derived from this one.
+        # Both are shared with the risks derived from this one.
         self._held = HeldModel(self.model, bn, Precision())
+        self.verified: set[str] = set()
         self._rules = DataRules.of(self.model, bn, self.layout.device)
         self.batches = self._rules.read(batches, memory_budget)
         self.normalisers = normaliser_values(self.batches, self.normaliser)
@@ -194,6 +196,16 @@ class EmpiricalRisk:
         wide.layout = layout_of(named, dtype)
         return wide
 
+    def at_given_statistics(self, dtype: torch.dtype) -> "EmpiricalRisk":
+        """Return the same risk in ``dtype``, with BatchNorm's statistics as they are.
+
+        Nothing is recalibrated, for checks of derivatives, which hold at any of them.
+        """
+        fixed = copy.copy(self.in_precision(dtype))
+        policy: BatchNormPolicy = "batch" if self.bn == "batch" else "running"
+        fixed._held = HeldModel(self.model, policy, Precision(dtype))
+        return fixed
+
     def on(self, batches: Iterable[Batch]) -> "EmpiricalRisk":
         """Return the risk over other batches, such as a part of this process's data.
 
@@ -216,6 +228,7 @@ class EmpiricalRisk:
         """Return the risk of another loss, which divides by the same as this one's."""
         other = copy.copy(self)
         other.loss_fn = loss_fn
+        other.verified = set()
         return other
 
     @contextmanager

@@ -10,6 +10,7 @@ from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.randomness import stream
 from noisekit.core.risk import EmpiricalRisk
+from noisekit.curvature.operators.derivative_check import check_loss_hessian
 from noisekit.curvature.operators.output_space import OutputProduct, OutputSpaceOperator
 
 _CONVEX_MODULES = (
@@ -53,6 +54,11 @@ class GGNOperator(OutputSpaceOperator):
         self, outputs: Tensor, batch: Batch, *, weight: float, index: int
     ) -> OutputProduct:
         return loss_hessian_product(self.risk, weight, outputs, batch[1])
+
+    def _check_derivatives(self) -> None:
+        super()._check_derivatives()
+        if not _is_known_convex(self.risk.loss_fn):
+            check_loss_hessian(self.risk, what=type(self).__name__)
 
     def _prepare(self) -> None:
         if _is_known_convex(self.risk.loss_fn):

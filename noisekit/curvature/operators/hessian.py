@@ -13,6 +13,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.curvature.operators.derivative_check import check_second_derivatives
 from noisekit.curvature.operators.hvp_methods import (
     Form,
     finite_difference,
@@ -150,6 +151,10 @@ class HessianOperator(RiskOperator):
         # A trace costs too much for one pass, and saves nothing that can be measured.
         form = reverse_over_reverse if self._traced else self._form
         return form(self.risk, weight, batch)
+
+    def _check_derivatives(self) -> None:
+        if self._asked != "finite_difference":
+            check_second_derivatives(self.risk)
 
     def _prepare(self) -> None:
         self.trial = None

@@ -9,6 +9,7 @@ from torch import Tensor
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.params import flatten
+from noisekit.curvature.operators.derivative_check import check_jacobian
 from noisekit.curvature.operators.graph_cache import refuse_once_differentiable
 from noisekit.curvature.operators.risk_operator import Product, RiskOperator
 
@@ -29,6 +30,9 @@ class OutputSpaceOperator(RiskOperator):
         self, outputs: Tensor, batch: Batch, *, weight: float, index: int
     ) -> OutputProduct:
         """Return the product with ``M_b``, given the batch's detached outputs."""
+
+    def _check_derivatives(self) -> None:
+        check_jacobian(self.risk, what=type(self).__name__)
 
     def _share(self, index: int, weight: float, batch: Batch) -> Product:
         leaves = self.risk.leaves

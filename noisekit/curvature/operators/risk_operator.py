@@ -19,6 +19,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.curvature.operators.derivative_check import MEASURED_EXAMPLES
 from noisekit.curvature.operators.graph_cache import (
     graph_bytes,
     model_state,
@@ -38,7 +39,6 @@ Note = Callable[[Tensor, Tensor], Tensor]
 """What to note of a vector and its product with one batch's part."""
 
 Blocks = Literal["layer", "tensor"]
-_MEASURED_EXAMPLES = 8
 
 
 class RiskOperator(SymmetricOperator):
@@ -251,6 +251,9 @@ class RiskOperator(SymmetricOperator):
         """Return the share for one pass; its graph tells what keeping one takes."""
         return self._share(index, weight, batch)
 
+    def _check_derivatives(self) -> None:
+        """Check once per risk that autograd can take the derivatives of products."""
+
     def _prepare(self) -> None:
         """Do what has to be done once at each new state of the model."""
 
@@ -313,6 +316,7 @@ class RiskOperator(SymmetricOperator):
         if self._state == state:
             return
         self.close()
+        self._check_derivatives()
         self._prepare()
         room = self._room()
         with self._evaluating():
@@ -334,7 +338,7 @@ class RiskOperator(SymmetricOperator):
             weight, batch = next(self.risk.weighted_batches())
             count = count_examples(batch)
             if self.risk.checked:  # so examples can be taken apart
-                count = min(count, _MEASURED_EXAMPLES)
+                count = min(count, MEASURED_EXAMPLES)
                 batch = take_examples(batch, torch.arange(count))
             size = self._share_bytes(weight, batch)
             if not self.risk.graphs_last:

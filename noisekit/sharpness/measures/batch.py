@@ -14,6 +14,7 @@ from noisekit.core.params import ParameterPatterns, flatten
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.core.settings import NumSamples, PositiveInt
+from noisekit.curvature.operators.derivative_check import check_second_derivatives
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import gathered
 from noisekit.sharpness.jackknife import mean_of_ratios, ratio_of_means
@@ -269,6 +270,7 @@ def _along_steps(
 ) -> BatchSharpnessResult:
     """Measure ``s' H_B s`` over ``s' g_B`` on every batch."""
     risk = risk.in_precision(torch.float32)
+    check_second_derivatives(risk, what="sharpness along a step")
     found = torch.zeros(0, 2, dtype=torch.float64, device=risk.layout.device)
     with risk.evaluating():
         batches = plan.batches(risk, generator)

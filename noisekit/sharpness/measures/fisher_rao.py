@@ -13,6 +13,7 @@ from noisekit.core.normalisation import Normaliser, normaliser_value
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.curvature.operators.derivative_check import check_jacobian
 from noisekit.curvature.operators.likelihoods import (
     Likelihood,
     check_outputs,
@@ -54,6 +55,7 @@ class FisherRaoNorm(Measure):
                 "the Fisher-Rao norm needs a likelihood, 'categorical' or 'gaussian', "
                 f"got {chosen!r} of {type(risk.loss_fn).__name__}; set likelihood=."
             )
+        check_jacobian(risk, what="the Fisher-Rao norm")
         risk = risk.in_precision(torch.float32)
         sums, counts = [], []
         with risk.evaluating():
