@@ -56,7 +56,6 @@ nitpick_ignore_regex = [
     # What results and probes are made of, without a page of its own.
     (r"py:.*", r"noisekit\.probes\.capture\.(step_weights|replicas)\.\w+"),
     (r"py:.*", r"noisekit\.(auditing\.known_defects|sharpness\.card\.subject)\.\w+"),
-    (r"py:.*", r"noisekit\.sharpness\.search\.ascent\.AscentPlan"),
     # The sections of a recipe: the starter recipe says what they hold.
     (r"py:.*", r"noisekit\.train\.[\w.]+\.\w+Spec"),
 ]

@@ -37,8 +37,8 @@ class Quantity:
         source: Paper and section, where there is one.
         invariance: For a measure of sharpness, the function-preserving rescalings that
             leave it unchanged; ``None`` for any other quantity.
-        fades_with_loss: Whether the value falls with the training loss, so that runs
-            compare only at matched training loss.
+        fades_with_loss: Whether the value moves with the training loss, nearly always
+            falling with it, so that runs compare only at matched training loss.
     """
 
     name: str
