@@ -10,7 +10,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,15 @@ def copy_module(
     memo: _Memo = {id(old): new for old, new in (replaced or {}).items()}
     copied: nn.Module = copy_value(module, memo)
     return copied
+
+
+def copied_parameters(
+    module: nn.Module, copied: nn.Module, parameters: Sequence[nn.Parameter]
+) -> list[nn.Parameter]:
+    """Return what became of ``parameters`` of ``module`` in its copy."""
+    pairs = zip(module.parameters(), copied.parameters(), strict=True)
+    copies = {id(original): made for original, made in pairs}
+    return [copies[id(parameter)] for parameter in parameters]
 
 
 def copy_value(value: Any, memo: _Memo | None = None) -> Any:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from noisekit.core.distributed import Ranks
 from noisekit.core.errors import BatchSizeError, UsageError
 from noisekit.core.evaluation_mode import call_model
-from noisekit.core.model_state import preserve_model_state
+from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import LossFn
 from noisekit.probes.capture.hooks import is_suspended, suspend_recording
@@ -310,8 +310,8 @@ class Probe:
     def measure(self, inputs: Any, targets: Any) -> Reading:
         """Read a batch at the present weights, off the training path.
 
-        The model is called in its present mode and given back bit for bit. With several
-        ranks this one's batch is read alone; call it between steps then.
+        A copy of the model is called, in its present mode. With several ranks this
+        one's batch is read alone; call it between steps then.
 
         Args:
             inputs: A tensor, a tuple or a mapping of arguments.
@@ -322,11 +322,11 @@ class Probe:
             BatchSizeError: If ghost batches do not fit into the batch.
         """
         loss_fn = self._needed_loss_fn("measure")
-        model, own = self._recorder.model, self._recorder.twin()
-        with suspend_recording(own), preserve_model_state(model):
+        own = self._recorder.twin()
+        with suspend_recording(own), preserve_rng_state():
             try:
                 self._estimators.install(own)
-                record = _passed(own, model, loss_fn, inputs, targets)
+                record = _passed(own, loss_fn, inputs, targets)
                 self._estimators.on_loss(own, targets)
             finally:
                 own.remove()
@@ -444,14 +444,14 @@ def _context(
 
 
 def _passed(
-    recorder: Recorder, model: nn.Module, loss_fn: LossFn, inputs: Any, targets: Any
+    recorder: Recorder, loss_fn: LossFn, inputs: Any, targets: Any
 ) -> StepRecord:
     """One forward and backward pass; again where a layer has to be read elsewhere."""
     while True:
-        for parameter in model.parameters():
+        for parameter in recorder.model.parameters():
             parameter.grad = None
         with torch.enable_grad():
-            loss = loss_fn(call_model(model, inputs), targets)
+            loss = loss_fn(call_model(recorder.model, inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
         record = recorder.take()
         if not recorder.plan.stale:

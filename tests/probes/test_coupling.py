@@ -251,7 +251,7 @@ def test_ghost_batches_are_replayed_on_schedule_only() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss_fn = nn.CrossEntropyLoss()
     calls = []
-    model[0].register_forward_hook(lambda *_: calls.append(1))
+    loss_fn.register_forward_hook(lambda *_: calls.append(1))
     attach(model, optimizer, estimator="ghost", ghost_batch=6, loss_fn=loss_fn, every=3)
     for _ in range(3):
         loss_fn(model(inputs), targets).backward()

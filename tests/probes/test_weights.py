@@ -243,6 +243,7 @@ def test_weights_need_one_number_per_example() -> None:
         optimizer,
         loss_fn=functional.cross_entropy,
         example_weights=lambda classes: torch.ones(len(classes), 1),
+        on_error="raise",
     )
     with pytest.raises(NormaliserError, match=r"shape \(6,\), .* got \(6, 1\)"):
         probe.loss_fn(model(inputs), targets)

@@ -7,6 +7,9 @@ from enum import Enum, auto
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.layers.rule import widen
+from noisekit.core.reductions import sq_norms
+
 _Mark = tuple[tuple[int, int] | None, ...]
 
 
@@ -77,3 +80,18 @@ class GradientWatch:
 def _largest(grad: Tensor) -> Tensor:
     largest: Tensor = torch.linalg.vector_norm(grad.detach().float(), ord=math.inf)
     return largest
+
+
+def gradient_sq_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return ``|.grad|²`` per parameter, zero where there is none.
+
+    In float32 or wider: squares of half-precision gradients overflow.
+    """
+    found = [(i, p.grad) for i, p in enumerate(parameters) if p.grad is not None]
+    if not found:
+        return parameters[0].new_zeros(len(parameters))
+    norms = sq_norms([widen(grad) for _, grad in found])
+    if len(found) == len(parameters):
+        return norms
+    index = torch.tensor([i for i, _ in found], device=norms.device)
+    return norms.new_zeros(len(parameters)).index_copy_(0, index, norms)

@@ -1,8 +1,11 @@
 """Module calls caught in a forward pass, as detached values."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from noisekit.core.errors import BatchSizeError
@@ -75,3 +78,20 @@ def batch_size_of(
             )
         return tensor.shape[batch_dim]
     return None
+
+
+def fault_of(calls: Sequence[CapturedCall], name: str) -> str:
+    """Why the calls do not account for a parameter's gradient, if so."""
+    if not calls:
+        return f"no call of the module that owns {name} reached the loss"
+    if any(captured.versions != versions_of(captured.call) for captured in calls):
+        return f"an input of {calls[0].site.path} was written to after its use"
+    return ""
+
+
+def without_autocast(parameter: nn.Parameter) -> AbstractContextManager[object]:
+    """Exact norms also where the user calls ``backward`` under autocast."""
+    kind = parameter.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.errors import ClosureError
 from noisekit.core.layers.per_example import Site, sum_over_rows, summed_grads
 from noisekit.core.layers.rule import LayerCall, added_up
 
@@ -95,3 +96,13 @@ class ClosureCheck:
 def _tolerance(call: LayerCall, parameter: nn.Parameter) -> float:
     dtypes = {parameter.dtype, *(g.dtype for g in call.grads if g is not None)}
     return max(_TOLERANCES.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)
+
+
+def gradient_sum_error(names: str) -> ClosureError:
+    """Return the error for parameters whose contributions never add up."""
+    return ClosureError(
+        "a probe needs per-example gradients that add up to .grad, got another "
+        f"gradient for {names}. A penalty on the weights inside the loss, a gradient "
+        "penalty or a hook that changes gradients does this; use the optimiser's "
+        "weight_decay, or leave these parameters out with params=."
+    )

@@ -6,22 +6,21 @@ gradient has been accumulated the norms are computed; at the end the gradient's 
 norm is taken, before anybody clips it. ``take`` hands over what has gathered.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from noisekit.core.errors import ClosureError, LayerReadError
+from noisekit.core.errors import LayerReadError
 from noisekit.core.layers.per_example import Site
-from noisekit.core.layers.rule import widen
-from noisekit.core.reductions import sq_norms
-from noisekit.probes.capture.accumulation import GradientWatch
+from noisekit.core.model_copies import copied_parameters, copy_module
+from noisekit.probes.capture.accumulation import GradientWatch, gradient_sq_norms
 from noisekit.probes.capture.backward_graph_tasks import BackwardTasks
-from noisekit.probes.capture.calls import versions_of
+from noisekit.probes.capture.calls import fault_of, without_autocast
 from noisekit.probes.capture.forward import ForwardCapture, Wanted
+from noisekit.probes.capture.gradient_sum_check import gradient_sum_error
 from noisekit.probes.capture.hooks import (
     Faults,
     OnError,
@@ -126,11 +125,11 @@ class Recorder:
         return self._forward.active
 
     def twin(self) -> "Recorder":
-        """Return another recorder of the same parameters, with nothing gathered."""
-        named = dict(zip(self.names, self.parameters, strict=True))
-        # It calls the model itself, whose own layers are not compiled.
-        opaque = self.opaque if self.caller is self.model else None
-        return Recorder(self.model, named, batch_dim=self.batch_dim, opaque=opaque)
+        """Return a recorder of the same parameters of a copy of the model."""
+        copied = copy_module(self.model)
+        parameters = copied_parameters(self.model, copied, self.parameters)
+        named = dict(zip(self.names, parameters, strict=True))
+        return Recorder(copied, named, batch_dim=self.batch_dim)
 
     def refuse_calls(self, reason: str) -> None:
         """Leave the layers' calls alone, and say why wherever they are asked for."""
@@ -255,7 +254,7 @@ class Recorder:
         if not passes or any(p.faults or index in p.unread for p in passes):
             return
         fault = self._fault(calls, passes, index)
-        unread = fault or _fault_of(calls, self.names[index])
+        unread = fault or fault_of(calls, self.names[index])
         for forward_pass in passes:
             if fault:
                 forward_pass.faults.append(fault)
@@ -267,7 +266,7 @@ class Recorder:
             with (
                 torch.no_grad(),
                 suspend_recording(),
-                _no_autocast(self.parameters[index]),
+                without_autocast(self.parameters[index]),
                 eagerly(bool(self.opaque)),
             ):
                 self._compute(index, calls)
@@ -290,9 +289,9 @@ class Recorder:
         return ""
 
     def _compute(self, index: int, calls: list[CapturedCall]) -> None:
-        parameter, forward_pass = self.parameters[index], calls[0].forward_pass
         for captured in calls:
             self._forward.resolve(captured)
+        parameter, forward_pass = self.parameters[index], calls[0].forward_pass
         contributions = [(captured.site, captured.call) for captured in calls]
         closure = self.wanted.closure
         sq_norms = self.units.read(index, calls, closure=closure)
@@ -399,42 +398,4 @@ class Recorder:
             self.plan.leave_out(failed, fault)
         # Where it has held before, training goes on; its readings say what is wrong.
         if self.verified and not self._has_held:
-            self.faults.report(
-                ClosureError(
-                    "a probe needs per-example gradients that add up to .grad, got "
-                    f"another gradient for {names}. A penalty on the weights inside "
-                    "the loss, a gradient penalty or a hook that changes gradients "
-                    "does this; use the optimiser's weight_decay, or leave these "
-                    "parameters out with params=."
-                )
-            )
-
-
-def _fault_of(calls: Sequence[CapturedCall], name: str) -> str:
-    """Why the calls do not account for a parameter's gradient, if so."""
-    if not calls:
-        return f"no call of the module that owns {name} reached the loss"
-    if any(captured.versions != versions_of(captured.call) for captured in calls):
-        return f"an input of {calls[0].site.path} was written to after its use"
-    return ""
-
-
-def gradient_sq_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return ``|.grad|²`` per parameter, zero where there is none.
-
-    In float32 or wider: squares of half-precision gradients overflow.
-    """
-    found = [(i, p.grad) for i, p in enumerate(parameters) if p.grad is not None]
-    norms = sq_norms([widen(grad) for _, grad in found])
-    if len(found) == len(parameters):
-        return norms
-    index = torch.tensor([i for i, _ in found], device=norms.device)
-    return norms.new_zeros(len(parameters)).index_copy_(0, index, norms)
-
-
-def _no_autocast(parameter: nn.Parameter) -> AbstractContextManager[object]:
-    """Exact norms also where the user calls ``backward`` under autocast."""
-    kind = parameter.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+            self.faults.report(gradient_sum_error(names))

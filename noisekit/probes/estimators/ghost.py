@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from noisekit.core.errors import BatchSizeError, UsageError
+from noisekit.core.errors import BatchSizeError, ModelCopyError, UsageError
 from noisekit.core.layers.rule import widen
-from noisekit.core.model_state import preserve_model_state
+from noisekit.core.model_copies import copied_parameters, copy_module, copy_value
+from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.reductions import sq_norms
 from noisekit.core.results import Unavailable
 from noisekit.core.risk import LossFn
@@ -69,19 +70,22 @@ class Ghost(NoiseEstimator):
             return
         assert self._size is not None
         try:
-            with suspend_recording():
+            # Its own model, which may write to all that it holds, runs once a step.
+            model = copy_module(recorder.model)
+            parameters = copied_parameters(recorder.model, model, recorder.parameters)
+            with suspend_recording(), preserve_rng_state(), torch.enable_grad():
                 active.ghost = _ghost_moments(
-                    recorder.model,
+                    model,
                     self._loss_fn,
-                    (active.inputs, targets),
+                    (copy_value(active.inputs), targets),
                     weights=active.weights,
-                    parameters=recorder.parameters,
+                    parameters=parameters,
                     ghost_batch=self._size,
                     batch_size=active.num_examples,
                     batch_dim=recorder.batch_dim,
                     loss_reduction=self._loss_reduction,
                 )
-        except BatchSizeError as error:
+        except (BatchSizeError, ModelCopyError) as error:
             active.ghost_faults.append(str(error))
 
     def noise(self, step: StepInputs) -> StepNoise | Unavailable:
@@ -154,7 +158,7 @@ def _ghost_moments(
     batch_dim: int,
     loss_reduction: LossReduction,
 ) -> GradientMoments:
-    """The model is given back with buffers, gradients and random state bit for bit.
+    """The moments over ghost batches.
 
     Examples beyond the last whole ghost batch are not used.
     """
@@ -168,18 +172,17 @@ def _ghost_moments(
     shares = _Shares.of(weights, num_ghosts, ghost_batch, loss_reduction)
     norms = []
     total: list[Tensor] = []
-    with preserve_model_state(model), torch.enable_grad():
-        for k in range(num_ghosts):
-            rows = (k * ghost_batch, ghost_batch)
-            args, kwargs = narrow(inputs, batch_size, batch_dim, rows)
-            chosen = narrow(targets, batch_size, 0, rows)
-            loss = loss_fn(model(*args, **kwargs), chosen)
-            grads = torch.autograd.grad(
-                loss, list(parameters), allow_unused=True, materialize_grads=True
-            )
-            norms.append(shares.sq_norm(k, grads))
-            total = total or [torch.zeros_like(grad) for grad in grads]
-            shares.add(k, grads, to=total)
+    for k in range(num_ghosts):
+        rows = (k * ghost_batch, ghost_batch)
+        args, kwargs = narrow(inputs, batch_size, batch_dim, rows)
+        chosen = narrow(targets, batch_size, 0, rows)
+        loss = loss_fn(model(*args, **kwargs), chosen)
+        grads = torch.autograd.grad(
+            loss, list(parameters), allow_unused=True, materialize_grads=True
+        )
+        norms.append(shares.sq_norm(k, grads))
+        total = total or [torch.zeros_like(grad) for grad in grads]
+        shares.add(k, grads, to=total)
     sq_norms = torch.stack(norms) * shares.scale**2
     return GradientMoments(
         num_ghosts,

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from noisekit.core.errors import UsageError
 from noisekit.core.layers.per_example import coupling
-from noisekit.core.model_state import preserve_model_state
+from noisekit.core.model_copies import copied_parameters, copy_module, copy_value
+from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.results import Unavailable
 from noisekit.curvature.operators.graph_cache import refuse_once_differentiable
 from noisekit.noise.step_quantity import HessianForms
@@ -143,17 +144,19 @@ class HessianNoise(StepMetric):
     ) -> Tensor:
         """``c_k' H c_l``, averaged over the halves that give ``c`` and ``H``."""
         size, num_chunks = division
-        model = self._context.recorder.model
-        parameters = [p for p in self._context.recorder.parameters if p.requires_grad]
+        recorder = self._context.recorder
+        model = copy_module(recorder.model)
+        trained = [p for p in recorder.parameters if p.requires_grad]
+        parameters = copied_parameters(recorder.model, model, trained)
 
         def losses(first: int) -> list[Tensor]:
             starts = range(first, first + num_chunks * size, size)
-            return [self._loss(active, targets, (start, size)) for start in starts]
+            return [self._loss(model, active, targets, (s, size)) for s in starts]
 
         middle = num_chunks * size
         with (
             suspend_recording(),
-            preserve_model_state(model),
+            preserve_rng_state(),
             _differentiable_twice(model),
         ):
             vectors = _gradients(losses(0), parameters)
@@ -164,16 +167,21 @@ class HessianNoise(StepMetric):
             graph = losses(0)
             return (forms + _curvatures(graph, parameters, vectors)) / 2
 
-    def _loss(self, active: ForwardPass, targets: Any, rows: tuple[int, int]) -> Tensor:
+    def _loss(
+        self,
+        model: nn.Module,
+        active: ForwardPass,
+        targets: Any,
+        rows: tuple[int, int],
+    ) -> Tensor:
         """Mean loss of some of the batch's examples (start, length)."""
         loss_fn, count = self._context.loss_fn, active.num_examples
         assert loss_fn is not None
         assert count is not None
         assert active.inputs is not None
-        args, kwargs = narrow(
-            active.inputs, count, self._context.recorder.batch_dim, rows
-        )
-        outputs = self._context.recorder.model(*args, **kwargs)
+        inputs, axis = copy_value(active.inputs), self._context.recorder.batch_dim
+        args, kwargs = narrow(inputs, count, axis, rows)
+        outputs = model(*args, **kwargs)
         loss = loss_fn(outputs, narrow(targets, count, 0, rows))
         return loss / rows[1] if self._context.loss_reduction == "sum" else loss
 
