@@ -18,7 +18,7 @@ from noisekit.cli.terminal import cell
 from noisekit.core.errors import DataNotFoundError
 from noisekit.curvature import HessianOperator, top_eigenpairs
 from noisekit.probes import self_check
-from noisekit.train.data.data_sources import SOURCES, locate
+from noisekit.train.data.sources import SOURCES, locate
 
 _MIN_FREE_BYTES = 2**30
 

@@ -1,6 +1,8 @@
 """Recipes, data, networks, the training loop, and sweeps over both."""
 
-from noisekit.train.data.datasets import DataSplits, TensorPair, load_data
+from noisekit.train.data.datasets import DataSplits, load_data
+from noisekit.train.data.section import Pools, TensorPair
+from noisekit.train.losses import Loss
 from noisekit.train.models import build_model
 from noisekit.train.recipes.catalogue import (
     AnalysisEntry,
@@ -15,6 +17,7 @@ from noisekit.train.recipes.catalogue import (
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.references import allow_code
 from noisekit.train.runs.progress import Progress, ProgressEvent
 from noisekit.train.runs.revisit import Revisited, revisit
 from noisekit.train.sweeps.cost import Cost, estimate_cost
@@ -26,6 +29,8 @@ __all__ = [
     "Cost",
     "DataSplits",
     "ExperimentEntry",
+    "Loss",
+    "Pools",
     "ProfileEntry",
     "Progress",
     "ProgressEvent",
@@ -34,6 +39,7 @@ __all__ = [
     "RunProgress",
     "RunSpec",
     "TensorPair",
+    "allow_code",
     "analyses",
     "build_model",
     "estimate_cost",

@@ -16,10 +16,17 @@ from tests.train.run_specs import run_spec
 SECTIONS: dict[str, dict[str, JsonValue]] = {
     "momentum": {
         "optimizer": {"name": "sgd", "momentum": 0.9, "learning_rate": 0.05},
-        "schedule": {"name": "cosine", "warmup_updates": 5},
-        "training": {"batch_size": 32, "stop": {"updates": 45, "train_loss": 1e-4}},
-        "evaluation": {"every_updates": 5},
-        "snapshots": {"losses": [1.5, 0.3], "sustain": 3, "epochs": {"early": 2.0}},
+        "schedule": {
+            "name": "cosine",
+            "warmup": {"length": {"updates": 4}, "start": 0.2},
+        },
+        "training": {"batch_size": 32, "stop": {"updates": 45, "loss": 1e-4}},
+        "evaluation": {"every": {"updates": 5}},
+        "snapshots": {
+            "losses": [1.5, 0.3],
+            "sustain": 3,
+            "at": {"early": {"epochs": 2.0}},
+        },
         "probe": {"every": 3, "estimator": ["auto", "rows", "random_signs"]},
         "measure": {
             "everywhere": ["lambda_max"],
@@ -37,18 +44,22 @@ SECTIONS: dict[str, dict[str, JsonValue]] = {
         "optimizer": {"name": "adam", "learning_rate": 0.01},
         "training": {
             "batch_size": 48,
-            "accumulation": 2,
-            "allow_ragged": True,
+            "microbatch": 24,
+            "epoch_end": "ragged",
             "stop": {
                 "epochs": 12.0,
                 "stalled": {"patience_epochs": 3.0, "min_relative_decrease": 0.2},
             },
         },
-        "evaluation": {"every_updates": None, "every_epochs": 1.0},
+        "evaluation": {"every": {"epochs": 1.0}},
         "snapshots": {
             "losses": [1.0],
             "sustain": 2,
-            "stalled": {"patience_epochs": 1.0, "min_relative_decrease": 0.5},
+            "at": {
+                "stalled": {
+                    "stalled": {"patience_epochs": 1.0, "min_relative_decrease": 0.5}
+                }
+            },
         },
         "probe": {"every": 3, "estimator": ["accumulation", "ghost"], "ghost_batch": 8},
         "measure": {"everywhere": ["grad_norm"], "examples": []},

@@ -18,7 +18,7 @@ _BASE: dict[str, JsonValue] = {
     "model": {"name": "mlp", "hidden": [16]},
     "optimizer": {"name": "sgd", "learning_rate": 0.1},
     "training": {"batch_size": 16, "stop": {"updates": 40}},
-    "evaluation": {"every_updates": 8},
+    "evaluation": {"every": {"updates": 8}},
     "probe": {"every": 0},
     "measure": {"examples": []},
 }

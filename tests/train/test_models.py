@@ -5,21 +5,26 @@ import torch
 from torch import nn
 
 from noisekit.core.errors import UsageError
-from noisekit.train.models import build_model
-from noisekit.train.recipes.subjects import ModelSpec
+from noisekit.train.models import (
+    F1,
+    Mlp,
+    NetworkSection,
+    SmallCnn,
+    build_model,
+)
 
 CASES = [
-    (ModelSpec(name="mlp"), (1, 8, 8), 64 * 128 + 128 + 128 * 128 + 128 + 1290),
-    (ModelSpec(name="mlp", hidden=(5,), norm="batch"), (7,), 40 + 10 + 60),
+    (Mlp(), (1, 8, 8), 64 * 128 + 128 + 128 * 128 + 128 + 1290),
+    (Mlp(hidden=(5,), norm="batch"), (7,), 40 + 10 + 60),
     # 784 -> 5 x (512, BatchNorm) -> 10
-    (ModelSpec(name="f1"), (1, 28, 28), 785 * 512 + 4 * 513 * 512 + 5 * 1024 + 5130),
+    (F1(), (1, 28, 28), 785 * 512 + 4 * 513 * 512 + 5 * 1024 + 5130),
     # 5x5 convolutions 1 -> 2 -> 2, then 2 x 2 x 2 -> 12 -> 6 -> 10
-    (ModelSpec(name="small_cnn", width=2), (1, 8, 8), 52 + 102 + 108 + 78 + 70),
-    (ModelSpec(name="small_cnn", width=2), (3, 7, 5), 152 + 102 + 108 + 78 + 70),
+    (SmallCnn(width=2), (1, 8, 8), 52 + 102 + 108 + 78 + 70),
+    (SmallCnn(width=2), (3, 7, 5), 152 + 102 + 108 + 78 + 70),
 ]
 
 
-def build(spec: ModelSpec, shape: tuple[int, ...] = (1, 8, 8), seed: int = 0):
+def build(spec: NetworkSection, shape: tuple[int, ...] = (1, 8, 8), seed: int = 0):
     return build_model(spec, input_shape=shape, num_classes=10, seed=seed)
 
 
@@ -39,7 +44,7 @@ def test_f1_normalises_before_each_relu() -> None:
 
     Catches: BatchNorm after the ReLU, or before the outputs.
     """
-    kinds = [type(layer) for layer in build(ModelSpec(name="f1"), (1, 28, 28))]
+    kinds = [type(layer) for layer in build(F1(), (1, 28, 28))]
     block = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
     assert kinds == [nn.Flatten, *(block * 5), nn.Linear]
 
@@ -50,7 +55,7 @@ def test_seed_decides_weights_and_touches_nothing_else(init: str) -> None:
 
     Catches: drawing from the global generator; seeding it and leaving it so.
     """
-    spec = ModelSpec(name="mlp", init=init)
+    spec = Mlp(init=init)
     torch.manual_seed(1)
     first, before = build(spec, seed=3), torch.get_rng_state()
     torch.manual_seed(2)
@@ -73,7 +78,7 @@ def test_weights_have_the_variance_of_their_scheme(init: str, variance: float) -
 
     Catches: exchanging fan-in and fan-out; leaving the default in place.
     """
-    weights = build(ModelSpec(name="mlp", hidden=(512,), init=init)).linear1
+    weights = build(Mlp(hidden=(512,), init=init)).linear1
     assert weights.weight.var().item() == pytest.approx(variance, rel=0.05)
     assert bool((weights.bias == 0).all()) == (init != "default")
 
@@ -83,4 +88,4 @@ def test_convolution_of_a_vector_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"needs images .* got examples of shape \(20,\); use model"
     ):
-        build(ModelSpec(name="small_cnn"), (20,))
+        build(SmallCnn(), (20,))

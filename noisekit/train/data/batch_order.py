@@ -1,35 +1,52 @@
-"""Which examples each update sees: a function of the seed and the update alone."""
+"""Which examples each update sees: a stretch of an endless stream of permutations."""
 
 import torch
 from torch import Tensor
 
 from noisekit.core.randomness import stream
-from noisekit.train.recipes.run_spec import RunSpec
 
 
 class BatchOrder:
-    """The training order of one run, a new permutation for each epoch.
+    """The training order of one run: one permutation of the examples after the other.
 
-    Arms of one seed have the same permutations, so that they differ in how the order
-    is cut into batches and in nothing else. The present epoch's permutation is kept;
-    any other is made anew from its name.
+    A function of the seed and the cursor alone. Arms of one seed have the same
+    permutations, so that they differ in how the stream is cut into batches and in
+    nothing else, and a resumed run needs the cursor only. The present permutation is
+    kept; any other is made anew from its name.
     """
 
-    def __init__(self, spec: RunSpec, *, num_examples: int, device: str) -> None:
-        self._seed = spec.seed
+    def __init__(self, seed: int, *, num_examples: int, device: str) -> None:
+        self._seed = seed
         self._num_examples = num_examples
-        self._batch_size = spec.training.batch_size
-        self._per_epoch = spec.updates_per_epoch
         self._device = device
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.int64)
 
-    def indices(self, update: int) -> Tensor:
-        """Return the examples of the update after ``update`` earlier ones."""
-        epoch, place = divmod(update, self._per_epoch)
+    def indices(self, cursor: int, count: int) -> Tensor:
+        """Return ``count`` examples of the stream from ``cursor`` on.
+
+        A stretch over the end of a pass goes on with the next permutation, and may
+        have an example twice.
+
+        Args:
+            cursor: Examples of the stream before the first.
+            count: Number of examples.
+        """
+        epoch, place = divmod(cursor, self._num_examples)
+        stretch = self._permutation_of(epoch)[place : place + count]
+        if len(stretch) == count:
+            return stretch
+        parts = [stretch]
+        missing = count - len(stretch)
+        while missing > 0:
+            epoch += 1
+            parts.append(self._permutation_of(epoch)[:missing])
+            missing -= len(parts[-1])
+        return torch.cat(parts)
+
+    def _permutation_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             generator = stream(self._seed, "order", epoch)
             order = torch.randperm(self._num_examples, generator=generator)
             self._epoch, self._permutation = epoch, order.to(self._device)
-        begin = place * self._batch_size
-        return self._permutation[begin : begin + self._batch_size]
+        return self._permutation

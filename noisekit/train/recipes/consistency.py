@@ -1,28 +1,42 @@
 """What a recipe's sections need of each other, beyond each one's own types."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from noisekit.core.errors import UsageError
 from noisekit.core.vocabulary import QUANTITIES
-from noisekit.train.recipes.measure_spec import ALWAYS_RECORDED, MeasureSpec
+from noisekit.train.models import uses_batch_norm
+from noisekit.train.recipes.catalogue import analyses
+from noisekit.train.recipes.design import ContrastSpec
+from noisekit.train.recipes.measure_spec import ALWAYS_RECORDED
+from noisekit.train.recipes.optimizers import Sgd
+from noisekit.train.recipes.parsing import ParsedSections
+from noisekit.train.recipes.points import MAX_UPDATES
 from noisekit.train.recipes.probe_spec import OF_EXAMPLES
 from noisekit.train.recipes.recipe_errors import Fault, not_one_of
-from noisekit.train.recipes.run_spec import (
-    RunSections,
-    SnapshotSpec,
-)
+from noisekit.train.recipes.run_spec import RunSections
+from noisekit.train.recipes.schedules import Cosine
+from noisekit.train.references import is_reference
 
 
-def run_faults(run: RunSections) -> Iterator[Fault]:
-    """Yield what is wrong between data, training, snapshots and measure of one arm."""
-    yield from _batch_faults(run)
-    yield from _snapshot_faults(run)
-    wanted, there = run.measure.num_examples, run.data.train
-    if wanted is not None and wanted > there:
-        yield Fault(
-            "measure.num_examples",
-            f"needs at most data.train ({there}) examples, got {wanted}",
-        )
+def section_faults(arm: ParsedSections) -> Iterator[Fault]:
+    """Yield what is wrong between the sections of one arm.
+
+    A check waits until the sections that it needs can be parsed.
+    """
+    run = arm.assembled()
+    checks = (
+        (("data", "training"), _batch_faults),
+        (("data", "training", "snapshots"), _snapshot_faults),
+        (("data", "training", "schedule"), _schedule_faults),
+        (("data", "measure", "snapshots"), _measure_faults),
+        (("training", "probe", "optimizer"), _estimator_faults),
+        (("data", "model", "probe"), _coupling_faults),
+    )
+    for needed, check in checks:
+        if arm.having(needed):
+            yield from check(run)
 
 
 def _batch_faults(run: RunSections) -> Iterator[Fault]:
@@ -32,45 +46,84 @@ def _batch_faults(run: RunSections) -> Iterator[Fault]:
         yield Fault(key, f"needs at most data.train ({there}) examples, got {batch}")
         return
     whole, rest = divmod(there, batch)
-    if rest and not (run.training.drop_last or run.training.allow_ragged):
+    if rest and run.training.epoch_end == "divides":
         yield Fault(
             key,
             f"needs to divide data.train ({there}), so that every update sees as many "
             f"examples; with {batch}, batch {whole + 1} of each epoch would have "
-            f"{rest}. Choose another number, or set training.drop_last or "
-            "training.allow_ragged",
+            f"{rest}. Choose another number, or set training.epoch_end to 'drop', "
+            "'ragged' or 'run_on'",
+        )
+    if run.max_updates > MAX_UPDATES:
+        yield Fault(
+            "training.stop",
+            f"allows {run.max_updates:.3g} updates, at most {MAX_UPDATES:,} are "
+            "possible",
         )
 
 
-def estimator_faults(run: RunSections) -> Iterator[Fault]:
+def _snapshot_faults(run: RunSections) -> Iterator[Fault]:
+    if run.training.batch_size > run.data.train:
+        return  # there are no epochs then
+    clock, last = run.clock, run.max_updates
+    for name, point in run.snapshots.at.items():
+        for unit, place in point.clock_points.items():
+            update = clock.updates_to(clock.span(place), run.training.batch_size)
+            if update > last:
+                yield Fault(
+                    f"snapshots.at.{name}.{unit}",
+                    f"lies at update {update}, after the last that training.stop "
+                    f"allows ({last}); take it earlier or train longer",
+                )
+
+
+def _schedule_faults(run: RunSections) -> Iterator[Fault]:
+    schedule, end = run.schedule, run.clock.end
+    if not isinstance(schedule, Cosine) or schedule.warmup is None:
+        return
+    span = run.clock.span(schedule.warmup.length)
+    pairs = ((span.updates, end.updates), (span.cursor, end.cursor))
+    if any(math.isfinite(length) and math.isinf(whole) for length, whole in pairs):
+        yield Fault(
+            "schedule.warmup.length",
+            "under a cosine needs the unit of training.stop, or a share",
+        )
+
+
+def _measure_faults(run: RunSections) -> Iterator[Fault]:
+    wanted, there = run.measure.num_examples, run.data.train
+    if wanted is not None and wanted > there:
+        yield Fault(
+            "measure.num_examples",
+            f"needs at most data.train ({there}) examples, got {wanted}",
+        )
+    for name in run.measure.at:
+        if name not in run.snapshots.names:
+            text = not_one_of("a snapshot", name, run.snapshots.names)
+            yield Fault(f"measure.at.{name}", text)
+
+
+def _estimator_faults(run: RunSections) -> Iterator[Fault]:
     """Yield which estimators of gradient noise could never be read, and why."""
     if run.probe.every == 0:
         return
     names, training = run.probe.estimator, run.training
+    part = training.examples_per_forward
     key = "probe.estimator"
-    if "accumulation" in names and training.accumulation < 2:
+    if "accumulation" in names and part == training.batch_size:
         yield Fault(
             key,
             "'accumulation' compares the micro-batches of an update, so that it needs "
-            f"training.accumulation of 2 or more, got {training.accumulation}; raise "
-            "it, or use 'auto'",
+            f"training.microbatch of at most half of the batch ({training.batch_size})"
+            ", got none; set it, or use 'auto'",
         )
-    coupled = run.model.name == "f1" or run.model.norm == "batch"
-    for name in names if coupled else ():
-        if name in OF_EXAMPLES or name == "preconditioned":
-            yield Fault(
-                key,
-                f"{name!r} needs examples with gradients of their own, which the "
-                "network's BatchNorm couples; use 'ghost' with probe.ghost_batch, or "
-                "'accumulation' with training.accumulation",
-            )
-    if "preconditioned" in names and run.optimizer.name == "sgd":
+    if "preconditioned" in names and isinstance(run.optimizer, Sgd):
         yield Fault(
             key,
             "'preconditioned' is the noise that Adam sees, and needs optimizer.name = "
             "'adam' or 'adamw', got 'sgd'; leave it out",
         )
-    ghost, part = run.probe.ghost_batch, training.batch_size // training.accumulation
+    ghost = run.probe.ghost_batch
     if ghost is not None and 2 * ghost > part:
         yield Fault(
             "probe.ghost_batch",
@@ -79,23 +132,38 @@ def estimator_faults(run: RunSections) -> Iterator[Fault]:
         )
 
 
-def _snapshot_faults(run: RunSections) -> Iterator[Fault]:
-    last = run.max_updates
-    planned = {
-        f"snapshots.epochs.{name}": run.updates_at(epochs)
-        for name, epochs in run.snapshots.epochs.items()
-    } | {f"snapshots.updates.{name}": n for name, n in run.snapshots.updates.items()}
-    for key, update in planned.items():
-        if update > last:
+def _coupling_faults(run: RunSections) -> Iterator[Fault]:
+    """Yield what a network of noisekit's own couples, on data of known shape."""
+    data = run.data
+    own = is_reference(run.model.name)
+    if own or data.shape is None or data.known_classes is None:
+        return
+    try:
+        coupled = uses_batch_norm(
+            run.model, input_shape=data.shape, num_classes=data.known_classes
+        )
+    except UsageError as error:  # a network for other examples
+        yield Fault("model.name", str(error).rstrip("."))
+        return
+    yield from coupling_faults(run, coupled=coupled)
+
+
+def coupling_faults(run: RunSections, *, coupled: bool) -> Iterator[Fault]:
+    """Yield the estimators that a network with BatchNorm leaves nothing to read.
+
+    Args:
+        run: The sections of an arm.
+        coupled: Whether the network has BatchNorm layers.
+    """
+    names = run.probe.estimator if coupled and run.probe.every else ()
+    for name in names:
+        if name in OF_EXAMPLES or name == "preconditioned":
             yield Fault(
-                key,
-                f"lies at update {update}, after the last that training.stop allows "
-                f"({last}); take it earlier or train longer",
+                "probe.estimator",
+                f"{name!r} needs examples with gradients of their own, which the "
+                "network's BatchNorm couples; use 'ghost' with probe.ghost_batch, or "
+                "'accumulation' with training.microbatch",
             )
-    for name in run.measure.at:
-        if name not in run.snapshots.names:
-            text = not_one_of("a snapshot", name, run.snapshots.names)
-            yield Fault(f"measure.at.{name}", text)
 
 
 def arm_faults(names: Sequence[str]) -> Iterator[Fault]:
@@ -105,24 +173,53 @@ def arm_faults(names: Sequence[str]) -> Iterator[Fault]:
             yield Fault("arms", f"needs a name per arm, got {name!r} {times} times")
 
 
+def analysis_faults(names: Iterable[str]) -> Iterator[Fault]:
+    """Yield the analyses that neither come with noisekit nor are the user's own."""
+    known = [entry.name for entry in analyses()]
+    for name in names:
+        if name not in known and not is_reference(name):
+            yield Fault("analyses", not_one_of("an analysis", name, known))
+
+
 def contrast_faults(
-    contrast: Mapping[str, str],
-    arms: Iterable[str],
-    snapshots: SnapshotSpec,
-    measure: MeasureSpec,
+    contrasts: Sequence[ContrastSpec], arms: Mapping[str, ParsedSections]
+) -> Iterator[Fault]:
+    """Yield each name in a contrast that the recipe, or an arm, does not have."""
+    for name, times in Counter(contrast.name for contrast in contrasts).items():
+        if times > 1:
+            yield Fault(
+                "contrasts", f"needs a name per contrast, got {name!r} {times} times"
+            )
+    for contrast in contrasts:
+        faults = dict.fromkeys(_faults_of_contrast(contrast, arms))
+        for key, text in faults:
+            yield Fault(f"contrasts.{contrast.name}.{key}", text)
+
+
+def _faults_of_contrast(
+    contrast: ContrastSpec, arms: Mapping[str, ParsedSections]
 ) -> Iterator[tuple[str, str]]:
-    """Yield key and text of each name in a contrast that nothing answers to."""
-    arms = list(arms)
+    if contrast.treatment == contrast.reference:
+        yield (
+            "reference",
+            f"needs another arm than the treatment, {contrast.treatment!r}",
+        )
     for role in ("treatment", "reference"):
-        if contrast[role] not in arms:
-            yield role, not_one_of("an arm", contrast[role], arms)
-    if contrast["treatment"] == contrast["reference"]:
-        yield "reference", f"needs another arm than the treatment, {contrast[role]!r}"
-    snapshot, quantity = contrast["snapshot"], contrast["quantity"]
-    if snapshot not in snapshots.names:
-        yield "snapshot", not_one_of("a snapshot", snapshot, snapshots.names)
+        arm = getattr(contrast, role)
+        if arm not in arms:
+            yield role, not_one_of("an arm", arm, arms)
+        elif arms[arm].having(("snapshots", "measure")):
+            yield from _faults_at_snapshot(contrast, arms[arm].assembled())
+
+
+def _faults_at_snapshot(
+    contrast: ContrastSpec, arm: RunSections
+) -> Iterator[tuple[str, str]]:
+    snapshot, quantity = contrast.snapshot, contrast.quantity
+    if snapshot not in arm.snapshots.names:
+        yield "snapshot", not_one_of("a snapshot", snapshot, arm.snapshots.names)
         return
-    there = (*ALWAYS_RECORDED, *measure.measures_at(snapshot))
+    there = (*ALWAYS_RECORDED, *arm.measure.measures_at(snapshot))
     if quantity not in QUANTITIES:
         yield "quantity", not_one_of("a quantity", quantity, there)
     elif quantity not in there:

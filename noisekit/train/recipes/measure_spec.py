@@ -73,6 +73,11 @@ class MeasureSpec(Section):
         raise_all(_settings_errors(self.settings, leave_out=own))
         return self
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all that is measured anywhere."""
+        return (*self.everywhere, *(name for at in self.at.values() for name in at))
+
     def measures_at(self, snapshot: str) -> tuple[str, ...]:
         """Return the names of what is measured at ``snapshot``, in a fixed order."""
         return tuple(dict.fromkeys((*self.everywhere, *self.at.get(snapshot, ()))))

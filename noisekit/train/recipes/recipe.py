@@ -1,77 +1,34 @@
 """A recipe: one experiment, complete and checked, and its description of each run."""
 
 import json
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, PrivateAttr
 
-from noisekit.core.errors import UsageError
+from noisekit.core.errors import RecipeError, UsageError
 from noisekit.stats.contrasts import Contrast
-from noisekit.train.recipes.recipe_errors import schema_faults
-from noisekit.train.recipes.run_spec import ComputeSpec, RunSections, RunSpec
-from noisekit.train.recipes.tables import Table, short_names, stated, with_settings
-from noisekit.train.section import (
-    Name,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Section,
+from noisekit.train.recipes.consistency import (
+    analysis_faults,
+    arm_faults,
+    contrast_faults,
+    section_faults,
 )
-
-RUN_SECTIONS = frozenset(RunSections.model_fields)
-
-
-class SeedsSpec(Section):
-    """Which seeds: ``count`` of them from ``first`` on, the same for every arm."""
-
-    first: NonNegativeInt = 0
-    count: PositiveInt
-
-
-class ArmSpec(Section):
-    """One arm: what it sets, by dotted key, on top of the recipe."""
-
-    name: Name
-    set: dict[str, JsonValue] = Field(default_factory=dict)
-    description: str = ""
-
-
-class ContrastSpec(Section):
-    """A contrast that is stated before the runs; see ``stats.Contrast``."""
-
-    name: Name
-    quantity: str
-    treatment: str
-    reference: str
-    snapshot: str
-    scale: Literal["ratio", "difference"]
-    margin: PositiveFloat
-    primary: bool = False
-    paper: str = ""
-    description: str = ""
-
-    @model_validator(mode="after")
-    def _margin_fits_the_scale(self) -> Self:
-        if self.scale == "ratio" and self.margin <= 1:
-            raise ValueError(
-                f"margin of a ratio is a factor above 1, such as 1.5; got {self.margin}"
-            )
-        return self
-
-
-class RulesSpec(Section):
-    """What makes a comparison fair.
-
-    Attributes:
-        matched_loss: Largest ratio of two arms' training losses that still counts as
-            matched.
-        min_pairs: Fewest pairs of seeds behind a verdict.
-        rate_selection: How the learning rates were chosen, and on which data.
-    """
-
-    matched_loss: Annotated[float, Field(gt=1)] = 1.25
-    min_pairs: Annotated[int, Field(ge=2)] = 5
-    rate_selection: str = ""
+from noisekit.train.recipes.design import ArmSpec, ContrastSpec, RulesSpec, SeedsSpec
+from noisekit.train.recipes.format1 import translated_recipe
+from noisekit.train.recipes.parsing import (
+    RUN_SECTIONS,
+    ParsedSections,
+    PartParser,
+    arm_table,
+    parse_part,
+    parse_sections,
+)
+from noisekit.train.recipes.recipe_errors import Fault, not_one_of, unknown_keys
+from noisekit.train.recipes.run_spec import RunSections, RunSpec
+from noisekit.train.recipes.tables import Table, overlap, short_names, stated
+from noisekit.train.references import is_reference
+from noisekit.train.section import Name
 
 
 class Recipe(RunSections):
@@ -93,7 +50,7 @@ class Recipe(RunSections):
         rules: What makes the comparison fair.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: Name
     question: str
     source: str = ""
@@ -107,6 +64,8 @@ class Recipe(RunSections):
     analyses: tuple[str, ...] = ()
     rules: RulesSpec = RulesSpec()
 
+    _runs_of_arms: tuple[RunSections, ...] = PrivateAttr(default=())
+
     def to_json(self) -> str:
         """Return the recipe as JSON; ``from_json`` gives an equal one back."""
         return self.model_dump_json(indent=2)
@@ -114,11 +73,45 @@ class Recipe(RunSections):
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Return the recipe that ``to_json`` wrote."""
-        return cls.model_validate_json(text)
+        return cls.from_table(json.loads(text))
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, JsonValue]) -> Self:
+        """Return a recipe as it was recorded, in this format or an older one.
+
+        Raises:
+            RecipeError: With all faults.
+        """
+        recipe, faults = cls.checked(translated_recipe(table))
+        if recipe is None:
+            raise RecipeError("\n".join(map(str, faults)))
+        return recipe
+
+    @classmethod
+    def checked(cls, table: Table) -> tuple[Self | None, list[Fault]]:
+        """Parse and check a recipe, each part once.
+
+        Returns:
+            The recipe, if it has no faults; and all faults.
+        """
+        check = _Check(table)
+        faults = check.faults()
+        if faults:
+            return None, faults
+        recipe = cls.model_construct(**check.values)
+        recipe._runs_of_arms = tuple(arm.assembled() for arm in check.arms.values())
+        return recipe, []
 
     def stated_contrasts(self) -> tuple[Contrast, ...]:
         """Return the contrasts as the statistics take them."""
         return tuple(Contrast(**spec.model_dump()) for spec in self.contrasts)
+
+    @property
+    def named_code(self) -> tuple[str, ...]:
+        """Code of the user's own that running imports, as ``module:function``."""
+        named = [name for run in self._runs_of_arms for name in run.named_code]
+        named += [name for name in self.analyses if is_reference(name)]
+        return tuple(dict.fromkeys(named))
 
     def adjusted(self, *, device: str | None = None, seeds: int | None = None) -> Self:
         """Return the recipe for another device or number of seeds, as far as given.
@@ -126,39 +119,128 @@ class Recipe(RunSections):
         Raises:
             UsageError: If there is no such device in PyTorch, or no seed is left.
         """
-        compute = {"device": device} if device is not None else {}
-        count = {"count": seeds} if seeds is not None else {}
-        try:
-            return self.model_copy(
-                update={
-                    "compute": ComputeSpec(**(self.compute.model_dump() | compute)),
-                    "seeds": SeedsSpec(**(self.seeds.model_dump() | count)),
-                }
-            )
-        except ValidationError as error:
-            (fault,) = schema_faults(error, Section)
-            raise UsageError(f"{fault}, for this run of {self.name}.") from error
+        if device is None and seeds is None:
+            return self
+        table: dict[str, Any] = self.model_dump(mode="json")
+        if device is not None:
+            table["compute"]["device"] = device
+        if seeds is not None:
+            table["seeds"]["count"] = seeds
+        recipe, faults = self.checked(table)
+        if recipe is None:
+            listed = "; ".join(map(str, faults))
+            raise UsageError(f"{listed}, for this run of {self.name}.")
+        return recipe
 
     def run_specs(self) -> list[RunSpec]:
-        """Return every arm at every seed; all arms of a seed stand together."""
-        sections = self.model_dump(mode="json", include=set(RUN_SECTIONS))
+        """Return every arm at every seed, grouped by seed."""
         names = short_names(dict.fromkeys(key for arm in self.arms for key in arm.set))
+        tables = [run.model_dump(mode="json") for run in self._runs_of_arms]
+        factors = [
+            {name: stated(table, key) for key, name in names.items()}
+            for table in tables
+        ]
         first = self.seeds.first
         return [
-            self._run_spec(arm, seed, names, with_settings(sections, arm.set))
+            RunSpec.model_construct(
+                recipe=self.name,
+                run_id=f"{arm.name}-seed{seed}",
+                arm=arm.name,
+                seed=seed,
+                factors=differs,
+                **dict(run),
+            )
             for seed in range(first, first + self.seeds.count)
-            for arm in self.arms
+            for arm, run, differs in zip(
+                self.arms, self._runs_of_arms, factors, strict=True
+            )
         ]
 
-    def _run_spec(
-        self, arm: ArmSpec, seed: int, names: dict[str, str], sections: Table
-    ) -> RunSpec:
-        factors = {name: stated(sections, key) for key, name in names.items()}
-        identity: Table = {
-            "recipe": self.name,
-            "run_id": f"{arm.name}-seed{seed}",
-            "arm": arm.name,
-            "seed": seed,
-            "factors": factors,
+
+_RECIPE = PartParser(Recipe)
+_ITEMS = {"arms": ArmSpec, "contrasts": ContrastSpec}
+
+
+class _Check:
+    """Parses each part of a recipe once, then checks the parts against each other.
+
+    Attributes:
+        values: Fields of the recipe.
+        base: Its sections.
+        arms: Sections of each arm.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._sections = {key: table[key] for key in RUN_SECTIONS if key in table}
+        self._sections = arm_table(self._sections, self._common_settings())
+        self._faults = unknown_keys(table, Recipe.model_fields)
+        self.base = parse_sections(self._sections)
+        self._faults += self.base.faults
+        self.values: dict[str, Any] = dict(self.base.values)
+        for key in Recipe.model_fields.keys() - RUN_SECTIONS:
+            self.values[key] = self._parsed(key)
+        self.arms = {
+            arm.name: parse_sections(arm_table(self._sections, self._settings(arm)))
+            for arm in self.values["arms"]
         }
-        return RunSpec.from_json(json.dumps(identity | sections))
+
+    def faults(self) -> list[Fault]:
+        """Return all faults, each once."""
+        found = [*self._faults, *section_faults(self.base)]
+        known = {str(fault) for fault in found}
+        for arm in self.values["arms"]:
+            found += self._faults_of_arm(arm, known)
+        contrasts = self.values["contrasts"]
+        found += arm_faults([arm.name for arm in self.values["arms"]])
+        found += contrast_faults(contrasts, self.arms)
+        found += analysis_faults(self.values["analyses"] or ())
+        return found
+
+    def _parsed(self, key: str) -> Any:
+        value = self._table.get(key)
+        if key not in _ITEMS or not isinstance(value, list) or not value:
+            part = _RECIPE.parse(key, self._table)
+            self._faults += part.faults
+            return () if key in _ITEMS and part.value is None else part.value
+        items = []
+        for number, item in enumerate(value, start=1):
+            part = parse_part(_ITEMS[key], item, prefix=f"{key}[{number}]")
+            self._faults += part.faults
+            items += [] if part.value is None or part.faults else [part.value]
+        return tuple(items)
+
+    def _settings(self, arm: ArmSpec) -> Table:
+        return {k: v for k, v in arm.set.items() if k.split(".")[0] in RUN_SECTIONS}
+
+    def _common_settings(self) -> Table:
+        """Return what all arms set, which the recipe need not state; the first's."""
+        arms = self._table.get("arms")
+        stated_by_arms = [
+            arm.get("set") if isinstance(arm, dict) else None
+            for arm in (arms if isinstance(arms, list) else [])
+        ]
+        tables = [settings for settings in stated_by_arms if isinstance(settings, dict)]
+        if not tables or len(tables) < len(stated_by_arms):
+            return {}
+        return {
+            key: value
+            for key, value in tables[0].items()
+            if key.split(".")[0] in RUN_SECTIONS
+            and all(key in other for other in tables)
+            and stated(self._table, key) is None
+        }
+
+    def _faults_of_arm(self, arm: ArmSpec, known: set[str]) -> Iterator[Fault]:
+        """Yield an arm's faults, without those that the recipe has as well."""
+        for key in (key for key in arm.set if key.split(".")[0] not in RUN_SECTIONS):
+            text = not_one_of("a section", key.split(".")[0], sorted(RUN_SECTIONS))
+            yield Fault(f"arms.{arm.name}.set.{key}", text)
+        sections: ParsedSections = self.arms[arm.name]
+        for fault in (*sections.faults, *section_faults(sections)):
+            own = any(overlap(key, fault.key) for key in self._settings(arm))
+            same = str(fault) if own else fault.key
+            if known.isdisjoint({same, str(fault)}):
+                known.update({same, str(fault)})
+                key = f"arms.{arm.name}.set.{fault.key}" if own else fault.key
+                yield Fault(key, fault.text)

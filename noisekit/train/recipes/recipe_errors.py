@@ -2,12 +2,13 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Union, get_args, get_origin
+from typing import Annotated, Any, TypeGuard, Union, get_args, get_origin
 
-from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 _KINDS: Mapping[type, str] = {
@@ -35,6 +36,12 @@ _BOUNDS: Mapping[str, tuple[str, str]] = {
     "less_than": ("below", "lt"),
     "less_than_equal": ("at most", "le"),
 }
+_LIMITS: Mapping[str, str] = {
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "string_too_long": "text of at most {max_length} characters",
+    "too_short": "a list of {min_length} or more",
+}
+_UNION_ERRORS = ("union_tag_invalid", "union_tag_not_found")
 _MAX_SHOWN = 60
 
 
@@ -55,12 +62,30 @@ class Fault:
         return f"{self.key}: {self.text}"
 
 
-def schema_faults(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
-    """Return the faults that pydantic found, in this project's words."""
-    return [
-        Fault(dotted(details["loc"]), _explain(details, model))
-        for details in error.errors(include_url=False)
-    ]
+def schema_faults(
+    error: ValidationError, kind: object, *, prefix: str = ""
+) -> list[Fault]:
+    """Return the faults that pydantic found, in this project's words.
+
+    Args:
+        error: As raised by pydantic.
+        kind: The type that was parsed: a model, or an annotated union.
+        prefix: Dotted key of what was parsed.
+    """
+    faults = []
+    for details in error.errors(include_url=False):
+        place = _place(kind, details["loc"])
+        key = dotted((prefix, *place.key) if prefix else place.key)
+        if details["type"] in _UNION_ERRORS and isinstance(details["input"], dict):
+            key = f"{key}.name"
+        faults.append(Fault(key, _explain(details, place.known)))
+    return faults
+
+
+def unknown_keys(table: Iterable[str], known: Iterable[str]) -> list[Fault]:
+    """Return a fault for each key of ``table`` that is not known."""
+    known = set(known)
+    return [Fault(key, _unknown_key(key, known)) for key in table if key not in known]
 
 
 def dotted(location: Sequence[str | int]) -> str:
@@ -93,34 +118,44 @@ def shown(value: JsonValue) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
 
 
-def _explain(details: ErrorDetails, model: type[BaseModel]) -> str:
+def _explain(details: ErrorDetails, known: set[str]) -> str:
+    """Return what is needed, and what was found."""
     kind, value = details["type"], details["input"]
     context = details.get("ctx", {})
     if kind == "extra_forbidden":
-        *parents, name = details["loc"]
-        known = _keys_at(model, parents)
-        allowed = ", ".join(sorted(known))
-        text = sentence(f"unknown key{suggestion(str(name), known)}")
-        return f"{text} Allowed here: {allowed}"
-    if kind == "missing":
+        return _unknown_key(str(details["loc"][-1]), known)
+    if kind in _UNION_ERRORS and not isinstance(value, dict):
+        kind = "dict_type"
+    if kind in {"missing", "union_tag_not_found"}:
         return "is missing and has no default"
     if kind == "value_error":
         return str(context["error"])
+    if kind == "union_tag_invalid":
+        return _none_of(str(context["expected_tags"]), str(context["tag"]))
     if kind == "literal_error":
-        expected = str(context["expected"])
-        choices = expected.replace(" or ", ", ").split(", ")
-        close = suggestion(str(value), [choice.strip("'") for choice in choices])
-        return f"needs {expected}, got {shown(value)}{close}"
-    if kind == "string_pattern_mismatch":
-        needs = f"text that matches {context['pattern']}"
-    elif kind in _TYPE_ERRORS:
-        needs = _TYPE_ERRORS[kind]
-    elif kind in _BOUNDS:
-        words, bound = _BOUNDS[kind]
-        needs = f"a number {words} {context[bound]:g}"
-    else:
-        needs = f"something else ({details['msg']})"
+        return _none_of(str(context["expected"]), value)
+    needs = _needed(kind, context) or f"something else ({details['msg']})"
     return f"needs {needs}, got {shown(value)}{_kind_of(value)}"
+
+
+def _needed(kind: str, context: Mapping[str, Any]) -> str | None:
+    """Return what a value needs to be, by the kind of pydantic's error."""
+    if kind in _TYPE_ERRORS:
+        return _TYPE_ERRORS[kind]
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return f"a number {words} {context[bound]:g}"
+    return _LIMITS[kind].format(**context) if kind in _LIMITS else None
+
+
+def _none_of(expected: str, got: JsonValue) -> str:
+    names = re.findall("'([^']*)'", expected)
+    return f"needs {expected}, got {shown(got)}{suggestion(str(got), names)}"
+
+
+def _unknown_key(name: str, known: set[str]) -> str:
+    text = sentence(f"unknown key{suggestion(name, known)}")
+    return f"{text} Allowed here: {', '.join(sorted(known))}"
 
 
 def _kind_of(value: JsonValue) -> str:
@@ -128,23 +163,59 @@ def _kind_of(value: JsonValue) -> str:
     return f" ({kind})" if isinstance(value, str | bool) and kind else ""
 
 
-def _keys_at(model: type[BaseModel], parents: Sequence[str | int]) -> set[str]:
-    """Return the keys that the table at ``parents`` may have."""
-    models = [model]
-    for parent in parents:
-        if isinstance(parent, str):
-            models = [
-                inner
-                for outer in models
-                if parent in outer.model_fields
-                for inner in _models_in(outer.model_fields[parent].annotation)
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A place in a recipe: its key as written, and the keys of the table around it."""
+
+    key: tuple[str | int, ...]
+    known: set[str]
+
+
+def _place(kind: object, location: Sequence[str | int]) -> _Place:
+    """Follow pydantic's location through the types; tags of unions are no keys."""
+    key: list[str | int] = []
+    known: set[str] = set()
+    inside = [kind]
+    for part in location:
+        tagged = [member for member in _members(inside) if _tag_of(member) == part]
+        if tagged:
+            inside = tagged
+            continue
+        key.append(part)
+        models = [
+            member for member in map(_bare, _members(inside)) if _is_model(member)
+        ]
+        if models:
+            known = {name for model in models for name in model.model_fields}
+            fields = [model.model_fields.get(str(part)) for model in models]
+            inside = [field.annotation for field in fields if field is not None]
+        else:
+            inside = [
+                item
+                for member in map(_bare, _members(inside))
+                for item in get_args(member)
             ]
-    return {name for inner in models for name in inner.model_fields}
+    return _Place(tuple(key), known)
 
 
-def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (Union, UnionType, Annotated, tuple, list, dict):
-        for part in get_args(annotation):
-            yield from _models_in(part)
+def _members(kinds: Iterable[object]) -> Iterator[object]:
+    """Yield the members of unions, with their tags where they have any."""
+    for kind in kinds:
+        bare = _bare(kind)
+        if get_origin(bare) in (Union, UnionType):
+            yield from _members(get_args(bare))
+        else:
+            yield kind
+
+
+def _bare(kind: object) -> object:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _tag_of(kind: object) -> str | None:
+    extras = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    return next((extra.tag for extra in extras if isinstance(extra, Tag)), None)
+
+
+def _is_model(kind: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,11 @@ from noisekit.core.errors import RecipeError
 from noisekit.train.recipes.recipe_errors import Fault, shown
 
 Table = dict[str, JsonValue]
+
+MAX_ARMS = 10_000
+_LENGTHS = ("every", "length")
+_POINTS = "at"
+_MAX_DEPTH = 16
 
 
 def read_toml(path: Path) -> Table:
@@ -30,14 +36,49 @@ def read_toml(path: Path) -> Table:
             f"recipe {path} is not TOML: {error}. Text needs quotes, and each table "
             "and key may occur once."
         ) from error
+    except RecursionError as error:
+        raise RecipeError(
+            f"recipe {path} nests tables or lists too deeply; use dotted keys."
+        ) from error
+    return plain_table(document)
+
+
+def plain_table(document: Mapping[str, object]) -> Table:
+    """Return what TOML gave as JSON has it: dates come as text.
+
+    Raises:
+        RecipeError: If it is nested too deeply.
+    """
+    if _depth(document) > _MAX_DEPTH:
+        raise RecipeError(
+            f"recipes nest at most {_MAX_DEPTH} tables and lists, got more; use "
+            "dotted keys."
+        )
     plain: Table = json.loads(json.dumps(document, default=str))
     return plain
+
+
+def _depth(document: object) -> int:
+    """Return how deeply tables and lists are nested, without recursion."""
+    depth, level = 0, [document]
+    while level:
+        depth += 1
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return depth
 
 
 def merged(
     base: Table, over: Mapping[str, JsonValue], *, replace_kinds: bool = False
 ) -> Table:
     """Return ``base`` with ``over`` laid on it: tables merge, all else is replaced.
+
+    A length, such as ``every = { epochs = 1 }``, and a named point of ``at`` are one
+    value each, although they are written as tables.
 
     Args:
         base: What lies below.
@@ -48,7 +89,13 @@ def merged(
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
+        if key in _LENGTHS:
+            result[key] = value
+            continue
         if isinstance(below, dict) and isinstance(value, dict):
+            if key == _POINTS:
+                result[key] = {**below, **value}
+                continue
             other = replace_kinds and value.get("name", below.get("name"))
             if not other or other == below.get("name"):
                 value = merged(below, value, replace_kinds=replace_kinds)
@@ -89,13 +136,18 @@ def contains(table: JsonValue, key: str) -> bool:
     return True
 
 
+def overlap(one: str, other: str) -> bool:
+    """Whether one dotted key is the other, or lies below it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
 def parse_override(text: str) -> JsonValue:
     """Return the value of ``--set key=text``: TOML, or plain text where it is not."""
     try:
-        value: JsonValue = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        document = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
-    return value
+    return plain_table(document)["value"] if list(document) == ["value"] else text
 
 
 def spread(grid: JsonValue) -> tuple[list[JsonValue], list[Fault]]:
@@ -104,12 +156,16 @@ def spread(grid: JsonValue) -> tuple[list[JsonValue], list[Fault]]:
         return [], [Fault("grid", f"needs a table, got {shown(grid)}")]
     axes: dict[str, list[JsonValue]] = {}
     faults = []
-    for key, values in _flat(grid).items():
+    for key, values in flat(grid).items():
         if isinstance(values, list) and values:
             axes[key] = values
         else:
             text = f"needs a list of one value or more, got {shown(values)}"
             faults.append(Fault(f"grid.{key}", text))
+    count = math.prod(map(len, axes.values()))
+    if count > MAX_ARMS:
+        text = f"makes {count:,} arms, at most {MAX_ARMS:,} are possible"
+        return [], [*faults, Fault("grid", text)]
     names = short_names(axes)
     arms: list[JsonValue] = []
     for combination in itertools.product(*axes.values()):
@@ -128,20 +184,20 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 def differences(one: Table, other: Table) -> list[str]:
     """Return the dotted keys at which two tables differ."""
-    flat, other_flat = _flat(one), _flat(other)
-    keys = dict.fromkeys((*flat, *other_flat))
-    return [key for key in keys if flat.get(key) != other_flat.get(key)]
+    first, second = flat(one), flat(other)
+    keys = dict.fromkeys((*first, *second))
+    return [key for key in keys if first.get(key) != second.get(key)]
 
 
-def _flat(table: Table, prefix: str = "") -> Table:
+def flat(table: Table, prefix: str = "") -> Table:
     """Undo TOML's nesting: ``training.batch_size = [..]`` may be written unquoted."""
-    flat: Table = {}
+    result: Table = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            result |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            result[f"{prefix}{key}"] = value
+    return result
 
 
 def _word(value: JsonValue) -> str:

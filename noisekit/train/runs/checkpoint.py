@@ -129,7 +129,7 @@ def _read(path: Path, spec: RunSpec, threads: int) -> Captured:
         )
     # Copied, since the arrays are views of bytes that nobody may write to.
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
-    return Captured(int(values["step"]), tensors, values)
+    return Captured(int(values["position"]["updates"]), tensors, values)
 
 
 def _newest_first(directory: Path) -> list[Path]:

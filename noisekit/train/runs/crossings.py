@@ -1,14 +1,13 @@
-"""When a training loss has crossed a level for good, and when it has stalled.
+"""Points that only the training loss decides: sustained crossings, and stalls.
 
-Pure bookkeeping over the regular evaluations: small frozen states that go into a
-checkpoint as JSON.
+Frozen states over the regular evaluations, which go into a checkpoint as JSON.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from noisekit.train.recipes.run_spec import StalledSpec
+from noisekit.train.recipes.points import StalledSpec
 
 Crossing = Literal["above", "candidate", "pending", "sustained", "passed"]
 

@@ -10,7 +10,7 @@ from noisekit.core.errors import DeviceMismatchError, RunDirectoryError
 from noisekit.records import RunDirectory, RunStatus
 from noisekit.records.provenance import host_facts, software_versions
 from noisekit.train.data.datasets import DataSplits
-from noisekit.train.recipes.run_spec import ComputeSpec
+from noisekit.train.recipes.sections import ComputeSpec
 
 _DECIDE_BITS = ("python", "torch", "numpy", "noisekit")
 _SAME_HOST = ("machine", "processor")

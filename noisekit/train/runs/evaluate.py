@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from noisekit.core.params import flatten
-from noisekit.train.data.datasets import TensorPair
-from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.data.section import TensorPair
+from noisekit.train.losses import Loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +34,10 @@ class Evaluation:
         return math.isfinite(self.train_loss)
 
 
-def evaluation_steps(spec: RunSpec) -> frozenset[int]:
-    """Return the updates after which the whole data are evaluated, 0 included."""
-    last, every = spec.max_updates, spec.evaluation.every_updates
-    if every is not None:
-        return frozenset(range(0, last + 1, every))
-    epochs = spec.evaluation.every_epochs
-    assert epochs is not None  # the recipe's check: one of the two is given
-    count = int(last / (epochs * spec.updates_per_epoch)) + 1
-    steps = (spec.updates_at(i * epochs) for i in range(count + 1))
-    return frozenset(step for step in steps if step <= last)
-
-
 def evaluate(
     model: nn.Module,
     splits: Mapping[str, TensorPair],
+    loss: Loss,
     *,
     start: Tensor,
     batch_size: int,
@@ -62,6 +50,7 @@ def evaluate(
     Args:
         model: The model.
         splits: The data, by name.
+        loss: What is summed, and what counts as an error.
         start: The initial parameters as one vector.
         batch_size: Examples per forward pass.
     """
@@ -72,7 +61,7 @@ def evaluate(
     with torch.no_grad():
         for name, data in splits.items():
             names += [f"{name}_loss", f"{name}_error"]
-            values += _loss_and_error(model, data, batch_size)
+            values += _loss_and_error(model, data, loss, batch_size)
         weights = flatten(p.detach() for p in model.parameters())
         names += ["weight_norm", "distance_from_start"]
         values += [_norm(weights), _norm(weights - start)]
@@ -83,14 +72,14 @@ def evaluate(
 
 
 def correct_examples(
-    model: nn.Module, data: TensorPair, *, batch_size: int
+    model: nn.Module, data: TensorPair, loss: Loss, *, batch_size: int
 ) -> list[bool]:
     """Return for each example whether the model classifies it correctly."""
     training = model.training
     model.eval()
     with torch.no_grad():
         parts = [
-            model(inputs).argmax(1) == targets
+            loss.wrong(model(inputs), targets) == 0
             for inputs, targets in _chunks(data, batch_size)
         ]
     model.train(training)
@@ -99,16 +88,16 @@ def correct_examples(
 
 
 def _loss_and_error(
-    model: nn.Module, data: TensorPair, batch_size: int
+    model: nn.Module, data: TensorPair, loss: Loss, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(data.inputs)
-    loss = torch.zeros((), dtype=wide, device=data.inputs.device)
+    total = torch.zeros((), dtype=wide, device=data.inputs.device)
     wrong = torch.zeros((), dtype=wide, device=data.inputs.device)
     for inputs, targets in _chunks(data, batch_size):
         outputs = model(inputs)
-        loss += cross_entropy(outputs, targets, reduction="none").sum(dtype=wide)
-        wrong += (outputs.argmax(1) != targets).sum()
-    return loss / len(data), wrong / len(data)
+        total += loss.per_example(outputs, targets).sum(dtype=wide)
+        wrong += loss.wrong(outputs, targets).sum()
+    return total / len(data), wrong / len(data)
 
 
 def _chunks(data: TensorPair, size: int) -> list[tuple[Tensor, Tensor]]:

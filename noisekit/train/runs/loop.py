@@ -8,7 +8,8 @@ import torch
 
 from noisekit.core.errors import StorageError
 from noisekit.records import RunDirectory, RunStatus
-from noisekit.train.data.datasets import DataSplits, TensorPair, load_data
+from noisekit.train.data.datasets import DataSplits, load_data
+from noisekit.train.data.section import TensorPair
 from noisekit.train.models import build_model
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.checkpoint import remove_checkpoints

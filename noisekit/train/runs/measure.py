@@ -7,7 +7,7 @@ from torch import nn
 
 from noisekit.records import RunDirectory
 from noisekit.records.writer import Cell
-from noisekit.train.data.datasets import TensorPair
+from noisekit.train.data.section import TensorPair
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.progress import ProgressReporter
 from noisekit.train.runs.snapshot_measurements import (

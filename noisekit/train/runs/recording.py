@@ -17,8 +17,8 @@ _MAX_PENDING = 64
 class Recorder:
     """Writes what happens while a run trains.
 
-    A reading knows nothing of rate and loss: ``expect`` tells them before the
-    optimiser steps. Readings stay on the device until there are some to transfer.
+    A reading lacks epoch, rate and loss: ``expect`` states them before the optimizer
+    steps. Readings stay on the device until there are some to transfer.
     """
 
     def __init__(
@@ -26,13 +26,11 @@ class Recorder:
         run: RunDirectory,
         num_rows: Mapping[str, int],
         *,
-        num_examples: int,
         layers: bool,
     ) -> None:
-        self._num_examples = num_examples
         self._layers = layers
-        self._expected: tuple[float, Tensor] | None = None
-        self._pending: list[tuple[Reading, float, Tensor]] = []
+        self._expected: tuple[float, float, Tensor] | None = None
+        self._pending: list[tuple[Reading, float, float, Tensor]] = []
         self._writers: dict[str, TableWriter] = {}
         tables = ["steps", "evaluations", "snapshots", *(["layers"] if layers else [])]
         try:
@@ -47,9 +45,9 @@ class Recorder:
         """Add a row to ``table``."""
         self._writers[table].append(row)
 
-    def expect(self, *, learning_rate: float, batch_loss: Tensor) -> None:
-        """Say at which rate and batch loss the next reading will be taken."""
-        self._expected = (learning_rate, batch_loss)
+    def expect(self, *, epoch: float, learning_rate: float, batch_loss: Tensor) -> None:
+        """State the epoch, rate and batch loss of the next reading."""
+        self._expected = (epoch, learning_rate, batch_loss)
 
     def record(self, reading: Reading) -> None:
         """Take one reading; this is the probe's sink."""
@@ -59,9 +57,9 @@ class Recorder:
             self._write_readings()
 
     def _write_readings(self) -> None:
-        for reading, learning_rate, batch_loss in self._pending:
+        for reading, epoch, learning_rate, batch_loss in self._pending:
             own = {
-                "epoch": reading.examples_seen / self._num_examples,
+                "epoch": epoch,
                 "learning_rate": learning_rate,
                 "batch_loss": batch_loss.item(),
             }
@@ -86,7 +84,7 @@ class Recorder:
         }
 
     def close(self) -> None:
-        """Give the files back; what was not flushed is not written."""
+        """Close the files; what was not flushed is not written."""
         for writer in self._writers.values():
             writer.close()
 

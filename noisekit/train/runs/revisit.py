@@ -1,6 +1,5 @@
 """A trained network of a run, as it was at a snapshot, with its data and its loss."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -10,8 +9,11 @@ from torch import Tensor, nn
 
 from noisekit.core.errors import RunDirectoryError
 from noisekit.core.evaluation_mode import BatchNormPolicy, batch_norms
+from noisekit.core.risk import LossFn
 from noisekit.records import Runs
-from noisekit.train.data.datasets import DataSplits, TensorPair, load_data
+from noisekit.train.data.datasets import DataSplits, load_data
+from noisekit.train.data.section import TensorPair
+from noisekit.train.losses import find_loss
 from noisekit.train.models import build_model
 from noisekit.train.recipes.run_spec import RunSpec
 
@@ -32,9 +34,9 @@ class Revisited:
     model: nn.Module
 
     @property
-    def loss_fn(self) -> nn.Module:
+    def loss_fn(self) -> LossFn:
         """The loss that the run was trained with, as a mean over examples."""
-        return nn.CrossEntropyLoss()
+        return find_loss(self.spec.training.loss).mean
 
     @property
     def bn_along_a_line(self) -> BatchNormPolicy:
@@ -82,5 +84,5 @@ def revisit(runs: Runs, run_id: str, snapshot: str) -> Revisited:
 def _spec_of(runs: Runs, run_id: str) -> RunSpec:
     for run in runs.directories:
         if run.manifest.run_id == run_id:
-            return RunSpec.from_json(json.dumps(run.manifest.recipe))
+            return RunSpec.from_table(run.manifest.recipe)
     raise RunDirectoryError(f"needs a run of {runs.set_dir}, got {run_id!r}.")

@@ -17,7 +17,9 @@ from noisekit.records import RunDirectory
 from noisekit.records.files import plain
 from noisekit.sharpness import Measurement, MeasurementContext, SGDRule
 from noisekit.sharpness.measurement import take
-from noisekit.train.data.datasets import TensorPair
+from noisekit.train.data.section import TensorPair
+from noisekit.train.losses import find_loss
+from noisekit.train.recipes.optimizers import Sgd
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.evaluate import correct_examples
 from noisekit.train.runs.snapshots import load_weights
@@ -165,7 +167,10 @@ class SnapshotMeasurements:
             torch.split(inputs, size), torch.split(targets, size), strict=True
         )
         return EmpiricalRisk(
-            self._model, nn.CrossEntropyLoss(), list(batches), bn=settings.bn
+            self._model,
+            find_loss(self._spec.training.loss).mean,
+            list(batches),
+            bn=settings.bn,
         )
 
     def _measured_examples(self) -> list[int]:
@@ -198,6 +203,7 @@ class SnapshotMeasurements:
         correct = correct_examples(
             self._model,
             self._data[split],
+            find_loss(self._spec.training.loss),
             batch_size=self._spec.evaluation.batch_size,
         )
         count = len(correct)
@@ -218,7 +224,7 @@ class SnapshotMeasurements:
 def _update_rule(spec: RunSpec, learning_rate: float) -> SGDRule | None:
     """The rule of the update that led to a snapshot; ``None`` of another optimizer."""
     optimizer = spec.optimizer
-    if optimizer.name != "sgd" or learning_rate <= 0:
+    if not isinstance(optimizer, Sgd) or learning_rate <= 0:
         return None
     return SGDRule(
         lr=learning_rate,

@@ -7,19 +7,8 @@ import torch
 from torch import Tensor
 
 from noisekit.records import RunDirectory, save_tensors
-from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.evaluate import Evaluation
-from noisekit.train.runs.state import Candidate, Row, TrainState
-
-
-def planned_snapshots(spec: RunSpec) -> dict[int, list[tuple[str, str]]]:
-    """Return by update the names and kinds of the snapshots that are fixed to one."""
-    planned: dict[int, list[tuple[str, str]]] = {0: [("start", "start")]}
-    for name, epochs in spec.snapshots.epochs.items():
-        planned.setdefault(spec.updates_at(epochs), []).append((name, "epochs"))
-    for name, update in spec.snapshots.updates.items():
-        planned.setdefault(update, []).append((name, "updates"))
-    return planned
+from noisekit.train.runs.state import STOP, Candidate, Row, TrainState
 
 
 def crossed_snapshots(
@@ -31,6 +20,8 @@ def crossed_snapshots(
     """
     sustained: list[tuple[str, Candidate]] = []
     for name, crossing in state.crossings.items():
+        if name == STOP or name in state.taken:
+            continue
         state.crossings[name], meaning = crossing.after(evaluation.train_loss)
         if meaning == "above":
             state.candidates.pop(name, None)

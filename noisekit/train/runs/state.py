@@ -11,11 +11,14 @@ from noisekit.core.errors import CheckpointError
 from noisekit.core.params import flatten
 from noisekit.core.randomness import stream_seed
 from noisekit.probes import Probe
-from noisekit.train.recipes.run_spec import RunSpec, loss_snapshot
+from noisekit.train.recipes.clock import Position
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.crossings import LossCrossing, StallWatch
-from noisekit.train.runs.optimizers import build_optimizer
 
 Row = dict[str, bool | int | float | str | None]
+
+STOP = "/stop"
+"""Stands for ``training.stop`` among snapshots, whose names have no slash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +38,18 @@ class Candidate:
 class TrainState:
     """All that changes while a run trains.
 
-    Batches, learning rate and epoch follow from ``step`` and the seed alone, so they
-    have no state of their own.
+    Batches, learning rate and epoch follow from the position and the seed alone, so
+    they have no state of their own.
 
     Attributes:
         model: The model.
         optimizer: Its optimiser.
-        step: Updates taken.
-        examples_seen: Examples that entered a gradient, repeats counted.
+        position: How far training is.
         seconds: Wall time spent training, over all processes [s].
         ended: Why training is over; empty while it goes on.
         diverged: Whether it ended since a loss was not finite.
-        crossings: One per stated training loss, by snapshot name.
-        stalls: Watches for a stalled loss: ``stop`` and ``snapshot``, as asked for.
+        crossings: Crossings of training losses, by snapshot or ``STOP``.
+        stalls: Watches for a stalled training loss, by snapshot or ``STOP``.
         candidates: Weights kept at crossings that may yet be undone.
         taken: Names of the snapshots taken.
         num_rows: Rows of each table that belong to this state.
@@ -55,8 +57,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    step: int = 0
-    examples_seen: int = 0
+    position: Position = field(default_factory=Position)
     seconds: float = 0.0
     ended: str = ""
     diverged: bool = False
@@ -70,27 +71,27 @@ class TrainState:
     def start(cls, spec: RunSpec, model: nn.Module) -> "TrainState":
         """Return the state before the first update, with global randomness seeded."""
         torch.manual_seed(stream_seed(spec.seed, "training"))
-        stalled = {
-            "snapshot": spec.snapshots.stalled,
-            "stop": spec.training.stop.stalled,
-        }
+        points = {**spec.snapshots.points, STOP: spec.training.stop}
         return cls(
             model=model,
-            optimizer=build_optimizer(spec.optimizer, model.parameters()),
+            optimizer=spec.optimizer.build(model.parameters()),
             crossings={
-                loss_snapshot(level): LossCrossing(level, spec.snapshots.sustain)
-                for level in spec.snapshots.losses
+                name: LossCrossing(point.loss, point.sustain)
+                for name, point in points.items()
+                if point.loss is not None
             },
             stalls={
-                name: StallWatch.of(asked) for name, asked in stalled.items() if asked
+                name: StallWatch.of(point.stalled)
+                for name, point in points.items()
+                if point.stalled is not None
             },
         )
 
     def costs(self) -> dict[str, float]:
         """Return what training took so far."""
         return {
-            "updates": float(self.step),
-            "examples_seen": float(self.examples_seen),
+            "updates": float(self.position.updates),
+            "examples_seen": float(self.position.examples),
             "train_seconds": self.seconds,
         }
 
@@ -128,8 +129,7 @@ def capture(state: TrainState, probe: Probe | None) -> Captured:
     """Return the whole state, global randomness included."""
     tensors: dict[str, Tensor] = {}
     values = {
-        "step": state.step,
-        "examples_seen": state.examples_seen,
+        "position": asdict(state.position),
         "seconds": state.seconds,
         "ended": state.ended,
         "diverged": state.diverged,
@@ -150,7 +150,7 @@ def capture(state: TrainState, probe: Probe | None) -> Captured:
     device = next(state.model.parameters()).device
     if device.type == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state(device)
-    return Captured(state.step, tensors, values)
+    return Captured(state.position.updates, tensors, values)
 
 
 def restore(state: TrainState, probe: Probe | None, captured: Captured) -> None:
@@ -182,8 +182,7 @@ def restore(state: TrainState, probe: Probe | None, captured: Captured) -> None:
 def _restore_values(
     state: TrainState, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
-    state.step = int(values["step"])
-    state.examples_seen = int(values["examples_seen"])
+    state.position = Position(**values["position"])
     state.seconds = float(values["seconds"])
     state.ended = str(values["ended"])
     state.diverged = bool(values["diverged"])

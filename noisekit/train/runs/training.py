@@ -4,33 +4,33 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from noisekit.core.randomness import stream
-from noisekit.core.risk import LossFn
 from noisekit.integrations import attach
 from noisekit.probes import Probe
 from noisekit.records import RunDirectory
-from noisekit.train.data.batch_order import BatchOrder
-from noisekit.train.data.datasets import TensorPair
+from noisekit.train.data.section import TensorPair
+from noisekit.train.losses import find_loss
+from noisekit.train.recipes.clock import Position, Span
 from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.runs.agenda import Agenda
 from noisekit.train.runs.checkpoint import load_checkpoint, save_checkpoint
-from noisekit.train.runs.evaluate import Evaluation, evaluate, evaluation_steps
-from noisekit.train.runs.optimizers import learning_rate_at
+from noisekit.train.runs.evaluate import Evaluation, evaluate
 from noisekit.train.runs.progress import ProgressReporter
 from noisekit.train.runs.recording import Recorder
 from noisekit.train.runs.snapshots import (
     candidate,
     crossed_snapshots,
-    planned_snapshots,
     save_weights,
 )
 from noisekit.train.runs.state import (
+    STOP,
     Candidate,
     Captured,
     Row,
@@ -38,9 +38,10 @@ from noisekit.train.runs.state import (
     capture,
     restore,
 )
+from noisekit.train.runs.updates import Updates
 
 _MAX_UNCHECKED = 256
-"""Updates after which batch losses are looked at, whatever else is due."""
+"""Updates after which batch losses are checked, whatever else is due."""
 
 
 class Training:
@@ -66,14 +67,25 @@ class Training:
         self._report = report
         self._threads = threads
         self._start = state.vector()
-        self._order = BatchOrder(
-            spec, num_examples=len(data["train"]), device=spec.compute.device
-        )
-        self._evaluations = evaluation_steps(spec)
-        self._planned = planned_snapshots(spec)
+        self._clock = spec.clock
+        self._max_updates = spec.max_updates
+        self._loss = find_loss(spec.training.loss)
+        self._loss_fn = self._loss.mean
+        self._agenda = self._planned()
+        self._checkpoints = Span(updates=spec.compute.checkpoint_updates)
         self._evaluated: tuple[int, Evaluation] | None = None
         self._unchecked: list[Tensor] = []
-        self._loss_fn: LossFn = cross_entropy
+
+    def _planned(self) -> Agenda:
+        """Return what is due at places that are known in advance, in this order."""
+        agenda = Agenda()
+        agenda.every(self._clock.span(self._spec.evaluation.every), self._follow)
+        agenda.once(self._clock.end, self._end)
+        for name, point in self._spec.snapshots.points.items():
+            for kind, place in point.clock_points.items():
+                take = partial(self._take_now, name, kind)
+                agenda.once(self._clock.span(place), take)
+        return agenda
 
     def __enter__(self) -> Self:
         """Take the newest checkpoint over, open the tables, attach the probe."""
@@ -88,6 +100,7 @@ class Training:
         with ExitStack() as stack:
             self._recorder = stack.enter_context(self._opened(found.captured))
             self._probe = self._attached(stack)
+            self._updates = Updates(self._spec, self._data["train"], self._loss_fn)
             if found.captured:
                 restore(self._state, self._probe, found.captured)
             self._stack = stack.pop_all()
@@ -107,7 +120,6 @@ class Training:
         return Recorder(
             self._run,
             captured.num_rows if captured else {},
-            num_examples=len(self._data["train"]),
             layers=self._spec.probe.layers,
         )
 
@@ -120,7 +132,7 @@ class Training:
         probe = attach(
             self._state.model,
             self._state.optimizer,
-            loss_fn=cross_entropy if replays else None,
+            loss_fn=self._loss.mean if replays else None,
             every=wanted.every,
             estimator=wanted.estimator,
             row_share=wanted.row_share,
@@ -131,123 +143,126 @@ class Training:
             microbatch_weights="by_size",
             sinks=(self._recorder.record,),
         )
-        if replays:  # where the loss is called, a batch's targets are at hand
+        if replays:  # where the loss is called, the probe sees a batch's targets
             self._loss_fn = probe.loss_fn
         return stack.enter_context(probe)
 
     def run_to_the_end(self) -> None:
         """Train until a stop rule holds or the loss is no longer finite."""
-        state, every = self._state, self._spec.compute.checkpoint_updates
-        began = time.monotonic() - state.seconds
-        if state.step == 0:
-            self._observe()
+        state = self._state
+        self._began = time.monotonic() - state.seconds
+        if state.position == Position():
+            self._begin()
         while not state.ended:
+            before = state.position
             self._update()
-            self._observe()
-            if state.ended or state.step % every == 0:
-                state.seconds = time.monotonic() - began
-                self._checkpoint()
+            self._do_what_is_due(before)
+
+    def _begin(self) -> None:
+        """Evaluate and keep the starting weights."""
+        self._follow()
+        if not self._state.diverged:
+            self._take_now("start", "start")
+            self._take_final()
 
     def _update(self) -> None:
-        """Take one optimiser step."""
-        state, train = self._state, self._data["train"]
-        rate = learning_rate_at(self._spec, state.step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        chosen = self._order.indices(state.step)
-        parts = chosen.chunk(self._spec.training.accumulation)
-        state.optimizer.zero_grad()
-        losses = []
-        for part in parts:
-            outputs = state.model(train.inputs.index_select(0, part))
-            loss = self._loss_fn(outputs, train.targets.index_select(0, part))
-            if len(parts) > 1:
-                loss = loss * (len(part) / len(chosen))
-            torch.autograd.backward(loss)
-            losses.append(loss.detach())
-        batch_loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        self._recorder.expect(learning_rate=rate, batch_loss=batch_loss)
+        """Take one optimizer step, and advance the clock."""
+        state, updates = self._state, self._updates
+        batch_loss, after = updates.gradient(state)
+        self._recorder.expect(
+            epoch=self._clock.epochs(after),
+            learning_rate=updates.learning_rate,
+            batch_loss=batch_loss,
+        )
         state.optimizer.step()
-        state.step += 1
-        state.examples_seen += len(chosen)
+        state.position = after
         self._unchecked.append(batch_loss)
 
-    def _observe(self) -> None:
-        """Do whatever is due at this step: check, evaluate, keep weights, stop."""
-        state, step = self._state, self._state.step
-        regular, last = step in self._evaluations, step >= self._spec.max_updates
-        if not (regular or last or self._is_looked_at(step)):
+    def _do_what_is_due(self, before: Position) -> None:
+        """Check losses, act on the agenda, save, as far as due since ``before``."""
+        state = self._state
+        due = self._agenda.due(before, state.position)
+        save = self._checkpoints.due(before, state.position)
+        if not (due or save or len(self._unchecked) >= _MAX_UNCHECKED):
             return
-        if self._batch_loss_left_the_numbers():
-            return
-        if regular or last:
-            self._record_evaluation()
-        if regular and not state.ended:
-            self._follow_training_loss()
-        if last and not state.ended:
-            state.ended = f"took the {step} updates that training.stop allows"
-        if not state.diverged:
-            self._take_planned()
+        self._check_batch_losses()
+        for action in due:
+            if not state.diverged:
+                action()
+        self._take_final()
+        if save or state.ended:
+            state.seconds = time.monotonic() - self._began
+            self._checkpoint()
 
-    def _is_looked_at(self, step: int) -> bool:
-        """Whether the batch losses are to be checked, apart from evaluations."""
-        saved = step % self._spec.compute.checkpoint_updates == 0
-        return saved or step in self._planned or len(self._unchecked) >= _MAX_UNCHECKED
+    def _end(self) -> None:
+        """End the run where ``training.stop`` allows no further update."""
+        self._record_evaluation()
+        if not self._state.ended:
+            updates = self._state.position.updates
+            self._state.ended = f"took the {updates} updates that training.stop allows"
 
-    def _take_planned(self) -> None:
-        for name, kind in self._planned.get(self._state.step, ()):
-            self._take_now(name, kind)
-        if self._state.ended:
+    def _take_final(self) -> None:
+        if self._state.ended and not self._state.diverged:
             self._take_now("final", "final")
 
-    def _batch_loss_left_the_numbers(self) -> bool:
-        """Look at the batch losses since the last look, all at once."""
+    def _check_batch_losses(self) -> None:
+        """End the run at the first batch loss since the last check that is no number.
+
+        All are transferred from the device at once.
+        """
         state, losses = self._state, self._unchecked
         if not losses:
-            return False
-        first = state.step - len(losses) + 1
+            return
+        first = state.position.updates - len(losses) + 1
         values: list[float] = torch.stack(losses).tolist()
         losses.clear()
         for update, value in enumerate(values, start=first):
             if not math.isfinite(value):
                 state.ended = f"the batch loss was {value} at update {update}"
                 state.diverged = True
-                return True
-        return False
+                return
 
     def _record_evaluation(self) -> None:
-        state, found = self._state, self._evaluation()
+        """Write the evaluation at this step, unless it has been written."""
+        state = self._state
+        if self._evaluated and self._evaluated[0] == state.position.updates:
+            return
+        found = self._evaluation()
         self._recorder.append("evaluations", {**self._position(), **found.scores})
-        self._report(
-            "train",
-            state.step,
-            self._spec.max_updates,
-            f"training loss {found.train_loss:.3g}",
-        )
+        self._report_step(f"training loss {found.train_loss:.3g}")
         if not found.finite:
             state.ended = (
-                f"the training loss was {found.train_loss} after update {state.step}"
+                f"the training loss was {found.train_loss} after update "
+                f"{state.position.updates}"
             )
             state.diverged = True
 
-    def _follow_training_loss(self) -> None:
-        """Bring crossings and the stop rules up to a regular evaluation."""
+    def _follow(self) -> None:
+        """Evaluate, and bring crossings, stalls and the stop rules up to date."""
+        self._record_evaluation()
         state, found = self._state, self._evaluation()
-        stop = self._spec.training.stop
+        if state.ended:
+            return
         for name, kept in crossed_snapshots(state, self._place(), found):
             self._take(name, kept)
         stalled = self._newly_stalled(found.train_loss)
-        if "snapshot" in stalled:
-            self._take_now("stalled", "stalled")
-        if "stop" in stalled:
+        for name in stalled:
+            if name != STOP:
+                self._take_now(name, "stalled")
+        if STOP in stalled:
             state.ended = f"the training loss stalled at {found.train_loss:.4g}"
-        if stop.train_loss is not None and found.train_loss <= stop.train_loss:
-            state.ended = f"the training loss reached {stop.train_loss:g}"
+        if STOP in state.crossings:
+            state.crossings[STOP], meaning = state.crossings[STOP].after(
+                found.train_loss
+            )
+            if meaning == "sustained":
+                level = state.crossings[STOP].level
+                state.ended = f"the training loss reached {level:g}"
 
     def _newly_stalled(self, train_loss: float) -> list[str]:
         """Bring the watches up to an evaluation; return whose patience has run out."""
         state = self._state
-        epoch = state.examples_seen / len(self._data["train"])
+        epoch = self._clock.epochs(state.position)
         found = []
         for name, before in state.stalls.items():
             after = before.after(train_loss, epoch=epoch)
@@ -258,18 +273,22 @@ class Training:
 
     def _evaluation(self) -> Evaluation:
         """Return the evaluation at this step, done once."""
-        if self._evaluated is None or self._evaluated[0] != self._state.step:
+        step = self._state.position.updates
+        if self._evaluated is None or self._evaluated[0] != step:
             found = evaluate(
                 self._state.model,
                 self._data,
+                self._loss,
                 start=self._start,
                 batch_size=self._spec.evaluation.batch_size,
             )
-            self._evaluated = (self._state.step, found)
+            self._evaluated = (step, found)
         return self._evaluated[1]
 
     def _take_now(self, name: str, kind: str) -> None:
-        """Take the snapshot ``name`` of the present weights."""
+        """Take the snapshot ``name`` of the present weights, if not taken before."""
+        if name in self._state.taken:
+            return
         now = candidate(
             self._state, self._place(), self._evaluation(), name=name, kind=kind
         )
@@ -279,32 +298,36 @@ class Training:
         facts = {"run_id": self._spec.run_id, "step": str(kept.row["step"])}
         save_weights(self._run.snapshots, name, kept.weights, facts)
         self._recorder.append("snapshots", kept.row)
+        self._state.candidates.pop(name, None)
         self._state.taken.append(name)
 
     def _position(self) -> Row:
         """Return where in training the present weights are."""
-        seen = self._state.examples_seen
+        position = self._state.position
         return {
-            "step": self._state.step,
-            "examples_seen": seen,
-            "epoch": seen / len(self._data["train"]),
+            "step": position.updates,
+            "examples_seen": position.examples,
+            "epoch": self._clock.epochs(position),
         }
 
     def _place(self) -> Row:
         """Return the position with the rate that led there."""
-        rate = learning_rate_at(self._spec, max(0, self._state.step - 1))
-        return {**self._position(), "learning_rate": rate}
+        return {**self._position(), "learning_rate": self._updates.learning_rate}
 
     def _checkpoint(self) -> None:
         """Save the state; its rows are durable before it is."""
         state, spec = self._state, self._spec
         state.num_rows = self._recorder.flush()
-        self._report("train", state.step, spec.max_updates, "rows are durable")
+        self._report_step("rows are durable")
         captured = capture(state, self._probe)
         save_checkpoint(
             self._run.checkpoints, captured, spec=spec, threads=self._threads
         )
-        self._report("train", state.step, spec.max_updates, "checkpoint saved")
+        self._report_step("checkpoint saved")
+
+    def _report_step(self, detail: str) -> None:
+        step = self._state.position.updates
+        self._report("train", step, self._max_updates, detail)
 
     def _has_rows_of(self, captured: Captured) -> bool:
         """Whether the tables still have the rows that belong to a checkpoint."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.train.data.datasets import load_data
+from noisekit.train.losses import find_loss
 from noisekit.train.models import build_model
 from noisekit.train.recipes.probe_spec import ProbeSpec
 from noisekit.train.recipes.recipe import Recipe
@@ -109,7 +110,8 @@ def _kind(spec: RunSpec) -> tuple[object, ...]:
         spec.data,
         spec.model,
         spec.training.batch_size,
-        spec.optimizer.name,
+        spec.training.microbatch,
+        spec.training.loss,
         spec.compute,
     )
 
@@ -139,9 +141,10 @@ def _run_seconds(spec: RunSpec, timing: _Timing) -> float:
 
 
 def _num_evaluations(spec: RunSpec) -> int:
-    evaluation = spec.evaluation
-    every = evaluation.every_updates or spec.updates_at(evaluation.every_epochs or 1)
-    return spec.max_updates // every + 1
+    clock = spec.clock
+    span = clock.span(spec.evaluation.every)
+    every = clock.updates_to(span, spec.training.batch_size)
+    return spec.max_updates // max(1, every) + 1
 
 
 def _products(spec: RunSpec) -> int:
@@ -180,12 +183,17 @@ def _time_run(spec: RunSpec, budget: float) -> _Timing:
             inputs = data.train.inputs[:size].to(device, dtype)
             return inputs, data.train.targets[:size].to(device)
 
+        loss_fn = find_loss(spec.training.loss).mean
+
+        def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+            return loss_fn(model(batch[0]), batch[1])
+
         optimizer = torch.optim.SGD(parameters, lr=0.0)
         size = min(spec.training.batch_size, spec.data.train)
-        update = _seconds(lambda: _update(model, optimizer, batch(size)), budget / 2)
+        update = _seconds(lambda: _update(loss, optimizer, batch(size)), budget / 2)
         part = min(_TIMED_EXAMPLES, spec.data.train)
-        forward = _seconds(lambda: _forward(model, batch(part)), budget / 4)
-        product = _seconds(_product(model, batch(part)), budget / 4)
+        forward = _seconds(lambda: _forward(loss, batch(part)), budget / 4)
+        product = _seconds(_product(loss, parameters, batch(part)), budget / 4)
     evaluated = spec.data.train + spec.data.validation + spec.data.test
     measured = spec.measure.num_examples or spec.data.train
     return _Timing(
@@ -206,30 +214,29 @@ def _seconds(action: Callable[[], None], budget: float) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+_BatchLoss = Callable[[tuple[Tensor, Tensor]], Tensor]
 
 
 def _update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]
+    loss: _BatchLoss, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]
 ) -> None:
     optimizer.zero_grad()
-    torch.autograd.backward(_loss(model, batch))
+    torch.autograd.backward(loss(batch))
     optimizer.step()
     _finish(batch[0])
 
 
-def _forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+def _forward(loss: _BatchLoss, batch: tuple[Tensor, Tensor]) -> None:
     with torch.no_grad():
-        _loss(model, batch)
+        loss(batch)
     _finish(batch[0])
 
 
-def _product(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+def _product(
+    loss: _BatchLoss, parameters: list[nn.Parameter], batch: tuple[Tensor, Tensor]
+) -> Callable[[], None]:
     """Return what multiplies by the Hessian, with the graph kept between products."""
-    parameters = list(model.parameters())
-    loss = _loss(model, batch)
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradients = torch.autograd.grad(loss(batch), parameters, create_graph=True)
     vector = [gradient.detach() for gradient in gradients]
 
     def product() -> None:

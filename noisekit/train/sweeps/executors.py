@@ -22,6 +22,7 @@ from noisekit.core.errors import NoisekitError, RunFailedError, RunLockedError
 from noisekit.core.worker_process import run_while_parent_lives
 from noisekit.records import Manifest, RunDirectory, RunStatus
 from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.references import allow_code
 from noisekit.train.runs.loop import train_run
 from noisekit.train.runs.progress import Progress, ProgressEvent, no_progress
 
@@ -38,10 +39,17 @@ _READY = "ready"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run to execute: its description and its directory."""
+    """One run to execute.
+
+    Attributes:
+        spec: Its description.
+        path: Its directory.
+        allow_code: Whether code that the description names may be imported.
+    """
 
     spec: RunSpec
     path: Path
+    allow_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +71,8 @@ def execute(job: Job, *, progress: Progress = no_progress) -> JobOutcome:
         progress(event)
 
     try:
-        outcome = train_run(spec, RunDirectory.open(job.path), progress=report)
+        with allow_code(job.allow_code):
+            outcome = train_run(spec, RunDirectory.open(job.path), progress=report)
     except Exception as error:  # whatever it is, the other runs go on
         failed = _failed(job, _reason(error), error=error)
         if "failed" not in told:

@@ -1,15 +1,15 @@
 """What a set of runs was made from, and how far its runs are."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.compute as pc
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from noisekit.core.errors import RunDirectoryError
+from noisekit.core.errors import RecipeError, RunDirectoryError
 from noisekit.records import RunDirectory, RunStatus, read_set
 from noisekit.train.recipes.recipe import Recipe
+from noisekit.train.recipes.tables import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,15 @@ def recorded_recipe(set_dir: Path | str) -> Recipe:
     """
     content = read_set(set_dir)
     try:
-        return Recipe.from_json(json.dumps(content.get("recipe")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "recipe"
+        return Recipe.from_table(
+            TypeAdapter(Table).validate_python(content.get("recipe"))
+        )
+    except (RecipeError, ValidationError) as error:
+        key, _, text = str(error).splitlines()[0].partition(": ")
         raise RunDirectoryError(
             f"{Path(set_dir) / 'set.json'} needs a recipe of this version, got one "
-            f"whose {where} does not fit ({first['msg']}); run the recipe again into a "
-            "new directory."
+            f"whose {key} does not fit ({text}); run the recipe again into a new "
+            "directory."
         ) from error
 
 

@@ -8,10 +8,12 @@ import torch
 
 from noisekit.core.errors import (
     NewerFormatError,
+    RecipeError,
     RunDirectoryError,
     RunFailedError,
     UsageError,
 )
+from noisekit.core.evaluation_mode import batch_norms
 from noisekit.records import (
     Manifest,
     RunDirectory,
@@ -19,12 +21,16 @@ from noisekit.records import (
     RunStatus,
     exclusive_lock,
     open_runs,
+    read_set,
     write_set,
 )
 from noisekit.records.files import exists, make_directory
 from noisekit.records.provenance import software_versions
+from noisekit.train import references
 from noisekit.train.data.datasets import DataSplits, load_data
+from noisekit.train.losses import find_loss
 from noisekit.train.models import build_model
+from noisekit.train.recipes.consistency import coupling_faults
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.recipes.tables import Table, differences
@@ -35,7 +41,7 @@ from noisekit.train.sweeps.executors import (
     execute_here,
     execute_in_processes,
 )
-from noisekit.train.sweeps.run_status import recorded_recipe
+from noisekit.train.sweeps.run_status import recorded_recipe, status
 
 _LISTED = 5
 _OF_A_SET = frozenset(
@@ -53,6 +59,7 @@ def run(
     seeds: int | None = None,
     progress: Progress | None = None,
     allow_download: bool = False,
+    allow_code: bool = False,
 ) -> Runs:
     """Execute every arm at every seed of a recipe, and return the runs.
 
@@ -70,18 +77,21 @@ def run(
         seeds: Number of seeds, instead of the recipe's.
         progress: Called with the events of all runs.
         allow_download: Whether data that are not found may be asked of the network.
+        allow_code: Whether code of the user's own that the recipe names, as
+            ``module:function``, may be imported and run.
     """
     _check_workers(workers)
-    recipe = recipe.adjusted(device=device, seeds=seeds)
     path = Path(out_dir)
-    _check_place(path, recipe)
-    data = _check_machine(recipe, allow_download=allow_download)
-    make_directory(path)
-    with exclusive_lock(path / "lock", what=f"the set of runs {path}"):
-        _write_recipe(path, recipe, data)
-        return _finish(
-            path, recipe, workers, no_progress if progress is None else progress
-        )
+    progress = no_progress if progress is None else progress
+    with references.allow_code(allow_code):
+        references.check_allowed(recipe.named_code, recipe=recipe.name)
+        recipe = recipe.adjusted(device=device, seeds=seeds)
+        _check_place(path, recipe)
+        data = _check_machine(recipe, allow_download=allow_download)
+        make_directory(path)
+        with exclusive_lock(path / "lock", what=f"the set of runs {path}"):
+            _write_recipe(path, recipe, data)
+            return _execute_remaining(path, recipe, workers, progress)
 
 
 def resume(
@@ -89,6 +99,7 @@ def resume(
     *,
     workers: int | None = None,
     progress: Progress | None = None,
+    allow_code: bool = False,
 ) -> Runs:
     """Execute what is not complete in a set of runs, and return the runs.
 
@@ -97,15 +108,18 @@ def resume(
         workers: Processes at the same time; the recipe's number if left out, 0 for
             none but this one.
         progress: Called with the events of all runs.
+        allow_code: Whether code of the user's own that the recipe names, as
+            ``module:function``, may be imported and run.
     """
     _check_workers(workers)
     path = Path(set_dir)
+    progress = no_progress if progress is None else progress
     recipe = recorded_recipe(path)
-    _check_machine(recipe, allow_download=False)
-    with exclusive_lock(path / "lock", what=f"the set of runs {path}"):
-        return _finish(
-            path, recipe, workers, no_progress if progress is None else progress
-        )
+    with references.allow_code(allow_code):
+        references.check_allowed(recipe.named_code, recipe=recipe.name)
+        _check_machine(recipe, allow_download=False)
+        with exclusive_lock(path / "lock", what=f"the set of runs {path}"):
+            return _execute_remaining(path, recipe, workers, progress)
 
 
 def _check_workers(workers: int | None) -> None:
@@ -179,14 +193,25 @@ def _check_machine(recipe: Recipe, *, allow_download: bool) -> DataSplits:
     specs = recipe.run_specs()
     for data_spec in dict.fromkeys(spec.data for spec in specs):
         data = load_data(data_spec, allow_download=allow_download)
-        for model in dict.fromkeys(s.model for s in specs if s.data == data_spec):
-            build_model(
-                model,
-                input_shape=data.input_shape,
-                num_classes=data.num_classes,
-                seed=recipe.seeds.first,
-            )
+        for spec in (spec for spec in specs if spec.data == data_spec):
+            if spec.seed == recipe.seeds.first:
+                _check_network(spec, data)
     return load_data(specs[0].data)
+
+
+def _check_network(spec: RunSpec, data: DataSplits) -> None:
+    """Build the network of an arm once, and ask what it leaves the probe to read."""
+    model = build_model(
+        spec.model,
+        input_shape=data.input_shape,
+        num_classes=data.num_classes,
+        seed=spec.seed,
+    )
+    find_loss(spec.training.loss)
+    faults = list(coupling_faults(spec, coupled=bool(batch_norms(model))))
+    if faults:
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        raise RecipeError(f"arm {spec.arm!r} of {spec.recipe!r}:\n{listed}")
 
 
 def _check_device(name: str) -> None:
@@ -215,10 +240,15 @@ def _write_recipe(path: Path, recipe: Recipe, data: DataSplits) -> None:
     )
 
 
-def _finish(
+def _execute_remaining(
     path: Path, recipe: Recipe, workers: int | None, progress: Progress
 ) -> Runs:
-    jobs = [Job(spec, path / "runs" / spec.run_id) for spec in recipe.run_specs()]
+    allow_code = references.code_allowed()
+    jobs = [
+        Job(spec, path / "runs" / spec.run_id, allow_code)
+        for spec in recipe.run_specs()
+    ]
+    _check_format(path)
     left = [job for job in jobs if not _complete(job)]
     damaged = [outcome for job in jobs if (outcome := _damage(job))]
     count = recipe.compute.workers if workers is None else workers
@@ -236,6 +266,20 @@ def _finish(
         raise
     _raise_failures(path, [*damaged, *outcomes], len(jobs))
     return open_runs(path)
+
+
+def _check_format(path: Path) -> None:
+    """Refuse to go on with runs that an older noisekit described in format 1."""
+    recorded = read_set(path).get("recipe")
+    if not isinstance(recorded, dict) or recorded.get("format") != 1:
+        return
+    left = [row.run_id for row in status(path) if not row.complete]
+    if left:
+        raise UsageError(
+            f"{path} was recorded in format 1, which is read but not continued, and "
+            f"{len(left)} of its runs are not complete; run the recipe again into a "
+            "new directory."
+        )
 
 
 def _complete(job: Job) -> bool:

@@ -2,63 +2,66 @@
 
 import torch
 
+from noisekit.core.randomness import stream
 from noisekit.train.data.batch_order import BatchOrder
-from tests.train.run_specs import run_spec
 
 
-def order(batch_size: int, *, seed: int = 0, drop_last: bool = False) -> BatchOrder:
-    spec = run_spec(
-        seed=seed,
-        data={"train": 100},
-        training={
-            "batch_size": batch_size,
-            "drop_last": drop_last,
-            "allow_ragged": not drop_last,
-        },
-    )
-    return BatchOrder(spec, num_examples=100, device="cpu")
+def order(seed: int = 0) -> BatchOrder:
+    return BatchOrder(seed, num_examples=100, device="cpu")
 
 
-def epoch_of(batches: BatchOrder, first: int, count: int) -> list[int]:
-    parts = [batches.indices(update) for update in range(first, first + count)]
+def seen(batches: BatchOrder, begin: int, *counts: int) -> list[int]:
+    parts = []
+    for count in counts:
+        parts.append(batches.indices(begin, count))
+        begin += count
     listed: list[int] = torch.cat(parts).tolist()
     return listed
 
 
-def test_an_epoch_sees_every_example_once() -> None:
-    """Catches: sampling with replacement; a ragged last batch left out unasked."""
-    batches = order(16)
-    assert sorted(epoch_of(batches, 0, 7)) == list(range(100))
-    assert len(batches.indices(6)) == 4
-    assert sorted(epoch_of(batches, 7, 7)) == list(range(100))
+def test_a_pass_sees_every_example_once() -> None:
+    """Catches: sampling with replacement; passes of other lengths."""
+    batches = order()
+    sizes = [16] * 6 + [4]
+    assert sorted(seen(batches, 0, *sizes)) == list(range(100))
+    assert sorted(seen(batches, 100, *sizes)) == list(range(100))
 
 
-def test_dropping_the_last_batch_starts_the_next_epoch() -> None:
-    """Catches: epochs counted with the batch that was dropped."""
-    batches = order(16, drop_last=True)
-    assert len(set(epoch_of(batches, 0, 6))) == 96
-    assert len(set(epoch_of(batches, 6, 6))) == 96
+def test_a_stretch_is_what_the_named_permutations_say() -> None:
+    """Each pass is the permutation of its own stream, whatever the batch size.
 
-
-def test_arms_of_one_seed_have_the_same_order() -> None:
-    """Small batches cut the same permutations that large ones do.
-
-    Catches: a stream that depends on the batch size, which would unpair the arms.
+    Catches: a stream that depends on the batch size, which would unpair the arms and
+    change the bits of recorded runs.
     """
-    small, large = order(10), order(50)
-    assert epoch_of(small, 0, 10) == epoch_of(large, 0, 2)
-    assert epoch_of(small, 10, 10) == epoch_of(large, 2, 2)
+    wanted = torch.cat(
+        [torch.randperm(100, generator=stream(7, "order", epoch)) for epoch in (0, 1)]
+    ).tolist()
+    assert seen(order(7), 0, *[10] * 20) == wanted
+    assert seen(order(7), 0, *[50] * 4) == wanted
+    assert seen(order(7), 0, 30, 70, 1, 99) == wanted
 
 
-def test_epochs_and_seeds_differ() -> None:
-    """Catches: one permutation for all epochs, or for all seeds."""
-    batches = order(50)
-    assert epoch_of(batches, 0, 2) != epoch_of(batches, 2, 2)
-    assert epoch_of(batches, 0, 2) != epoch_of(order(50, seed=1), 0, 2)
+def test_a_stretch_runs_on_into_the_next_pass() -> None:
+    """Also over several passes; the next stretch goes on where it ended.
+
+    Catches: a batch cut at the end of a pass; a cursor that starts anew there.
+    """
+    wanted = seen(order(), 0, *[100] * 4)
+    assert seen(order(), 90, 16) == wanted[90:106]
+    assert seen(order(), 90, 16, 16) == wanted[90:122]
+    assert seen(order(), 50, 230) == wanted[50:280]
 
 
-def test_any_update_can_be_asked_for_first() -> None:
-    """Catches: a resumed run that starts over with the first epoch's order."""
-    straight = order(16)
-    wanted = [straight.indices(update).tolist() for update in range(20)]
-    assert order(16).indices(17).tolist() == wanted[17]
+def test_passes_and_seeds_differ() -> None:
+    """Catches: one permutation for all passes, or for all seeds."""
+    batches = order()
+    assert seen(batches, 0, 100) != seen(batches, 100, 100)
+    assert seen(batches, 0, 100) != seen(order(seed=1), 0, 100)
+
+
+def test_any_place_can_be_asked_for_first() -> None:
+    """Catches: a resumed run that starts over with the first pass's order."""
+    straight = order()
+    wanted = [straight.indices(cursor, 16).tolist() for cursor in range(0, 400, 16)]
+    assert order().indices(272, 16).tolist() == wanted[17]
+    assert straight.indices(16, 16).tolist() == wanted[1]

@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from noisekit.core.errors import DataFileError, DataNotFoundError, UsageError
-from noisekit.train import datasets, places
+from noisekit.train.data import datasets, sources
 from noisekit.train.data.datasets import load_data
+from noisekit.train.data.embedded import Digits, Gaussian
+from noisekit.train.data.files import Cifar10, FashionMnist, Mnist
 from noisekit.train.data.idx import read_idx
-from noisekit.train.recipes.subjects import DataSpec
+from noisekit.train.data.section import DataSection
 
 NAMES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-DIGITS = DataSpec(name="digits", train=1024, validation=233, test=540)
+DIGITS = Digits(train=1024, validation=233, test=540)
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -40,9 +42,9 @@ def mnist(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def mnist_spec(path: Path, **keys: int) -> DataSpec:
+def mnist_spec(path: Path, **keys: int) -> Mnist:
     sizes = {"train": 20, "validation": 10, "test": 10} | keys
-    return DataSpec(name="mnist", path=str(path), normalise="none", **sizes)
+    return Mnist(path=str(path), normalise="none", **sizes)
 
 
 def test_digits_split_is_disjoint_and_complete() -> None:
@@ -155,8 +157,7 @@ def test_gaussian_has_the_stated_noise() -> None:
 
     Catches: variance taken for deviation.
     """
-    spec = DataSpec(
-        name="gaussian",
+    spec = Gaussian(
         train=4000,
         validation=50,
         test=50,
@@ -186,8 +187,7 @@ def test_cifar10_binary_records_are_read(tmp_path: Path) -> None:
         records[:, 1] = number
         records[:, 1 + 1024] = 100 + number
         (tmp_path / f"{name}.bin").write_bytes(records.tobytes())
-    spec = DataSpec(
-        name="cifar10",
+    spec = Cifar10(
         train=40,
         validation=10,
         test=10,
@@ -216,8 +216,8 @@ def test_missing_data_lists_the_ways_to_get_it(
     Catches: asking the network without being told to.
     """
     monkeypatch.setenv("NOISEKIT_DATA", str(tmp_path))
-    monkeypatch.setattr(places, "_DEBIAN", tmp_path / "nowhere")
-    spec = DataSpec(name="fashion-mnist", train=10, validation=10, test=10)
+    monkeypatch.setattr(sources, "_DEBIAN", tmp_path / "nowhere")
+    spec = FashionMnist(train=10, validation=10, test=10)
     with pytest.raises(DataNotFoundError) as caught:
         load_data(spec)
     message = str(caught.value)
@@ -250,7 +250,7 @@ def test_download_happens_only_on_demand(
     """
     fetched = []
 
-    def fetch(source: places.Source, root: Path) -> None:
+    def fetch(source: sources.Source, root: Path) -> None:
         fetched.append((source.torchvision, root))
         (root / "MNIST").mkdir(parents=True)
         mnist_files = [path for path in mnist.iterdir() if path.is_file()]
@@ -258,7 +258,7 @@ def test_download_happens_only_on_demand(
         for path in mnist_files:
             (root / "MNIST" / "raw" / path.name).write_bytes(path.read_bytes())
 
-    monkeypatch.setattr(places, "_download", fetch)
+    monkeypatch.setattr(sources, "_download", fetch)
     spec = mnist_spec(tmp_path / "new")
     assert len(load_data(spec, allow_download=True).train) == 20
     assert len(load_data(spec).train) == 20
@@ -275,7 +275,7 @@ def test_download_happens_only_on_demand(
         ),
     ],
 )
-def test_more_examples_than_there_are_is_refused(spec: DataSpec, said: str) -> None:
+def test_more_examples_than_there_are_is_refused(spec: DataSection, said: str) -> None:
     """Sizes add up against what the data set has."""
     with pytest.raises(UsageError, match=said):
         load_data(spec)

@@ -1,6 +1,5 @@
 """Recipes: what they resolve to, and what is refused, in which words."""
 
-import math
 import tomllib
 from pathlib import Path
 
@@ -11,16 +10,17 @@ from noisekit.core.errors import RecipeError, UsageError
 from noisekit.core.vocabulary import QUANTITIES
 from noisekit.stats.contrasts import Contrast
 from noisekit.train.measures import MEASURES
+from noisekit.train.models import F1
 from noisekit.train.recipes.catalogue import experiments
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.measure_spec import ALWAYS_RECORDED
+from noisekit.train.recipes.points import Point
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.run_spec import RunSpec
-from noisekit.train.recipes.subjects import ModelSpec
 from noisekit.train.recipes.tables import merged
 
 MINIMAL = """
-format = 1
+format = 2
 name = "minimal"
 question = "Does it load?"
 claims = true
@@ -44,11 +44,11 @@ batch_size = 8
 stop = { updates = 24 }
 
 [evaluation]
-every_updates = 8
+every = { updates = 8 }
 
 [snapshots]
 losses = [0.5]
-epochs = { equal_epochs = 2 }
+at = { equal_epochs = { epochs = 2 } }
 
 [measure]
 everywhere = ["lambda_max"]
@@ -141,34 +141,13 @@ def test_equal_epochs_are_another_update_in_each_arm(write) -> None:
     Catches: taking one update number for all arms.
     """
     small, large, *_ = load_recipe(write()).run_specs()
-    assert (small.updates_at(2), large.updates_at(2)) == (24, 6)
+    point = small.snapshots.points["equal_epochs"]
+    found = [
+        run.clock.updates_to(run.clock.span(point), run.training.batch_size)
+        for run in (small, large)
+    ]
+    assert found == [24, 6]
     assert (small.max_updates, large.max_updates) == (24, 24)
-
-
-@pytest.mark.parametrize(("drop_last", "updates"), [(True, 3), (False, 4)])
-def test_ragged_epoch_counts_its_last_batch_unless_dropped(
-    write, *, drop_last: bool, updates: int
-) -> None:
-    """100 examples in batches of 32 are 3 whole batches and one of 4.
-
-    Catches: flooring where the ragged batch is trained on.
-    """
-    flag = "training__drop_last" if drop_last else "training__allow_ragged"
-    path = write(data__train=100, snapshots__epochs={}, **{flag: True})
-    assert load_recipe(path).run_specs()[1].updates_per_epoch == updates
-
-
-def test_fraction_of_an_epoch_is_not_rounded_up_by_an_ulp(write) -> None:
-    """A whole number of updates is that number, whatever the fraction's last bit.
-
-    Catches: rounding 12.000000000000004 updates up to 13.
-    """
-    spec = load_recipe(write()).run_specs()[0]
-    assert spec.updates_per_epoch == 12
-    one_and_a_bit = (0.1 + 0.2) / 0.3
-    assert math.ceil(one_and_a_bit * 12) == 13
-    assert spec.updates_at(one_and_a_bit) == 12
-    assert spec.updates_at(0.3) == 4  # 3.6 updates: complete with the fourth
 
 
 def test_run_spec_survives_json_exactly(write) -> None:
@@ -194,7 +173,7 @@ def test_profile_merges_tables_and_replaces_lists(write) -> None:
     assert recipe.data.train == 64
     assert recipe.data.validation == 16
     assert recipe.snapshots.losses == (1.0, 0.5)
-    assert recipe.snapshots.epochs == {"equal_epochs": 2}
+    assert recipe.snapshots.at == {"equal_epochs": Point(epochs=2)}
     assert not recipe.claims
 
 
@@ -205,7 +184,7 @@ def test_another_kind_replaces_its_section_and_an_override_does_not(write) -> No
     """
     path = write(profiles__f1={"model": {"name": "f1"}, "data": {"name": "digits"}})
     recipe = load_recipe(path, profile="f1", overrides={"optimizer.name": "adam"})
-    assert recipe.model == ModelSpec(name="f1")
+    assert recipe.model == F1()
     assert recipe.data.train == 96
     assert (recipe.optimizer.name, recipe.optimizer.learning_rate) == ("adam", 0.1)
 
@@ -293,13 +272,13 @@ def test_measures_and_records_are_in_the_vocabulary() -> None:
         (
             {"training__batch_sise": 8},
             "training.batch_sise: unknown key; did you mean 'batch_size'? Allowed "
-            "here: accumulation, allow_ragged, batch_size, drop_last, loss, stop",
+            "here: batch_size, epoch_end, loss, microbatch, stop",
         ),
         ({"qestion": "x"}, "qestion: unknown key; did you mean 'question'?"),
         (
             {"optimizer__name": "sdg"},
-            "optimizer.name: needs 'sgd', 'adam' or 'adamw', got \"sdg\"; did you mean "
-            "'sgd'?",
+            "optimizer.name: needs 'sgd', 'adam', 'adamw', 'module:function', got "
+            "\"sdg\"; did you mean 'sgd'?",
         ),
         (
             {"seeds__count": "ten"},
@@ -320,10 +299,10 @@ def test_measures_and_records_are_in_the_vocabulary() -> None:
         ({"data": 8}, "data: needs a table, got 8"),
         (
             {"model__name": "f1"},
-            "model: hidden belongs to name = 'mlp', not 'f1'",
+            "model.hidden: unknown key. Allowed here: init, name",
         ),
         (
-            {"training__stop": {"train_loss": 0.1}},
+            {"training__stop": {"loss": 0.1}},
             "training.stop: needs epochs or updates as a bound",
         ),
         (
@@ -334,12 +313,12 @@ def test_measures_and_records_are_in_the_vocabulary() -> None:
             {"data__train": 100},
             "arms.large.set.training.batch_size: needs to divide data.train (100), so "
             "that every update sees as many examples; with 32, batch 4 of each epoch "
-            "would have 4. Choose another number, or set training.drop_last or "
-            "training.allow_ragged",
+            "would have 4. Choose another number, or set training.epoch_end "
+            "to 'drop', 'ragged' or 'run_on'",
         ),
         (
-            {"snapshots__epochs": {"equal_epochs": 3}},
-            "snapshots.epochs.equal_epochs: lies at update 36, after the last that "
+            {"snapshots__at": {"equal_epochs": {"epochs": 3}}},
+            "snapshots.at.equal_epochs.epochs: lies at update 36, after the last that "
             "training.stop allows (24); take it earlier or train longer",
         ),
         (
@@ -365,7 +344,7 @@ def test_measures_and_records_are_in_the_vocabulary() -> None:
             {"grid": {"training.batch_size": []}},
             "grid: arms and a grid exclude each other",
         ),
-        ({"format": 2}, "format: needs 1, got 2"),
+        ({"format": 3}, "format: needs 2, got 3"),
         (
             {"analyses": ["sharpness_vs_batchsize"]},
             "analyses: needs an analysis, one of 'gradient_noise', 'outcomes_by_arm', "
@@ -403,8 +382,8 @@ def test_measures_and_records_are_in_the_vocabulary() -> None:
         (
             {"probe": {"estimator": ["auto", "accumulation"]}},
             "probe.estimator: 'accumulation' compares the micro-batches of an update, "
-            "so that it needs training.accumulation of 2 or more, got 1; raise it, or "
-            "use 'auto'",
+            "so that it needs training.microbatch of at most half of the batch (8), "
+            "got none; set it, or use 'auto'",
         ),
         (
             {"probe": {"estimator": "chunks"}, "model__norm": "batch"},
@@ -490,7 +469,7 @@ def test_all_faults_are_reported_at_once(write) -> None:
         "arms.large.set.training.batch_size",
         "\n  training.batch_size",
         "measure.at.later",
-        "snapshots.epochs.equal_epochs",
+        "snapshots.at.equal_epochs.epochs",
         "contrasts.sharper.treatment",
     ):
         assert f"{key}: " in message, key

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from noisekit.core.errors import CheckpointError
+from noisekit.train.recipes.clock import Position
 from noisekit.train.runs.checkpoint import (
     fingerprint,
     load_checkpoint,
@@ -23,7 +24,11 @@ SPEC = run_spec(
     optimizer={"name": "adam"},
     snapshots={
         "losses": [0.5],
-        "stalled": {"patience_epochs": 1.0, "min_relative_decrease": 0.1},
+        "at": {
+            "stalled": {
+                "stalled": {"patience_epochs": 1.0, "min_relative_decrease": 0.1}
+            }
+        },
     },
 )
 
@@ -40,7 +45,8 @@ def train(state: TrainState, updates: int) -> None:
         state.optimizer.zero_grad()
         state.model(torch.randn(6, 4)).square().mean().backward()
         state.optimizer.step()
-        state.step += 1
+        now = state.position
+        state.position = Position(now.updates + 1, now.examples + 6, now.cursor + 6)
 
 
 def everything(state: TrainState) -> dict[str, torch.Tensor]:
@@ -65,7 +71,7 @@ def test_a_restored_state_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert found.captured is not None
     assert found.faults == ()
     restore(other, None, found.captured)
-    assert other.step == 3
+    assert other.position == Position(3, 18, 18)
     train(other, 4)
     for name, tensor in everything(other).items():
         assert torch.equal(tensor, wanted[name]), name
@@ -74,12 +80,13 @@ def test_a_restored_state_goes_on_with_the_same_bits(tmp_path: Path) -> None:
 def test_bookkeeping_comes_back(tmp_path: Path) -> None:
     """Catches: candidates, crossings or watches that a resume forgets."""
     state = new_state()
-    state.examples_seen, state.seconds, state.ended = 48, 1.25, "why"
+    state.position = Position(7, 48, 50)
+    state.seconds, state.ended = 1.25, "why"
     state.num_rows = {"steps": 7}
     state.taken = ["start"]
     crossing, _ = state.crossings["loss_0.5"].after(0.4)
     state.crossings["loss_0.5"] = crossing
-    state.stalls["snapshot"] = state.stalls["snapshot"].after(2.0, epoch=1.0)
+    state.stalls["stalled"] = state.stalls["stalled"].after(2.0, epoch=1.0)
     seen = Evaluation({"train_loss": 0.4})
     state.candidates["loss_0.5"] = candidate(
         state, {"step": 3, "epoch": 0.375}, seen, name="loss_0.5", kind="loss"
@@ -91,7 +98,7 @@ def test_bookkeeping_comes_back(tmp_path: Path) -> None:
     assert found is not None
     restore(other, None, found)
     for name in (
-        "examples_seen",
+        "position",
         "seconds",
         "ended",
         "num_rows",
@@ -111,7 +118,7 @@ def saved(directory: Path, *steps: int) -> list[Path]:
     state = new_state()
     paths = []
     for step in steps:
-        state.step = step
+        state.position = Position(updates=step)
         paths.append(
             save_checkpoint(directory, capture(state, None), spec=SPEC, threads=1)
         )

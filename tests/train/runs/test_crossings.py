@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from noisekit.train.recipes.run_spec import StalledSpec
+from noisekit.train.recipes.points import StalledSpec
 from noisekit.train.runs.crossings import LossCrossing, StallWatch
 
 

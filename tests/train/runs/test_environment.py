@@ -9,7 +9,7 @@ import torch
 from noisekit.core.errors import DeviceMismatchError, RunDirectoryError
 from noisekit.records import RunDirectory
 from noisekit.train.data.datasets import load_data
-from noisekit.train.recipes.run_spec import ComputeSpec
+from noisekit.train.recipes.sections import ComputeSpec
 from noisekit.train.runs.environment import begin, computing
 from tests.train.run_specs import new_run, run_spec
 

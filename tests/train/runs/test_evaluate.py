@@ -3,9 +3,12 @@
 import torch
 from torch import nn
 
-from noisekit.train.data.datasets import TensorPair
+from noisekit.train.data.section import TensorPair
+from noisekit.train.losses import find_loss
 from noisekit.train.runs.evaluate import correct_examples, evaluate
 from tests.reference.training import mean_loss_and_error
+
+LOSS = find_loss("cross_entropy")
 
 
 def model_and_data() -> tuple[nn.Module, TensorPair]:
@@ -27,7 +30,11 @@ def test_ragged_chunks_weigh_by_examples() -> None:
     wanted = mean_loss_and_error(model, data.inputs, data.targets)
     for batch_size in (37, 10, 1):
         found = evaluate(
-            model, {"train": data}, start=torch.zeros(47), batch_size=batch_size
+            model,
+            {"train": data},
+            LOSS,
+            start=torch.zeros(47),
+            batch_size=batch_size,
         )
         assert abs(found.train_loss - wanted[0]) < 1e-6
         assert found.scores["train_error"] == wanted[1]
@@ -40,8 +47,8 @@ def test_the_model_is_given_back() -> None:
     """
     model, data = model_and_data()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    evaluate(model, {"train": data}, start=torch.zeros(47), batch_size=10)
-    correct_examples(model, data, batch_size=10)
+    evaluate(model, {"train": data}, LOSS, start=torch.zeros(47), batch_size=10)
+    correct_examples(model, data, LOSS, batch_size=10)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, tensor in model.state_dict().items():
@@ -52,7 +59,7 @@ def test_norm_and_distance_are_over_all_parameters() -> None:
     """Catches: a norm of norms; buffers counted as weights."""
     model, data = model_and_data()
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    found = evaluate(model, {"train": data}, start=weights - 2.0, batch_size=37)
+    found = evaluate(model, {"train": data}, LOSS, start=weights - 2.0, batch_size=37)
     norm = weights.double().square().sum().sqrt().item()
     distance = (4.0 * len(weights)) ** 0.5
     assert abs(found.scores["weight_norm"] - norm) < 1e-6
@@ -62,7 +69,7 @@ def test_norm_and_distance_are_over_all_parameters() -> None:
 def test_each_example_is_judged() -> None:
     """Catches: outcomes in another order than the examples."""
     model, data = model_and_data()
-    found = correct_examples(model, data, batch_size=10)
+    found = correct_examples(model, data, LOSS, batch_size=10)
     model.eval()
     one_by_one = [
         int(model(data.inputs[i : i + 1]).argmax()) == int(data.targets[i])

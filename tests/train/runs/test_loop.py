@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from pydantic import JsonValue
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -68,9 +69,9 @@ def first_loss_that_is_no_number(spec: RunSpec) -> int:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("microbatch", [None, 4])
 def test_a_run_is_plain_gradient_descent(
-    momentum: float, accumulation: int, tmp_path: Path
+    momentum: float, microbatch: int | None, tmp_path: Path
 ) -> None:
     """Ten updates equal those by hand, on the same weights and batches, in float64.
 
@@ -79,7 +80,7 @@ def test_a_run_is_plain_gradient_descent(
     """
     spec = run_spec(
         optimizer={"momentum": momentum},
-        training={"accumulation": accumulation, "stop": {"updates": 10}},
+        training={"microbatch": microbatch, "stop": {"updates": 10}},
         compute={"dtype": "float64"},
     )
     runs = run_of(spec, tmp_path)
@@ -137,7 +138,7 @@ def test_layers_are_written_where_asked_for(tmp_path: Path) -> None:
 
 def test_evaluations_are_regular_and_the_last_is_there(tmp_path: Path) -> None:
     """Catches: an evaluation short of the end; step 0 left out."""
-    spec = run_spec(evaluation={"every_updates": 16})
+    spec = run_spec(evaluation={"every": {"updates": 16}})
     assert list(run_of(spec, tmp_path).evaluations["step"]) == [0, 16, 32, 40]
 
 
@@ -146,7 +147,9 @@ def test_epochs_and_updates_give_snapshots(tmp_path: Path) -> None:
 
     Catches: snapshots one update late.
     """
-    spec = run_spec(snapshots={"epochs": {"early": 1.5}, "updates": {"later": 21}})
+    spec = run_spec(
+        snapshots={"at": {"early": {"epochs": 1.5}, "later": {"updates": 21}}}
+    )
     runs = run_of(spec, tmp_path)
     assert by_snapshot(runs)["step"].to_dict() == {
         "start": 0,
@@ -168,7 +171,7 @@ def test_a_crossing_has_the_weights_of_its_first_evaluation(tmp_path: Path) -> N
     crossing that the end of training leaves unconfirmed.
     """
     spec = run_spec(
-        evaluation={"every_updates": 2},
+        evaluation={"every": {"updates": 2}},
         snapshots={"losses": [1.5, 0.5, 0.001], "sustain": 3},
         training={"stop": {"updates": 160}},
     )
@@ -192,7 +195,7 @@ def test_a_crossing_has_the_weights_of_its_first_evaluation(tmp_path: Path) -> N
 
 def test_a_reached_loss_ends_the_run(tmp_path: Path) -> None:
     """Catches: a run that goes on to its bound."""
-    spec = run_spec(training={"stop": {"updates": 500, "train_loss": 1.0}})
+    spec = run_spec(training={"stop": {"updates": 500, "loss": 1.0}})
     runs = run_of(spec, tmp_path)
     last = runs.evaluations.iloc[-1]
     assert last["train_loss"] <= 1.0
@@ -203,8 +206,10 @@ def test_a_reached_loss_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_stalled_loss_ends_the_run_or_only_marks_it(tmp_path: Path) -> None:
     """Catches: one watch for both, so that marking a stall ends the run."""
-    stalled = {"patience_epochs": 1.0, "min_relative_decrease": 0.3}
-    marked = run_of(run_spec(snapshots={"stalled": stalled}), tmp_path)
+    stalled: JsonValue = {"patience_epochs": 1.0, "min_relative_decrease": 0.3}
+    marked = run_of(
+        run_spec(snapshots={"at": {"stalled": {"stalled": stalled}}}), tmp_path
+    )
     ended = run_of(
         run_spec(
             run_id="ended", training={"stop": {"updates": 40, "stalled": stalled}}
@@ -225,8 +230,8 @@ def test_a_diverged_run_is_a_result(tmp_path: Path) -> None:
     """
     spec = run_spec(
         optimizer={"learning_rate": 1e12},
-        evaluation={"every_updates": 40},
-        snapshots={"updates": {"late": 30}},
+        evaluation={"every": {"updates": 40}},
+        snapshots={"at": {"late": {"updates": 30}}},
         measure={"everywhere": ["grad_norm"]},
     )
     run = new_run(spec, tmp_path)

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from noisekit.records import Runs, open_runs
 from noisekit.sharpness import SHARPNESS_MEASURES
-from noisekit.train.data.datasets import TensorPair, load_data
+from noisekit.train.data.datasets import load_data
+from noisekit.train.data.section import TensorPair
 from noisekit.train.models import build_model
 from noisekit.train.runs.loop import train_run
 from noisekit.train.runs.progress import ProgressEvent
@@ -35,7 +36,7 @@ SPEC = run_spec(
     model={"name": "mlp", "hidden": [4]},
     training={"stop": {"updates": 60}},
     schedule={"name": "cosine"},
-    snapshots={"updates": {"late": 60}},
+    snapshots={"at": {"late": {"updates": 60}}},
     measure={
         "at": {"final": EVERYTHING, "late": ["grad_norm", "hessian_trace"]},
         "settings": {
@@ -265,7 +266,7 @@ def test_every_measure_of_sharpness_can_stand_in_a_recipe(tmp_path: Path) -> Non
         data={"train": 40, "validation": 16, "test": 16},
         model={"name": "mlp", "hidden": [4], "norm": "batch"},
         optimizer=rule,
-        training={"stop": {"updates": 20}},
+        training={"epoch_end": "ragged", "stop": {"updates": 20}},
         evaluation={"batch_size": 20},
         measure={
             "at": {"final": sorted(SHARPNESS_MEASURES)},

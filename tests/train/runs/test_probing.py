@@ -57,7 +57,7 @@ def test_batch_norm_is_read_at_the_ghost_size(tmp_path: Path) -> None:
         seed=spec.seed,
     )
     norms = []
-    for rows in BatchOrder(spec, num_examples=128, device="cpu").indices(0).chunk(4):
+    for rows in BatchOrder(0, num_examples=128, device="cpu").indices(0, 128).chunk(4):
         loss = cross_entropy(model(data.train.inputs[rows]), data.train.targets[rows])
         grads = torch.autograd.grad(loss, list(model.parameters()))
         norms.append(sum(float(grad.double().square().sum()) for grad in grads))

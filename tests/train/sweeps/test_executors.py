@@ -58,7 +58,7 @@ def test_killed_worker_takes_only_its_own_run(tmp_path: Path) -> None:
             os.kill(worker.pid, signal.SIGKILL)
 
     # Long enough that the signal finds the run at work.
-    long = {"training.stop.updates": "4000", "evaluation.every_updates": "1000"}
+    long = {"training.stop.updates": "4000", "evaluation.every.updates": "1000"}
     recipe = load_recipe(TINY, overrides=long)
     with pytest.raises(RunFailedError) as caught:
         sweep.run(recipe, tmp_path, workers=1, progress=kill)
