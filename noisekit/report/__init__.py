@@ -36,7 +36,7 @@ from noisekit.report.instrument_checks import (
     rank_table,
 )
 from noisekit.report.own_loop import own_loop_result
-from noisekit.report.page import build_report
+from noisekit.report.page_model import build_report
 from noisekit.report.provenance import provenance_of
 from noisekit.report.recipe_view import (
     arm_settings,

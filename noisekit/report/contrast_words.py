@@ -41,6 +41,7 @@ class ContrastRow:
     interval: str
     level: str
     pairs: str
+    images: bool
     margin: str
     verdict: str
     reason: str
@@ -74,6 +75,7 @@ def contrast_rows(
                 interval=_interval(result),
                 level=_level(result),
                 pairs=_pairs(result),
+                images="images" in result.error_over,
                 margin=_margin(contrast),
                 verdict=str(result.verdict),
                 reason=typeset(result.reason),
@@ -279,5 +281,4 @@ def _unit(contrast: Contrast) -> tuple[float, str]:
 def _pairs(result: ContrastResult) -> str:
     missing = f", {result.num_missing} missing" if result.num_missing else ""
     noun = "pair" if result.num_pairs == 1 else "pairs"
-    images = ", error over images too" if "images" in result.error_over else ""
-    return f"{result.num_pairs} {noun}{missing}{images}"
+    return f"{result.num_pairs} {noun}{missing}"

@@ -1,4 +1,4 @@
-"""The content of the page, in order, ready for the template."""
+"""One self-contained HTML page: its content in order, and the file."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,17 +6,24 @@ from itertools import count
 from pathlib import Path
 from urllib.parse import quote
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from noisekit.core.errors import StorageError
 from noisekit.core.vocabulary import Quantity
 from noisekit.figures import FORMATS
+from noisekit.records.files import write_bytes_atomic
 from noisekit.report.contrast_words import ContrastRow, contrast_rows
 from noisekit.report.formatting import Cell, glossary, table_cells
 from noisekit.report.inline_svg import inline_svg
+from noisekit.report.methods import method_sentences, references
 from noisekit.report.results import AnalysisResult, Provenance, Rule, Table
 from noisekit.report.typography import typeset
 
 _LONG_TABLE = 24  # rows; a longer one scrolls inside its frame
+_WIDEST = 40  # characters of a cell, beyond which its text breaks
+_SCREENS = ((110, "any-screen"), (80, "medium-screen"), (36, "small-screen"))
+"""Width of a table in characters, and the screens on which it then scrolls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,7 @@ class TableView:
     head: list[Cell]
     rows: list[list[Cell]]
     long: bool
+    hint: str
     links: tuple[Link, ...]
 
 
@@ -89,7 +97,39 @@ class Page:
     provenance: Provenance
     faults: tuple[str, ...]
     runs: TableView | None
+    methods: tuple[str, ...]
     glossary: list[tuple[Quantity, Markup]]
+    references: str
+
+
+def build_report(
+    results: Sequence[AnalysisResult], provenance: Provenance, out: Path | str
+) -> Path:
+    """Write the report as one HTML file and return its path.
+
+    The first result leads the page, the others follow in order. Figures are part of
+    the file; links to files under ``analyses/<name>/`` beside it are made for those
+    that are there. Whatever came from a file is escaped.
+
+    Args:
+        results: What the analyses found; none for runs that claim nothing.
+        provenance: Where the numbers come from.
+        out: The file; one that is there is replaced as a whole.
+
+    Raises:
+        StorageError: If the file cannot be written; one that was there stays.
+    """
+    path = Path(out)
+    page = page_of(results, provenance, beside=path.parent)
+    text = _environment().get_template("template.html.j2").render(page=page)
+    try:
+        write_bytes_atomic(path, text.encode())
+    except StorageError as error:
+        raise StorageError(
+            f"the report needs a file that can be written, got {path}: "
+            f"{error.__cause__}. Free some space or name another file."
+        ) from error
+    return path
 
 
 def page_of(
@@ -117,13 +157,17 @@ def page_of(
         )
         for place, result in enumerate(results, start=1)
     )
+    terms = glossary(results)
+    quantities = [quantity for quantity, _ in terms]
     told = {warning for result in results for warning in result.warnings}
     return Page(
         articles=articles,
         provenance=provenance,
         faults=tuple(fault for fault in provenance.faults if fault not in told),
         runs=_table(provenance.runs, "runs", provenance) if provenance.runs else None,
-        glossary=glossary(results),
+        methods=method_sentences(results, quantities),
+        glossary=terms,
+        references=references(provenance, quantities),
     )
 
 
@@ -185,8 +229,19 @@ def _table(
         head=head,
         rows=rows,
         long=len(rows) > _LONG_TABLE,
+        hint=_scroll_hint(head, rows),
         links=links,
     )
+
+
+def _scroll_hint(head: Sequence[Cell], rows: Sequence[Sequence[Cell]]) -> str:
+    """Return on which screens the table is wider than the page, for its hint."""
+    columns = zip(head, *rows, strict=True)
+    widths = [
+        max(min(len(cell.text), _WIDEST) for cell in column) for column in columns
+    ]
+    width = sum(widths) + 2 * len(widths)  # characters, gaps included
+    return next((name for least, name in _SCREENS if width > least), "")
 
 
 def _links(
@@ -201,4 +256,14 @@ def _links(
         )
         for ending, path in paths.items()
         if (beside / path).is_file()
+    )
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("noisekit.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )

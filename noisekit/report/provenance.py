@@ -32,6 +32,7 @@ def provenance_of(runs: Runs, *, analysis_seconds: float | None = None) -> Prove
         arms={arm: style.label for arm, style in arm_styles(runs.runs).items()},
         runs=_run_table(runs),
         recipe=tomli_w.dumps(_without_none(runs.recipe)) if runs.recipe else "",
+        source=str(runs.recipe.get("source", "")),
         data=dict(first.data),
         versions=dict(first.versions),
         host=dict(first.host),

@@ -96,6 +96,7 @@ class Provenance:
         arms: How figures and text call each arm.
         runs: One row per run, with its status.
         recipe: The recipe, as text.
+        source: The papers that the experiment rests on, as the recipe names them.
         data: What is known of the data: name, origin, digest.
         versions: Versions of the software.
         host: Facts of the machine.
@@ -108,6 +109,7 @@ class Provenance:
     arms: Mapping[str, str] = field(default_factory=dict)
     runs: Table | None = None
     recipe: str = ""
+    source: str = ""
     data: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     host: Mapping[str, str] = field(default_factory=dict)

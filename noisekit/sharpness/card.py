@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from noisekit.core.citations import bibtex
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Reduction
 from noisekit.core.results import Estimate, Status
 from noisekit.core.vocabulary import INVARIANCES, Invariance
-from noisekit.sharpness.citations import bibtex
 from noisekit.sharpness.measurement import Detail, Measure
 
 if TYPE_CHECKING:

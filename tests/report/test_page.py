@@ -32,8 +32,8 @@ def page(tmp_path: Path) -> PageReader:
     return read(build_report([result()], provenance(), tmp_path / "report.html"))
 
 
-def test_the_page_reads_from_answer_to_glossary(page: PageReader) -> None:
-    """Broken rules come before the verdicts, the list of all rules after the tables.
+def test_the_page_reads_from_answer_to_reproduction(page: PageReader) -> None:
+    """That a rule is broken comes before the verdicts, all rules after the tables.
 
     Catches: rules that are met before the verdicts; the recipe on top.
     """
@@ -43,17 +43,20 @@ def test_the_page_reads_from_answer_to_glossary(page: PageReader) -> None:
         "It was 2.4 times sharper.",
         "1 of 2 rules of a fair test is broken",
         "Ten or more paired seeds",
-        "The twin is sharper.",
         "Contrasts and verdicts",
         "Figure 1. A line.",
         "Table 1. Noise by arm.",
         "Rules of a fair test",
         "1 of 2 are met",
         "Every run is complete",
-        "Where this comes from",
-        "noisekit run toy --profile demo --out DIR",
-        'name = "toy"',
+        "The twin is sharper.",
+        "Methods",
         quantity("variance_trace").definition,
+        "mccandlish2018empirical",
+        "Where this comes from",
+        'name = "toy"',
+        "Cost",
+        "noisekit run toy --profile demo --out DIR",
     )
     assert found == sorted(found)
 

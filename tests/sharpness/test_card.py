@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.citations import CITATIONS
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk
@@ -32,7 +33,6 @@ from noisekit.sharpness import (
     measure,
     worst_case_sharpness,
 )
-from noisekit.sharpness.citations import CITATIONS
 from noisekit.sharpness.data_error import curvature_parts, data_stderr
 from noisekit.sharpness.measures import MEASURES, chosen_measures
 from tests.reference import sharpness as reference

@@ -1,4 +1,4 @@
-"""The papers whose measures these are, as BibTeX."""
+"""The papers behind measures, noise scales and experiments, as BibTeX."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -61,6 +61,45 @@ CITATIONS: Mapping[str, Citation] = MappingProxyType(
                 2017,
                 _ICLR,
                 "1609.04836",
+            ),
+            Citation(
+                "mccandlish2018empirical",
+                "McCandlish et al. 2018",
+                "McCandlish, Sam and Kaplan, Jared and Amodei, Dario and {OpenAI Dota "
+                "Team}",
+                "An Empirical Model of Large-Batch Training",
+                2018,
+                arxiv="1812.06162",
+            ),
+            Citation(
+                "hoffer2017train",
+                "Hoffer et al. 2017",
+                "Hoffer, Elad and Hubara, Itay and Soudry, Daniel",
+                "Train Longer, Generalize Better: Closing the Generalization Gap in "
+                "Large Batch Training of Neural Networks",
+                2017,
+                "Proceedings of Advances in Neural Information Processing Systems",
+                "1705.08741",
+            ),
+            Citation(
+                "jastrzebski2018three",
+                "Jastrzebski et al. 2018",
+                "Jastrz{\\k{e}}bski, Stanis{\\l}aw and Kenton, Zachary and Arpit, "
+                "Devansh and Ballas, Nicolas and Fischer, Asja and Bengio, Yoshua and "
+                "Storkey, Amos",
+                "Three Factors Influencing Minima in SGD",
+                2018,
+                arxiv="1711.04623",
+            ),
+            Citation(
+                "balles2017coupling",
+                "Balles, Romero and Hennig 2017",
+                "Balles, Lukas and Romero, Javier and Hennig, Philipp",
+                "Coupling Adaptive Batch Sizes with Learning Rates",
+                2017,
+                "Proceedings of the Conference on Uncertainty in Artificial "
+                "Intelligence",
+                "1612.05086",
             ),
             Citation(
                 "foret2021sharpness",
@@ -209,6 +248,11 @@ CITATIONS: Mapping[str, Citation] = MappingProxyType(
         )
     }
 )
+
+
+def cited_in(text: str) -> list[Citation]:
+    """Return the papers whose arXiv numbers stand in ``text``."""
+    return [c for c in CITATIONS.values() if c.arxiv and f"arXiv:{c.arxiv}" in text]
 
 
 def bibtex(keys: Iterable[str]) -> str:
