@@ -236,9 +236,9 @@ def _table(
 
 def _scroll_hint(head: Sequence[Cell], rows: Sequence[Sequence[Cell]]) -> str:
     """Return on which screens the table is wider than the page, for its hint."""
-    columns = zip(head, *rows, strict=True)
     widths = [
-        max(min(len(cell.text), _WIDEST) for cell in column) for column in columns
+        max(min(len(cell.text), _WIDEST) for cell in column)
+        for column in zip(head, *rows, strict=True)
     ]
     width = sum(widths) + 2 * len(widths)  # characters, gaps included
     return next((name for least, name in _SCREENS if width > least), "")
