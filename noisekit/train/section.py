@@ -47,9 +47,10 @@ class OwnSection(Section):
 
     Attributes:
         name: The function, or class, that is called with the arguments.
-    """
 
-    model_config = ConfigDict(extra="allow")
+    A class that inherits from this and from another section states ``extra="allow"``
+    itself: pydantic takes the last base's configuration.
+    """
 
     name: Annotated[str, Field(pattern=PATTERN)]
 

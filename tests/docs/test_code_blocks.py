@@ -27,6 +27,7 @@ def test_python_blocks_run(
     Catches: a name, a keyword or a column that the page still has and the code not.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # modules that a page writes
     blocks = BLOCK.findall((ROOT / page).read_text())
     assert blocks, page
     # A script file under a main guard, since workers are spawned processes.

@@ -76,7 +76,7 @@ class Gaussian(DataSection):
         return Pools(pool, None, classes, origin)
 
 
-class OwnData(OwnSection, DataSection):
+class OwnData(OwnSection, DataSection, extra="allow"):
     """The user's own data set: ``module:function``, called with the other keys.
 
     The function returns the inputs and integer targets of all examples, or

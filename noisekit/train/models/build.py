@@ -17,7 +17,7 @@ from noisekit.train.references import resolve
 from noisekit.train.section import OWN, OwnSection, kind_of
 
 
-class OwnNetwork(OwnSection, NetworkSection):
+class OwnNetwork(OwnSection, NetworkSection, extra="allow"):
     """The user's own network: ``module:function``, called with the other keys.
 
     The function, or class, takes the keyword arguments ``input_shape`` and

@@ -105,7 +105,7 @@ class AdamW(_AdamSection):
         return self._build(torch.optim.AdamW, parameters)
 
 
-class OwnOptimizer(OwnSection, OptimizerSection):
+class OwnOptimizer(OwnSection, OptimizerSection, extra="allow"):
     """The user's own optimizer: ``module:Class``, called with the other keys.
 
     The class, or function, takes the parameters, ``lr`` and the other keys.
