@@ -65,6 +65,10 @@ class ProbeWarning(UserWarning):
     """A probe could not read a step; training has gone on."""
 
 
+class ProbeAdvice(ProbeWarning):
+    """A step has no noise or a part of it, or another probe reads the same steps."""
+
+
 class DataNotFoundError(NoisekitError, FileNotFoundError):
     """A data set is not on this machine; the message lists the ways to get it."""
 

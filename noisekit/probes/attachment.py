@@ -1,15 +1,17 @@
 """Attaching a probe to a model and its optimizer, after all checks."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from noisekit.core.errors import NoParametersError
+from noisekit.core.errors import NoParametersError, ProbeAdvice
 from noisekit.core.params import layout_of, select_parameters
 from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.replicas import Replicas
 from noisekit.probes.capture.targets import target_of
+from noisekit.probes.optimizer_steps import is_attached
 from noisekit.probes.options import ProbeOptions
 from noisekit.probes.probe import Probe
 from noisekit.probes.validation import check_model, check_optimizer, check_ranks
@@ -34,6 +36,14 @@ def attach_probe(
     check_model(model)
     target = target_of(model)
     optimizer = check_optimizer(optimizer, target.model)
+    if is_attached(optimizer):
+        warnings.warn(
+            "another probe reads the steps of this optimizer already, at its own cost; "
+            "detach it if this is a notebook cell run again, or write `with "
+            "nk.attach(...) as probe:`.",
+            ProbeAdvice,
+            stacklevel=3,
+        )
     replicas = Replicas(target.wrapper)
     estimators, metrics = options.estimators(), options.metrics()
     check_ranks(options, [e.name for e in estimators], target, replicas.ranks)

@@ -19,6 +19,7 @@ class OptimizerSteps:
 
     Attributes:
         num_evaluations: Evaluations of the last step's closure; 0 without one.
+        optimizer: The optimizer.
         clip_factor: What the gradient's norm was multiplied by since it was read, in
             the last step; ``None`` where no gradient was read.
     """
@@ -32,7 +33,7 @@ class OptimizerSteps:
     ) -> None:
         self.num_evaluations = 0
         self.clip_factor: Tensor | float | None = None
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._recorder = recorder
         self.faults = recorder.faults
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -68,13 +69,13 @@ class OptimizerSteps:
 
         Others are not called for such a step.
         """
-        found_inf = getattr(self._optimizer, "found_inf", None)
+        found_inf = getattr(self.optimizer, "found_inf", None)
         if self._scaler is None or not isinstance(found_inf, Tensor):
             return None
         return found_inf
 
     def _num_trainable(self) -> int:
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
         return sum(p.requires_grad for group in groups for p in group["params"])
 
     @property
@@ -115,7 +116,13 @@ class OptimizerSteps:
         factor = self._recorder.clip_factor()
         scale = self.loss_scale
         # A fused optimiser unscales in its own kernel, after this.
-        scaled = getattr(self._optimizer, "grad_scale", None) is not None
+        scaled = getattr(self.optimizer, "grad_scale", None) is not None
         if isinstance(factor, Tensor) and scale is not None and not scaled:
             factor = factor * scale
         self.clip_factor = factor
+
+
+def is_attached(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a probe reads the optimizer's steps already."""
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    return any(isinstance(getattr(h, "__self__", 0), OptimizerSteps) for h in hooks)

@@ -1,6 +1,7 @@
 """The probe: a reading per optimiser step of somebody's training loop."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from noisekit.core.distributed import Ranks
-from noisekit.core.errors import BatchSizeError, UsageError
+from noisekit.core.errors import BatchSizeError, ProbeAdvice, UsageError
 from noisekit.core.evaluation_mode import call_model
 from noisekit.core.randomness import preserve_rng_state
-from noisekit.core.results import Estimate, Status
+from noisekit.core.results import Estimate
 from noisekit.core.risk import LossFn
 from noisekit.probes.capture.hooks import is_suspended, suspend_recording
 from noisekit.probes.capture.recorder import Recorder
@@ -60,6 +61,8 @@ class Probe:
         self._options = options
         self._history = ReadingHistory(options.sinks)
         self._at_the_end: list[Callable[[], object]] = []
+        self._lacking, self._has_advised = "", False
+        recorder.on_unstepped = self._on_unstepped
         self._context = _context(recorder, optimizer, options, estimators)
         self._estimators = EstimatorSet(estimators, self._context)
         self._metrics = MetricSet(metrics, self._context)
@@ -83,8 +86,10 @@ class Probe:
         self._prepare()
 
     def __repr__(self) -> str:
-        """Write how much was read; nothing is waited for."""
-        return f"<Probe: {self._history.num_taken} readings in {self.step} steps>"
+        """Write how much was read, and what the last reading lacks."""
+        lacking = f"; {self._lacking}" if self._lacking else ""
+        taken, steps = self._history.num_taken, self.step
+        return f"<Probe: {taken} readings in {steps} steps{lacking}>"
 
     def _leave_compiled_calls(self) -> None:
         """Replay compiled parts only where it was asked for: it is a second pass."""
@@ -140,6 +145,38 @@ class Probe:
                 pending = result.reading()
         if pending is not None:
             self._history.add(pending)
+        self._note_lacking(result)
+
+    def _note_lacking(self, result: StepResult | None) -> None:
+        """Warn once of a step whose noise is missing, or covers a part only."""
+        if result is None:
+            self._lacking = (
+                "nothing was read: the parameters had no gradient when the optimizer "
+                "stepped; step after backward(), and attach with the optimizer that "
+                "is stepped"
+            )
+        else:
+            self._lacking = result.lacking()
+        if self._lacking and not self._recorder.plan.stale:  # else it tries another way
+            self._advise(f"step {self.step}: {self._lacking}")
+
+    def _on_unstepped(self) -> None:
+        """Warn that gradients come and go without a step of the optimizer."""
+        kind = type(self._steps.optimizer).__name__
+        if self.step == 0:
+            self._lacking = (
+                f"gradients were zeroed again and again without a step of the {kind}; "
+                "attach with the optimizer whose step() the loop calls, such as the "
+                "one inside a wrapper"
+            )
+            self._advise(self._lacking)
+
+    def _advise(self, text: str) -> None:
+        """Warn, the first time only, and not of what was warned of as a fault."""
+        if self._has_advised or self._recorder.faults.has_warned:
+            return
+        self._has_advised = True
+        warnings.warn(f"{text}. Training goes on.", ProbeAdvice, stacklevel=2)
 
     @contextmanager
     def _faults_reported(self) -> Iterator[None]:
@@ -283,7 +320,9 @@ class Probe:
 
         A ratio of averages with Fieller's interval, errors by a block jackknife over
         steps; unbounded where the signal is not resolved, never clamped. Weights move
-        while training, so that this is an average over those of the window.
+        while training, so that this is an average over those of the window. Readings
+        that are not finite, or cover other parameters than most, are left out; the
+        estimate's note says how many, or why there is none.
 
         Args:
             window: How many readings count, the last one included; all that are kept
@@ -300,12 +339,9 @@ class Probe:
         self._estimators.check_asked(estimator)
         if window is not None and window < 1:
             raise UsageError(f"window needs to be 1 or more readings, got {window}.")
-        found = self._history.noise_scale(
+        return self._history.noise_scale(
             window=window, estimator=estimator, population_size=population_size
         )
-        if found is None:
-            return Estimate(math.nan, status=Status.UNAVAILABLE)
-        return found.simple_noise_scale
 
     def measure(self, inputs: Any, targets: Any) -> Reading:
         """Read a batch at the present weights, off the training path.
@@ -394,6 +430,7 @@ class Probe:
             "examples_seen": self.examples_seen,
             "num_readings": self._history.num_taken,
             "replayed": self._recorder.plan.replayed,
+            "left_out": self._recorder.plan.named_left_out,
             "noise": self._estimators.state_dict(),
             "quantities": self._metrics.state_dict(),
         }
@@ -413,7 +450,7 @@ class Probe:
         self.step = int(state["step"])
         self._seen.restart(int(state["examples_seen"]))
         self._history.num_taken = int(state["num_readings"])
-        self._recorder.plan.replay(state["replayed"])
+        self._recorder.plan.replay(state["replayed"], left_out=state["left_out"])
         self._estimators.load_state_dict(state["noise"])
         self._metrics.load_state_dict(state["quantities"])
         if self.step > 0:

@@ -68,6 +68,9 @@ class StepResult:
             blank |= estimator_columns(name, None)
         for metric in self.states:
             blank |= dict.fromkeys(metric.columns(), math.nan)
+        for name, noise in self.noise.found.items():
+            if noise is not own and noise.unread:
+                missing[name] = f"it covers a part: {next(iter(noise.unread.values()))}"
         if isinstance(tokens, Unavailable):
             missing["tokens"], tokens = tokens.reason, None
         bare = self._reading(own, tokens, missing)
@@ -75,6 +78,11 @@ class StepResult:
         for metric, why in absent.items():
             missing[metric.name] = why
         return self._reading(own, tokens, missing, quantities, blank)
+
+    def lacking(self) -> str:
+        """What the noise of the step lacks on this rank; empty where nothing."""
+        coverage = self._coverage(self.noise.noise, {})
+        return "" if coverage.complete else str(coverage)
 
     def _quantities(
         self, reading: Reading
@@ -118,7 +126,11 @@ class StepResult:
             None if noise is None else noise.layer_moments,
             self.gradient,
             None if noise is None else noise.example_sq_norms,
-            {name: found.moments for name, found in self.noise.found.items()},
+            {
+                name: found.moments
+                for name, found in self.noise.found.items()
+                if found is own or not found.unread
+            },
             self.unit,
             tokens,
             self.clip_factor,

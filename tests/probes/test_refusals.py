@@ -238,6 +238,6 @@ def test_what_needs_the_loss_asks_for_it(call: Callable[..., object]) -> None:
 def test_a_foreign_state() -> None:
     model = mlp()
     probe = attach(model, sgd(model))
-    message = "got a state without examples_seen, noise, num_readings, quantities, "
+    message = "got a state without examples_seen, left_out, noise, num_readings, quan"
     with pytest.raises(UsageError, match=message):
         probe.load_state_dict({"step": 3})

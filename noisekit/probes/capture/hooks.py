@@ -117,12 +117,13 @@ class Faults:
     Attributes:
         on_error: Whether faults are raised, or end the reading with one warning.
         reason: Why the present step cannot be read; empty while nothing is wrong.
+        has_warned: Whether a fault was warned of.
     """
 
     def __init__(self, on_error: OnError = "raise") -> None:
         self.on_error = on_error
         self.reason = ""
-        self._has_warned = False
+        self.has_warned = False
 
     def note(self, error: Exception) -> None:
         """Raise ``error``, or end the step's reading because of it."""
@@ -133,9 +134,9 @@ class Faults:
         """Raise ``error``, or warn of it, the first time only."""
         if self.on_error == "raise":
             raise error
-        if self._has_warned:
+        if self.has_warned:
             return
-        self._has_warned = True
+        self.has_warned = True
         warnings.warn(
             f"a probe could not read a step, and training goes on. {_reason(error)} "
             "Later faults are in the readings' coverage alone; attach with "

@@ -6,7 +6,7 @@ gradient has been accumulated the norms are computed; at the end the gradient's 
 norm is taken, before anybody clips it. ``take`` hands over what has gathered.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -42,6 +42,8 @@ from noisekit.probes.capture.step_record import (
 from noisekit.probes.capture.targets import eagerly
 from noisekit.probes.capture.unit_norms import UnitNorms
 
+_UNSTEPPED = 8
+"""Backward passes in a row whose gradients may be zeroed without a step."""
 _MOST_FAILURES = 3
 """Readings in which replaying the whole model may fail before it is given up."""
 
@@ -62,6 +64,7 @@ class Recorder:
         units: What is read of the layers' calls.
         own_gradients: Gathers the norms of micro-batches' own gradients.
         signed: Runs backward passes with random signs, where they are asked for.
+        on_unstepped: Called where gradients are zeroed without any step.
         listener: Told of parameters' calls and of gradients, beside the norms.
         faults: What has gone wrong in this step.
         verified: Whether the closure held when it was last checked, or is known not to.
@@ -96,6 +99,7 @@ class Recorder:
         self.own_gradients.reduced = self.replicas.wrapped
         self.signed: SignedBackward | None = None
         self.listener: GradientListener | None = None
+        self.on_unstepped: Callable[[], None] | None = None
         self.verified = False
         self._has_held = False
         self._reduces, self._unreduced = True, False
@@ -212,6 +216,8 @@ class Recorder:
         """Notice the first hook of a backward pass, before anything is accumulated."""
         if self._tasks.enter(torch._C._current_graph_task_id()):
             self._record.start(self._watch.before())
+            if self._record.num_discarded == _UNSTEPPED and self.on_unstepped:
+                self.on_unstepped()
         return self._tasks
 
     @guarded

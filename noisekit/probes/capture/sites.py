@@ -119,10 +119,19 @@ class SitePlan:
         names = list(self._parameters)
         return {names[index]: path for index, path in self._replayed.items()}
 
-    def replay(self, paths: Mapping[str, str]) -> None:
-        """Widen as another plan of the same model has; see ``replayed``."""
+    @property
+    def named_left_out(self) -> dict[str, str]:
+        """Why parameters are read nowhere any more, by name."""
+        names = list(self._parameters)
+        return {names[index]: reason for index, reason in self.left_out.items()}
+
+    def replay(
+        self, paths: Mapping[str, str], *, left_out: Mapping[str, str] | None = None
+    ) -> None:
+        """Widen and leave out as another plan of the same model has."""
         names = list(self._parameters)
         self._replayed = {names.index(name): path for name, path in paths.items()}
+        self.left_out = {names.index(n): why for n, why in (left_out or {}).items()}
         self.stale = True
 
     def refresh(self) -> bool:
