@@ -1,5 +1,6 @@
 """Eigenpairs against known spectra, with honest residuals and statuses."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from noisekit.core.results import ErrorSource, Status
 from noisekit.curvature import HessianOperator, top_eigenpairs
 from tests.cases import CASES, RAGGED, Case, mlp, seeded
 from tests.reference import curvature as reference
+from tests.reference import sharpness as sharpness_reference
 
 SEEDS = range(20)
 
@@ -186,7 +188,103 @@ def test_several_values_miss_none() -> None:
         operator = Diagonal(spectrum, torch.float32)
         pairs = top_eigenpairs(operator, 5, generator=seeded_generator(seed))
         np.testing.assert_allclose(pairs.values, spectrum[:5], rtol=1e-3)
-        assert pairs.num_matvecs <= 25
+        assert pairs.num_matvecs - pairs.num_copy_matvecs <= 25
+        assert pairs.num_copy_matvecs <= 25
+
+
+COPIES = [0.853] * 9 + [0.435] * 3 + [0.225, *np.linspace(-0.1, 0.1, 300)]
+BELOW_ZERO = [-1.0] * 4 + list(np.linspace(-9, -2, 200))
+
+
+@pytest.mark.parametrize("values", [COPIES, BELOW_ZERO], ids=["copies", "below zero"])
+@pytest.mark.parametrize(("which", "k"), [("LA", 3), ("SA", 3), ("BE", 5)])
+def test_each_value_comes_as_often_as_it_occurs(
+    values: list[float], which: str, k: int
+) -> None:
+    """Vectors of one value are orthogonal, and residuals bound the misfit.
+
+    Catches: one copy of each, since a Krylov space holds one; known vectors that are
+    projected out to zero, above every negative value.
+    """
+    rising = np.sort(values)
+    falling = rising[::-1]
+    by_turns = np.stack([falling[:k], rising[:k]], 1).ravel()
+    want = {"LA": falling, "SA": rising, "BE": by_turns}[which][:k]
+    operator = Diagonal(values, torch.float64)
+    pairs = top_eigenpairs(
+        operator, k, which=which, max_matvecs=600, generator=seeded_generator(0)
+    )
+    np.testing.assert_allclose(pairs.values, want, atol=2e-3 * np.abs(values).max())
+    products = torch.tensor(values).double()[:, None] * pairs.vectors
+    misfit = (products - pairs.vectors * pairs.values).norm(dim=0)
+    assert bool((misfit <= 1.01 * pairs.residuals + 1e-12).all())
+    gram = pairs.vectors.T @ pairs.vectors
+    np.testing.assert_allclose(gram, np.eye(k), atol=1e-5)
+    assert pairs.copies_counted
+    assert 0 < pairs.num_copy_matvecs < pairs.num_matvecs
+
+
+def test_a_softmax_at_zero_weights_has_nine_tops() -> None:
+    """The Hessian of ten equal classes has each eigenvalue nine times.
+
+    Catches: the second different value in the place of the second.
+    """
+    torch.manual_seed(0)
+    model = nn.Linear(20, 10).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    data = [(torch.randn(50, 20).double(), torch.randint(10, (50,)))]
+    H = HessianOperator(model, nn.CrossEntropyLoss(), data)
+    dense = torch.linalg.eigvalsh(H.to_dense())
+    pairs = top_eigenpairs(H, 4, generator=seeded_generator(0))
+    np.testing.assert_allclose(pairs.values, dense.flip(0)[:4], rtol=1e-3)
+
+
+def test_a_search_for_copies_that_was_cut_short_is_told() -> None:
+    """Catches: a list that looks complete when the budget ended the search."""
+    operator = Diagonal(COPIES, torch.float64)
+    pairs = top_eigenpairs(operator, 3, max_matvecs=14, generator=seeded_generator(0))
+    assert pairs.converged
+    assert not pairs.copies_counted
+    assert str(pairs).endswith("each at least as often as listed; raise max_matvecs")
+    whole = top_eigenpairs(operator, 3, generator=seeded_generator(0))
+    assert "at least" not in str(whole)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_residuals_hold_where_the_loss_is_nearly_zero(scale: int) -> None:
+    """In single precision a fitted softmax loses its digits, the same at each product.
+
+    Catches: 1.188e-5 with a residual of 3e-10 where 1.170e-5 is right.
+    """
+    torch.manual_seed(0)
+    inputs = torch.randn(40, 5)
+    targets = (inputs @ torch.randn(3, 5).T).argmax(1)
+    model, loss_fn = built_and_fitted(inputs, targets), nn.CrossEntropyLoss()
+    with torch.no_grad():
+        model[2].weight.mul_(scale)
+    data = [(inputs, targets)]
+    pairs = top_eigenpairs(HessianOperator(model, loss_fn, data))
+    twin = copy.deepcopy(model).double()
+    loss = sharpness_reference.flat_loss(twin, loss_fn, inputs.double(), targets)
+    hessian = sharpness_reference.dense_hessian(
+        loss, sharpness_reference.flat_weights(twin)
+    )
+    right = float(torch.linalg.eigvalsh(hessian)[-1])
+    error = abs(float(pairs.values[0]) - right)
+    assert error <= float(pairs.residuals[0])
+    assert pairs.converged or float(pairs.residuals[0]) > 1e-3 * right
+
+
+def built_and_fitted(inputs: Tensor, targets: Tensor) -> nn.Sequential:
+    """Return a network whose cross-entropy is about 1e-4."""
+    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(600):
+        optimizer.zero_grad()
+        nn.CrossEntropyLoss()(model(inputs), targets).backward()
+        optimizer.step()
+    return model
 
 
 def test_a_late_neighbour_is_rarely_missed() -> None:

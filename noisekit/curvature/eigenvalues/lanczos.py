@@ -1,16 +1,26 @@
 """The largest or smallest eigenvalues of a symmetric operator."""
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Estimate, Status
+from noisekit.curvature.eigenvalues.deflation import DeflatedOperator, End
 from noisekit.curvature.eigenvalues.krylov import KrylovBasis, RitzPairs, Which
+from noisekit.curvature.eigenvalues.stopping import (
+    SETTLED,
+    SETTLED_SCREENED,
+    StoppingRule,
+)
 from noisekit.curvature.eigenvalues.subsample_start import part_of_the_data
+from noisekit.curvature.eigenvalues.validation import (
+    check_arguments,
+    check_block,
+    check_start,
+)
 from noisekit.curvature.operators.operator import (
     MatrixLike,
     SymmetricOperator,
@@ -20,15 +30,12 @@ from noisekit.curvature.random_vectors import shared_generator
 
 # Fewest steps of the random part of a start.
 _MIN_STEPS = 4
-# How well the value after the one wanted must be known, in parts of the gap between
-# them, so that it does not overtake. Of two values 1 to 5 % apart the lower was
-# taken for the top in 11 to 14 of 100 runs at 0.3, in none at 0.05; and at 0.3 in
-# about one, where a part of the data was looked at before.
-_SETTLED = 0.05
-_SETTLED_SCREENED = 0.3
 _CAPACITY = 39
 _KEPT = 10
 _SCREENING_TOL = 0.06
+# Fewest products that show the top of what is left after a deflation.
+_LEAST_SEARCH = 8
+_SEARCH_TOL = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,10 @@ class EigenPairs:
         num_matvecs: Products with the operator. The first look at an eighth of the
             data is not among them.
         num_screening_matvecs: Products with the Hessian of that eighth.
+        num_copy_matvecs: Products, among all, that looked for further copies of the
+            values, where several were asked for.
+        copies_counted: Whether that search ended: if not, a value may occur more often
+            than it is listed, and push out the last ones.
     """
 
     values: Tensor
@@ -56,6 +67,8 @@ class EigenPairs:
     start: Tensor = field(repr=False)
     num_matvecs: int
     num_screening_matvecs: int = 0
+    num_copy_matvecs: int = 0
+    copies_counted: bool = True
 
     @property
     def converged(self) -> bool:
@@ -78,6 +91,8 @@ class EigenPairs:
         if self.num_screening_matvecs:
             spent += f" and {self.num_screening_matvecs} of an eighth of the data"
         lines = [f"  {self.estimate(i)}" for i in range(len(self.values))]
+        if self.converged and not self.copies_counted:
+            lines.append("  each at least as often as listed; raise max_matvecs")
         return "\n".join([f"eigenvalues after {spent}:", *lines])
 
 
@@ -96,9 +111,10 @@ def top_eigenpairs(
 
     The basis is orthogonalised in full, twice, so there are no ghost copies, and is
     restarted from its best vectors at a fixed size: memory is ``k + 45`` vectors beside
-    those returned, however many products are made. Of an eigenvalue that
-    occurs several times, as many copies as ``block_size`` are found; in matrices that
-    are small or of low rank all are.
+    those returned, however many products are made. A Krylov space holds one vector of
+    an eigenvalue that occurs several times: where ``k`` is above 1, the vectors that
+    were found are projected out and the rest is searched, until it holds nothing above
+    the last of them, at about nine products for each search.
 
     Args:
         H: A symmetric operator or matrix, or another library's operator.
@@ -118,7 +134,7 @@ def top_eigenpairs(
             examples or more that can be taken apart. ``"random"`` does not. Random
             directions over all data are mixed in always.
         block_size: Vectors multiplied at a time. More than 1 is for eigenvalues that
-            occur several times or nearly so, and takes more products.
+            nearly coincide, and takes more products.
 
     Returns:
         The pairs. One that stopped at ``max_matvecs`` is ``NOT_CONVERGED``; if a
@@ -129,10 +145,10 @@ def top_eigenpairs(
     """
     operator = as_operator(H)
     budget = 100 + 20 * k if max_matvecs is None else max_matvecs
-    _check_arguments(operator.shape[0], k, which, tol=tol, budget=budget)
-    _check_block(block_size, k, budget)
+    check_arguments(operator.shape[0], k, which, tol=tol, budget=budget)
+    check_block(block_size, k, budget)
     drawn = shared_generator(generator, operator.ranks, operator.device)
-    _check_start(start, operator.shape[0], budget)
+    check_start(start, operator.shape[0], budget)
     seen = _screened(operator, k, which, drawn) if start is None else None
     near = _near(start if seen is None else seen.vectors, operator)
     basis = KrylovBasis(
@@ -143,26 +159,133 @@ def top_eigenpairs(
         block_size=block_size,
         generator=drawn,
     )
-    rule = _StoppingRule(
+    rule = StoppingRule(
         k,
         tol,
         num_beyond=2 if which == "BE" else 1,
         min_steps=_min_steps(near, seen, block_size),
-        settled=_SETTLED if seen is None else _SETTLED_SCREENED,
+        settled=SETTLED if seen is None else SETTLED_SCREENED,
     )
     rule.to_the_end = k > 1 and operator.shape[0] <= k + _CAPACITY
     ritz = _run(basis, rule, near, budget)
     if not ritz.finite:
         return _diverged(operator, k, basis.num_matvecs)
-    found = basis.vectors(ritz, min(k + 1, len(ritz.values))).to(operator.dtype)
-    return EigenPairs(
+    vectors = basis.vectors(ritz, min(k + 1, len(ritz.values))).to(operator.dtype)
+    pairs = EigenPairs(
         values=torch.from_numpy(ritz.values[:k].copy()),
-        vectors=found[:, :k],
+        vectors=vectors[:, :k],
         residuals=torch.from_numpy(ritz.residuals[:k].copy()),
         statuses=rule.statuses(ritz),
-        start=found,
+        start=vectors,
         num_matvecs=basis.num_matvecs,
         num_screening_matvecs=0 if seen is None else seen.num_matvecs,
+    )
+    del basis  # its memory serves the next search
+    every_copy_is_there = k == 1 or ritz.exhausted or ritz.invariant
+    if every_copy_is_there or not pairs.converged:
+        pairs = replace(pairs, copies_counted=every_copy_is_there)
+    else:
+        pairs = _with_copies(operator, pairs, which, tol, budget, drawn)
+    return _in_double_precision(operator, pairs, tol * ritz.norm)
+
+
+def _with_copies(
+    operator: SymmetricOperator,
+    pairs: EigenPairs,
+    which: Which,
+    tol: float,
+    budget: int,
+    drawn: torch.Generator,
+) -> EigenPairs:
+    """Insert the copies of eigenvalues that one Krylov space cannot hold."""
+    ends: tuple[End, ...] = ("LA", "SA") if which == "BE" else (which,)
+    known, residuals = pairs.vectors, pairs.residuals
+    limit = tol * float(pairs.values.abs().max())
+    for first, end in enumerate(ends):
+        mine = slice(first, None, len(ends))
+        while True:
+            rest = DeflatedOperator(operator, known, end, 2 * limit / tol)
+            worst = float(pairs.values[mine][-1])
+            near: Tensor | Literal["random"] = "random"
+            for accuracy in (max(tol, _SEARCH_TOL), tol):
+                left = budget - pairs.num_matvecs
+                if left < _LEAST_SEARCH:
+                    return replace(pairs, copies_counted=False)
+                found = top_eigenpairs(
+                    rest,
+                    which=end,
+                    tol=accuracy,
+                    max_matvecs=left,
+                    generator=drawn,
+                    start=near,
+                )
+                pairs = replace(
+                    pairs,
+                    num_matvecs=pairs.num_matvecs + found.num_matvecs,
+                    num_copy_matvecs=pairs.num_copy_matvecs + found.num_matvecs,
+                )
+                ahead = float(found.values[0]) - worst
+                ahead = ahead if end == "LA" else -ahead
+                if ahead <= limit:
+                    break
+                near = found.start
+            if not found.converged:
+                return replace(pairs, copies_counted=False)
+            if ahead <= limit:
+                break
+            # What the known vectors miss of being eigenvectors is outside of `rest`.
+            missed = residuals.square().sum()
+            residual = (found.residuals.square() + missed).sqrt()
+            known = torch.cat([known, found.vectors], 1)
+            residuals = torch.cat([residuals, residual])
+            pairs = _inserted(pairs, mine, end, replace(found, residuals=residual))
+    return pairs
+
+
+def _inserted(pairs: EigenPairs, mine: slice, end: End, new: EigenPairs) -> EigenPairs:
+    """Put one more pair among those of an end, in place of the last of them."""
+    values = torch.cat([pairs.values[mine], new.values])
+    order = values.argsort(descending=end == "LA", stable=True)[:-1]
+    whole, vectors = pairs.values.clone(), pairs.vectors.clone()
+    residuals, statuses = pairs.residuals.clone(), list(pairs.statuses)
+    whole[mine] = values[order]
+    residuals[mine] = torch.cat([residuals[mine], new.residuals])[order]
+    columns = torch.cat([vectors[:, mine], new.vectors], 1)
+    vectors[:, mine] = columns[:, order.to(columns.device)]
+    both = [*statuses[mine], *new.statuses]
+    statuses[mine] = [both[i] for i in order.tolist()]
+    return replace(
+        pairs,
+        values=whole,
+        vectors=vectors,
+        residuals=residuals,
+        statuses=tuple(statuses),
+        start=torch.cat([vectors, pairs.vectors[:, -1:]], 1),
+    )
+
+
+def _in_double_precision(
+    operator: SymmetricOperator, pairs: EigenPairs, limit: float
+) -> EigenPairs:
+    """Bound the residuals by products in double precision, where rounding may matter.
+
+    The operator says where. Its own products repeat their rounding, which therefore
+    is in no residual of theirs.
+    """
+    products = operator.products_in_double(pairs.vectors)
+    if products is None:
+        return pairs
+    vectors = pairs.vectors.double()
+    gaps = (products - vectors * pairs.values.to(vectors)).norm(dim=0).cpu()
+    lost = gaps > pairs.residuals + limit
+    return replace(
+        pairs,
+        residuals=torch.maximum(pairs.residuals, gaps),
+        statuses=tuple(
+            Status.NOT_CONVERGED if beyond else status
+            for beyond, status in zip(lost.tolist(), pairs.statuses, strict=True)
+        ),
+        num_matvecs=pairs.num_matvecs + pairs.vectors.shape[1],
     )
 
 
@@ -199,7 +322,7 @@ def _min_steps(near: Tensor, seen: EigenPairs | None, block_size: int) -> int:
 
 
 def _run(
-    basis: KrylovBasis, rule: "_StoppingRule", start: Tensor, budget: int
+    basis: KrylovBasis, rule: StoppingRule, start: Tensor, budget: int
 ) -> RitzPairs:
     basis.begin(start)
     while True:
@@ -209,73 +332,6 @@ def _run(
         if not ritz.finite or spent or rule.satisfied(ritz):
             return ritz
         basis.advance(ritz)
-
-
-class _StoppingRule:
-    """Decides when the wanted Ritz values have settled.
-
-    Attributes:
-        to_the_end: Whether to go through the whole space, where copies of an
-            eigenvalue show.
-    """
-
-    def __init__(
-        self, k: int, tol: float, *, num_beyond: int, min_steps: int, settled: float
-    ) -> None:
-        self._k = k
-        self._tol = tol
-        self._num_beyond = num_beyond
-        self._min_steps = min_steps
-        self._settled = settled
-        self.to_the_end = False
-        self._values_when_invariant: np.ndarray | None = None
-
-    def satisfied(self, ritz: RitzPairs) -> bool:
-        if ritz.exhausted:
-            return True
-        if ritz.invariant:
-            return self._nothing_new(ritz)
-        # A chain set out anew from an invariant space runs until it is invariant as
-        # well: its first values say nothing about the directions to come.
-        anew = self._values_when_invariant is not None
-        if anew or self.to_the_end or len(ritz.values) < self._k + self._num_beyond:
-            return False
-        if ritz.num_steps < self._min_steps:
-            return False
-        return all(self._met(ritz)) and self._beyond_settled(ritz)
-
-    def statuses(self, ritz: RitzPairs) -> tuple[Status, ...]:
-        return tuple(Status.OK if m else Status.NOT_CONVERGED for m in self._met(ritz))
-
-    def _met(self, ritz: RitzPairs) -> list[bool]:
-        limit = self._tol * ritz.norm
-        if ritz.exhausted or ritz.invariant:
-            return [True] * self._k
-        close = [bool(r <= limit) for r in ritz.residuals[: self._k]]
-        if self._k > 1 or close[0] or len(ritz.values) < 2:
-            return close
-        residual = float(ritz.residuals[0])
-        return [residual <= 10 * limit and residual**2 <= limit * ritz.gap]
-
-    def _beyond_settled(self, ritz: RitzPairs) -> bool:
-        """Whether the next values, too, are known well enough not to overtake."""
-        beyond = ritz.residuals[self._k : self._k + self._num_beyond]
-        limit = self._tol * ritz.norm
-        most = max(self._settled * ritz.gap, limit) if self._k == 1 else 10 * limit
-        return bool((beyond <= most).all())
-
-    def _nothing_new(self, ritz: RitzPairs) -> bool:
-        """Whether the block grown from one more direction changed nothing.
-
-        The first invariant space holds one vector of each eigenvalue only.
-        """
-        values = ritz.values[: self._k]
-        before, self._values_when_invariant = self._values_when_invariant, values
-        if self._k == 1:
-            return True
-        if before is None or len(before) < self._k:
-            return False
-        return bool(np.allclose(before, values, rtol=0.0, atol=1e-6 * ritz.norm))
 
 
 def _diverged(operator: SymmetricOperator, k: int, num_matvecs: int) -> EigenPairs:
@@ -292,61 +348,9 @@ def _diverged(operator: SymmetricOperator, k: int, num_matvecs: int) -> EigenPai
     )
 
 
-def _check_arguments(size: int, k: int, which: str, *, tol: float, budget: int) -> None:
-    if not 1 <= k <= size:
-        raise UsageError(f"k needs to be between 1 and the size {size}, got {k}.")
-    if which not in get_args(Which):
-        raise UsageError(
-            "which needs to be 'LA' (largest), 'SA' (smallest) or 'BE' (both ends), "
-            f"got {which!r}; eigenvalues are ordered with their sign, not by magnitude."
-        )
-    if which == "BE" and k < 2:
-        raise UsageError(
-            f"which='BE' needs k of at least 2, one for each end, got {k}; use 'LA' "
-            "for the largest alone."
-        )
-    if not 0.0 < tol < 1.0:
-        raise UsageError(f"tol needs to be between 0 and 1, got {tol}.")
-    if budget < k:
-        raise UsageError(
-            f"max_matvecs needs to be at least k={k}, got {budget}; a first value "
-            "takes about 8 products, each further one about 2."
-        )
-
-
-def _check_block(block_size: int, k: int, budget: int) -> None:
-    if block_size < 1:
-        raise UsageError(f"block_size needs to be at least 1, got {block_size}.")
-    whole_blocks = -(-k // block_size) * block_size
-    if budget < whole_blocks:
-        raise UsageError(
-            f"max_matvecs needs room for {whole_blocks} products, whole blocks of "
-            f"block_size={block_size} for k={k}, got {budget}; raise it."
-        )
-
-
 def _near(start: Tensor | str | None, operator: SymmetricOperator) -> Tensor:
     """The vectors to start near, ``(P, j)``."""
     size = operator.shape[0]
     if not isinstance(start, Tensor):
         return torch.empty(size, 0, dtype=operator.dtype, device=operator.device)
     return start.reshape(size, -1).to(operator.device, operator.dtype)
-
-
-def _check_start(start: Tensor | str | None, size: int, budget: int) -> None:
-    if start is None or (isinstance(start, str) and start == "random"):
-        return
-    if not isinstance(start, Tensor):
-        raise UsageError(f"start needs to be vectors, 'random' or None, got {start!r}.")
-    if start.ndim not in {1, 2} or start.shape[0] != size:
-        raise UsageError(
-            f"start needs shape ({size},) or ({size}, j), got {tuple(start.shape)}."
-        )
-    if start.reshape(size, -1).shape[1] >= budget:
-        raise UsageError(
-            f"start needs fewer vectors than max_matvecs={budget}, got "
-            f"{start.shape[1:].numel()}: each costs a product."
-        )
-    norms = start.norm(dim=0)
-    if not bool((torch.isfinite(norms) & (norms > 0)).all()):
-        raise UsageError("start needs finite vectors that are not zero, got others.")

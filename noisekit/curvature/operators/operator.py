@@ -90,6 +90,10 @@ class SymmetricOperator(ABC):
         self.num_matvecs += other.shape[1]
         return self._matmat(block) if other.shape[1] else torch.zeros_like(block)
 
+    def products_in_double(self, block: Tensor) -> Tensor | None:
+        """Return products in double precision where rounding may hide in others."""
+        return None
+
     def _matmat(self, block: Tensor) -> Tensor:
         """Return the product with a block of at least one column."""
         columns = [self._matvec(column.contiguous()) for column in block.unbind(1)]

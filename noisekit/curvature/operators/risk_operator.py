@@ -40,6 +40,9 @@ Note = Callable[[Tensor, Tensor], Tensor]
 
 Blocks = Literal["layer", "tensor"]
 
+# Below this loss, rounding in single precision may exceed the usual tolerance of 1e-3.
+_NEARLY_FITTED = 1e-3
+
 
 class RiskOperator(SymmetricOperator):
     r"""A symmetric matrix that is a sum over the batches of a risk.
@@ -213,6 +216,30 @@ class RiskOperator(SymmetricOperator):
         self._visit(note)
         self.num_matvecs += 1
         return torch.tensor(weights, dtype=torch.float64), torch.stack(forms)
+
+    def products_in_double(self, block: Tensor) -> Tensor | None:
+        """Return products in double precision where the loss is nearly zero.
+
+        A probability of nearly one is rounded by ``eps``, so that what is missing to
+        it, about the loss, has a relative error of ``eps`` over the loss, and the
+        Hessian as well. It is the same in each product and so shows in no scatter.
+        Costs a forward pass of one batch, and the products where they are made.
+        """
+        if self._dtype == torch.float64 or not self._is_nearly_fitted():
+            return None
+        wide = copy.copy(self)
+        wide._rebase(self.risk, torch.float64)
+        wide.risk = as_risk(wide.risk, memory_budget=1)
+        try:
+            return wide @ block.double()
+        except (RuntimeError, TypeError):  # no double precision here
+            return None
+
+    def _is_nearly_fitted(self) -> bool:
+        with self._evaluating(), torch.no_grad():
+            for _, batch in self.risk.weighted_batches():
+                return float(self.risk.loss_of(batch)) < _NEARLY_FITTED
+        return False
 
     @contextmanager
     def noting(self, note: Note) -> Iterator[list[Tensor]]:
