@@ -160,6 +160,77 @@ def test_draws_on_streamed_data_need_an_order() -> None:
     assert torch.equal(steady @ vector, steady @ vector)
 
 
+class Tokens(nn.Module):
+    """Logits of a vocabulary at each place, ``(n, places, classes)``."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes, 3)
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(tokens)))
+
+
+class ClassesSecond(Tokens):
+    """The same, ``(n, classes, places)``, as PyTorch's loss takes them."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens).transpose(1, 2)
+
+
+def permuted(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs.transpose(1, 2), targets)
+
+
+def flattened(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+def focal(outputs: Tensor, targets: Tensor) -> Tensor:
+    one_each = functional.cross_entropy(
+        outputs.flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    return ((1 - (-one_each).exp()) ** 2 * one_each).mean()
+
+
+@pytest.mark.parametrize("loss_fn", [permuted, flattened, focal])
+@pytest.mark.parametrize("kind", ["true", "empirical", MonteCarlo(2)])
+@pytest.mark.parametrize("places", [3, 5, 7])
+def test_classes_of_tokens_are_where_the_loss_has_them(
+    loss_fn: Any, kind: Any, places: int
+) -> None:
+    """Also where there are as many places as classes.
+
+    Catches: time taken for classes, since it is the second axis; a shape that decides.
+    """
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(5, (4, places), generator=generator)
+    targets = torch.randint(5, (4, places), generator=generator)
+    if isinstance(kind, MonteCarlo):
+        kind = MonteCarlo(2, torch.Generator().manual_seed(0))
+    got = FisherOperator(
+        seeded(Tokens)(), loss_fn, [(tokens, targets)], kind=kind,
+        likelihood="categorical",
+    )  # fmt: skip
+    if isinstance(kind, MonteCarlo):
+        kind = MonteCarlo(2, torch.Generator().manual_seed(0))
+    want = FisherOperator(seeded(ClassesSecond)(), LOSS, [(tokens, targets)], kind=kind)
+    assert_close(got.to_dense(), want.to_dense(), rtol=1e-9, atol=1e-12)
+
+
+def test_no_axis_of_classes_is_refused() -> None:
+    """Catches: an axis guessed where the loss has none."""
+    tokens = torch.randint(5, (4, 3), generator=torch.Generator().manual_seed(3))
+    model = seeded(Tokens)()
+    F = FisherOperator(
+        model, lambda o, t: o.square().mean(), [(tokens, tokens)],
+        likelihood="categorical",
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=r"one axis of classes, .* got axes none"):
+        F @ torch.ones(F.shape[0])
+
+
 def test_empirical_is_not_the_fisher_matrix() -> None:
     """Catches: one of them given for the other."""
     true = FisherOperator(seeded(mlp)(), LOSS, RAGGED).to_dense()

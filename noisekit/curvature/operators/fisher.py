@@ -18,6 +18,7 @@ from noisekit.core.risk import EmpiricalRisk, LossFn
 from noisekit.curvature.operators.likelihoods import (
     Likelihood,
     check_outputs,
+    class_axis,
     likelihood_of,
     observed_classes,
     one_hot,
@@ -66,11 +67,11 @@ class FisherOperator(OutputSpaceOperator):
     .. math:: F = \frac{1}{\sum c} \sum_i c_i\, E_{y \sim p}[g_{iy} g_{iy}^\top]
 
     ``g_iy`` is the gradient of ``-log p(y | x_i)``. Under a categorical likelihood the
-    outputs are logits, classes on the second axis, and each target is a term of its
-    own, weighted as the loss weights it: ignored ones by 0, others by their class
-    weight. Under a Gaussian one the outputs are means of unit variance and each
-    example is a term; the sum is divided by what the loss divides by, so that the
-    Gauss-Newton matrix of ``MSELoss`` is twice this.
+    outputs are logits, with the classes on the axis along which the loss does not see
+    a constant, and each target is a term of its own, weighted as the loss weights it:
+    ignored ones by 0, others by their class weight. Under a Gaussian one the outputs
+    are means of unit variance and each example is a term; the sum is divided by what
+    the loss divides by, so that the Gauss-Newton matrix of ``MSELoss`` is twice this.
 
     The empirical Fisher matrix takes the observed targets in place of the model's own
     distribution. It is no estimate of the Fisher matrix away from a perfect fit.
@@ -158,13 +159,20 @@ class FisherOperator(OutputSpaceOperator):
     def _output_product(
         self, outputs: Tensor, batch: Batch, *, weight: float, index: int
     ) -> OutputProduct:
-        check_outputs(outputs, self.likelihood)
         if self.likelihood == "gaussian":
             return self._gaussian(outputs, batch, index)
+        axis = class_axis(self.risk, outputs, batch)
+        inner = self._categorical(outputs.movedim(axis, 1), batch, index)
+        return lambda u: inner(u.movedim(axis, 1)).movedim(1, axis)
+
+    def _categorical(self, outputs: Tensor, batch: Batch, index: int) -> OutputProduct:
+        """Return the product for logits ``(n, classes, ...)``."""
+        check_outputs(outputs, self.likelihood)
         weights = target_weights(outputs, batch, self.risk.normaliser).unsqueeze(1)
         factor = weights / self.risk.total
         p = outputs.softmax(1)
         if self.kind == "true":
+            # The covariance of a one-hot target: diag(p) - p p'.
             return lambda u: factor * (p * u - p * (p * u).sum(1, keepdim=True))
         if self.kind == "empirical":
             residuals = (p - observed_classes(outputs, batch[1])).unsqueeze(0)
@@ -173,7 +181,7 @@ class FisherOperator(OutputSpaceOperator):
             residuals = torch.stack([p - one_hot(c, outputs) for c in drawn])
 
         def product(u: Tensor) -> Tensor:
-            along = (residuals * u).sum(2, keepdim=True)
+            along = (residuals * u).sum(2, keepdim=True)  # (samples, n, 1, ...)
             return factor * (residuals * along).mean(0)
 
         return product

@@ -9,8 +9,13 @@ from torch.nn import functional
 from noisekit.core.batches import Batch, count_examples
 from noisekit.core.errors import UsageError
 from noisekit.core.normalisation import Normaliser, normaliser_value
+from noisekit.core.randomness import stream
+from noisekit.core.risk import EmpiricalRisk
 
 Likelihood = Literal["categorical", "gaussian"]
+
+# Of its magnitudes, the part that rounding leaves of a sum that is zero.
+_NO_SLOPE = 1e-3
 
 
 def likelihood_of(loss_fn: object) -> Likelihood | None:
@@ -20,6 +25,45 @@ def likelihood_of(loss_fn: object) -> Likelihood | None:
     if isinstance(loss_fn, nn.MSELoss) or loss_fn is functional.mse_loss:
         return "gaussian"
     return None
+
+
+def class_axis(risk: EmpiricalRisk, outputs: Tensor, batch: Batch) -> int:
+    """Return the axis of the classes of a categorical likelihood.
+
+    PyTorch's cross-entropy takes the second. Another loss is asked: a probability does
+    not change where a constant is added to all logits of a target, so that along the
+    classes, and along no other axis, the loss's gradient adds up to zero.
+
+    Args:
+        risk: Held as measured.
+        outputs: Of the batch, ``(n, classes)``, ``(n, classes, ...)`` or
+            ``(n, ..., classes)``.
+        batch: Has the targets.
+
+    Raises:
+        UsageError: If no axis, or more than one, is that of classes.
+    """
+    if outputs.ndim < 3 or likelihood_of(risk.loss_fn) == "categorical":
+        return 1
+    drawn = torch.randn(outputs.shape, generator=stream(0, "class axis"))
+    point = (outputs.detach() + drawn.to(outputs)).requires_grad_()
+    loss = risk.loss_at(point, batch[1])
+    (slope,) = torch.autograd.grad(loss, point, materialize_grads=True)
+    axes = [
+        axis
+        for axis in range(1, outputs.ndim)
+        if float(slope.sum(axis).norm())
+        <= _NO_SLOPE * float(slope.abs().sum(axis).norm())
+    ]
+    if len(axes) != 1:
+        found = ", ".join(map(str, axes)) or "none"
+        raise UsageError(
+            "likelihood='categorical' needs one axis of classes, along which the "
+            f"loss's gradient adds up to zero, got axes {found} of outputs of shape "
+            f"{tuple(outputs.shape)}; let the model return (n, classes, ...) and take "
+            "nn.CrossEntropyLoss(), or use GGNOperator, which needs no classes."
+        )
+    return axes[0]
 
 
 def check_outputs(outputs: Tensor, likelihood: Likelihood) -> None:

@@ -17,6 +17,7 @@ from noisekit.curvature.operators.derivative_check import check_jacobian
 from noisekit.curvature.operators.likelihoods import (
     Likelihood,
     check_outputs,
+    class_axis,
     likelihood_of,
     target_weights,
 )
@@ -60,8 +61,10 @@ class FisherRaoNorm(Measure):
         sums, counts = [], []
         with risk.evaluating():
             for outputs, along, batch in _derivatives(risk):
-                check_outputs(outputs, chosen)
                 if chosen == "categorical":
+                    axis = class_axis(risk, outputs, batch)
+                    outputs, along = (o.movedim(axis, 1) for o in (outputs, along))
+                    check_outputs(outputs, chosen)
                     weights = target_weights(outputs, batch, risk.normaliser).double()
                     terms = weights * _class_variances(outputs, along)
                 else:
