@@ -242,6 +242,12 @@ class EmpiricalRisk:
             yield
 
     @contextmanager
+    def model_converted(self) -> Iterator[None]:
+        """Hold the model's tensors in the precision that is computed in, no more."""
+        with self._held.precision.held(self.model, self.loss_fn):
+            yield
+
+    @contextmanager
     def at(self, vector: Tensor | None) -> Iterator[None]:
         """Hold the model as measured, with its chosen parameters at ``vector``.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.landscape.interpolation import Interpolation, interpolate
+from noisekit.sharpness.landscape.slices import loss_slice
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import FailsAfter
 
@@ -272,11 +273,14 @@ def test_valley_that_leaves_the_line_says_so() -> None:
 def test_valley_beside_losses_that_are_not_finite(beyond: float) -> None:
     """A loss that is not finite ends the valley at the last point that was.
 
-    Catches: NaN that counts as inside, or spreads into the width.
+    An infinite one is above every level; of NaN nothing is known.
+
+    Catches: NaN that counts as inside, or spreads into the width, or bounds a valley.
     """
     got = drawn([beyond, beyond, 0.0, 0.5, 0.0, beyond, 0.0])
     valley = got.valley(0)
-    assert (valley.left, valley.right, valley.bounded) == (0.0, 1.0, True)
+    bounded = beyond == math.inf
+    assert (valley.left, valley.right, valley.bounded) == (0.0, 1.0, bounded)
 
 
 @pytest.mark.parametrize(
@@ -390,3 +394,82 @@ def test_points_between_are_evaluated_together() -> None:
     alone = line(bn="batch")
     assert alone.num_batched == 0
     assert alone.loop_reason.startswith("bn='batch' computes statistics anew")
+
+
+class Masked(nn.Module):
+    """Has a mask of minus infinity and a counter beside its weights."""
+
+    def __init__(self, seed: int, steps: int = 0, hidden: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(4, 3).double()
+        mask = torch.zeros(3, dtype=torch.float64)
+        mask[hidden] = -math.inf
+        self.register_buffer("mask", mask)
+        self.register_buffer("steps", torch.tensor(steps))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (self.layer(inputs) + self.mask).softmax(1)
+
+
+def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - nn.functional.one_hot(targets, 3)).square().mean()
+
+
+@pytest.mark.parametrize(("hidden", "kept"), [(2, ("steps",)), (1, ("mask", "steps"))])
+def test_buffers_that_cannot_be_interpolated_are_kept(
+    hidden: int, kept: tuple[str, ...]
+) -> None:
+    """A mask of both ends stays; one of the end alone is named.
+
+    Catches: zero times infinity, which made every loss NaN; counters in between.
+    """
+    start, end = bits(Masked(0)), bits(Masked(1, steps=7, hidden=hidden))
+    got = interpolate(Masked(2), squared, [data()], start=start, end=end)
+    assert all(math.isfinite(loss) for loss in got.losses)
+    assert got.kept == kept
+    assert str(got).endswith(f"{', '.join(kept)} as at the start")
+    twin = Masked(0)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.copy_((start[name] + end[name]) / 2)
+        inputs, targets = data()
+        want = float(squared(twin(inputs), targets))
+    middle = interpolate(
+        Masked(2), squared, [data()], start=start, end=end, num_points=3, span=(0, 1)
+    )
+    assert middle.losses[1] == pytest.approx(want, rel=1e-12)
+
+
+def test_a_valley_does_not_end_at_a_loss_that_is_unknown() -> None:
+    """Catches: NaN, which is below no level, taken for a wall."""
+    losses = (math.nan, 1.0, 0.0, 0.5, math.inf)
+    path = Interpolation((-2.0, -1.0, 0.0, 1.0, 2.0), losses, losses, "running", 1)
+    valley = path.valley(0, rise=2.0)
+    assert (valley.left, valley.right, valley.bounded) == (-1.0, 1.0, False)
+    assert path.valley(0, rise=0.5).bounded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_models_are_evaluated_in_single_precision(dtype: torch.dtype) -> None:
+    """Lines and slices are those of a float32 model with the same weights.
+
+    Catches: points rounded to 8 bits, whose steps are taken for curvature.
+    """
+    inputs, targets = data()
+    narrow = [network(seed).to(dtype) for seed in (1, 2, 3)]
+    wide = [copy.deepcopy(model).float() for model in narrow]
+    before = bits(narrow[0])
+    found = []
+    for models, kind in ((narrow, dtype), (wide, torch.float32)):
+        batches = [(inputs.to(dtype).to(kind), targets)]
+        ends = {"start": bits(models[1]), "end": bits(models[2])}
+        loss_fn = nn.CrossEntropyLoss()
+        along = interpolate(models[0], loss_fn, batches, num_points=5, **ends)
+        vector = torch.linspace(-1, 1, sum(p.numel() for p in models[0].parameters()))
+        plane = loss_slice(
+            models[0], loss_fn, batches, directions=[vector], extent=0.01, num_points=5
+        )
+        found.append([*along.losses, *plane.losses.tolist()])
+    assert found[0] == pytest.approx(found[1], rel=1e-6, nan_ok=True)
+    assert_same_bits(narrow[0], before)

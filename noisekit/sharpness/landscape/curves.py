@@ -24,8 +24,9 @@ from noisekit.sharpness.landscape.points import (
     chosen_names,
     load_state,
     own_state,
-    state_given_back,
+    preserve_state,
     values_at,
+    wide,
 )
 
 CurveShape = Literal["bezier", "polychain"]
@@ -148,6 +149,7 @@ def connecting_curve(
     if bn is None and not isinstance(model, EmpiricalRisk):
         bn = "recalibrated"
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
+    risk = risk.in_precision(torch.float32)
     own = own_state(risk.model)
     path = _Path(
         risk,
@@ -156,7 +158,8 @@ def connecting_curve(
         fitting_state(own, end, "end"),
     )
     if training.num_steps:
-        _train(path, own, training)
+        with risk.model_converted():
+            _train(path, own_state(risk.model), training)
     times = [float(t) for t in np.linspace(0, 1, num_points)]
     values = values_at(
         risk, lambda i: path.state_at(times[i]), num_points, exact=[0, num_points - 1]
@@ -228,9 +231,9 @@ class _Path:
         state = {}
         for key, value in self._start.items():
             if key in self._names:
-                state[key] = parts[self._names[key]].to(value.dtype)
-            elif value.is_floating_point():
-                state[key] = torch.lerp(value, self._end[key], t)
+                state[key] = parts[self._names[key]].to(wide(value).dtype)
+            elif value.is_floating_point() and not torch.equal(value, self._end[key]):
+                state[key] = torch.lerp(wide(value), wide(self._end[key]), t)
             else:
                 state[key] = value
         return state
@@ -250,7 +253,7 @@ def _train(
     bend = path.bend.add_(_FIRST_NUDGE * unit * noise.to(gap.device))
     optimizer = torch.optim.Adam([bend], lr=training.learning_rate * unit)
     drawn = torch.rand(training.num_steps, generator=generator, device=generator.device)
-    with state_given_back(own):
+    with preserve_state(own):
         for t in drawn.tolist():
             load_state(own, path.state_at(t))
             _, gradient = path.risk.value_and_grad()

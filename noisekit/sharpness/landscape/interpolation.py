@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch
@@ -13,7 +14,12 @@ from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
-from noisekit.sharpness.landscape.points import loss_range, own_state, values_at
+from noisekit.sharpness.landscape.points import (
+    loss_range,
+    own_state,
+    values_at,
+    wide,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +64,8 @@ class Interpolation:
             are interpolated like the weights.
         num_examples: Examples behind each loss.
         path: ``"linear"``, ``"curvilinear"``, or the shape of a trained curve.
+        kept: Buffers that are those of ``start`` all along, though ``end`` has others:
+            counters, masks and whatever else is no finite number.
         num_batched: Points that were evaluated many at a time.
         loop_reason: Why the others, both ends apart, went one by one; else empty.
     """
@@ -70,6 +78,7 @@ class Interpolation:
     path: Path | Literal["bezier", "polychain"] = "linear"
     num_batched: int = 0
     loop_reason: str = ""
+    kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Write the path, both ends' losses, the barrier, and the losses' range."""
@@ -77,6 +86,7 @@ class Interpolation:
             f"{self.path} path of {len(self.alphas)} points: {self._loss_at(0):.4g} at "
             f"the start, {self._loss_at(1):.4g} at the end, barrier "
             f"{self.barrier:.4g}; {loss_range(self.losses)}; BatchNorm {self.bn}"
+            + (f"; {', '.join(self.kept)} as at the start" if self.kept else "")
         )
 
     def frame(self) -> "pd.DataFrame":
@@ -120,29 +130,32 @@ class Interpolation:
             raise UsageError(f"rise needs to be positive, got {rise}.")
         level = self._loss_at(at) + rise
         middle = self.alphas.index(at)
-        left = self._crossing(middle, -1, level)
-        right = self._crossing(middle, 1, level)
-        return Valley(
-            left=self.alphas[0] if left is None else left,
-            right=self.alphas[-1] if right is None else right,
-            bounded=left is not None and right is not None,
-        )
+        left, left_found = self._crossing(middle, -1, level)
+        right, right_found = self._crossing(middle, 1, level)
+        return Valley(left, right, bounded=left_found and right_found)
 
     def _loss_at(self, alpha: int) -> float:
         return self.losses[self.alphas.index(alpha)]
 
-    def _crossing(self, middle: int, direction: int, level: float) -> float | None:
-        """Where the loss first reaches ``level`` from ``middle`` on."""
+    def _crossing(
+        self, middle: int, direction: int, level: float
+    ) -> tuple[float, bool]:
+        """Where the loss first reaches ``level`` from ``middle`` on, if it does.
+
+        If not, where the line or what is known of the loss ends, and ``False``.
+        """
         last = len(self.alphas) - 1 if direction > 0 else 0
         for inside in range(middle, last, direction):
             outside = inside + direction
+            if math.isnan(self.losses[outside]):
+                return self.alphas[inside], False
             if not self.losses[outside] < level:
                 step = self.losses[outside] - self.losses[inside]
                 share = (level - self.losses[inside]) / step
                 share = share if math.isfinite(step) else 0.0
                 width = self.alphas[outside] - self.alphas[inside]
-                return self.alphas[inside] + share * width
-        return None
+                return self.alphas[inside] + share * width, True
+        return self.alphas[last], False
 
 
 def interpolate(
@@ -202,10 +215,12 @@ def interpolate(
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
     own = own_state(risk.model)
     start, end = fitting_state(own, start, "start"), fitting_state(own, end, "end")
-    statistics = {name for name, _ in risk.model.named_buffers()}
+    buffers = {name for name, _ in risk.model.named_buffers(remove_duplicate=False)}
+    kept = tuple(key for key in own if key in buffers and _differs(start, end, key))
+    end |= {key: start[key] for key in kept}
 
     def state_at(index: int) -> dict[str, Tensor]:
-        return _between(start, end, alphas[index], path=path, statistics=statistics)
+        return _between(start, end, alphas[index], path=path, statistics=buffers)
 
     values = values_at(
         risk,
@@ -222,6 +237,7 @@ def interpolate(
         path=path,
         num_batched=values.num_batched,
         loop_reason=values.loop_reason,
+        kept=kept,
     )
 
 
@@ -277,17 +293,29 @@ def _between(
     if alpha == 0:
         return dict(start)
     if alpha == 1:
-        return {k: v if v.is_floating_point() else start[k] for k, v in end.items()}
+        return dict(end)
     state = {}
     for key, value in start.items():
         straight = path == "linear" or key in statistics
         first, second = _coefficients("linear" if straight else path, alpha)
-        if value.is_floating_point():
-            moved = first * value.double() + second * end[key].double()
-            state[key] = moved.to(value.dtype)
+        if key in statistics and torch.equal(value, end[key]):
+            state[key] = value  # also where that is infinite
         else:
-            state[key] = value
+            moved = first * _double(value) + second * _double(end[key])
+            state[key] = moved.to(wide(value).dtype)
     return state
+
+
+def _differs(start: Mapping[str, Tensor], end: Mapping[str, Tensor], key: str) -> bool:
+    """Whether a buffer has other values at the end, and none between them."""
+    both = start[key], end[key]
+    numbers = both[0].is_floating_point() or both[0].is_complex()
+    finite = numbers and all(bool(tensor.isfinite().all()) for tensor in both)
+    return not finite and not torch.equal(*both)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.cdouble if tensor.is_complex() else torch.double)
 
 
 def _coefficients(path: Path, alpha: float) -> tuple[float, float]:

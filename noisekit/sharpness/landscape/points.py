@@ -54,13 +54,13 @@ def values_at(
     *,
     exact: Iterable[int],
 ) -> PointValues:
-    """Return a risk's loss and error at ``count`` points; the model is given back.
+    """Return a risk's loss and error at ``count`` points; the model is restored.
 
-    The points of ``exact`` go through the model as it is, so that their losses are
-    bit for bit those of a model with these weights. The rest are stacked and
-    evaluated together, within the risk's memory budget; that this gives the same
-    losses is checked on ``exact``, and where it does not, or PyTorch cannot, all go
-    one by one.
+    Models narrower than float32 are evaluated in float32. The points of ``exact`` go
+    through the model as it is, so that their losses are bit for bit those of a model
+    with these weights. The rest are stacked and evaluated together, within the risk's
+    memory budget; that this gives the same losses is checked on ``exact``, and where
+    it does not, or PyTorch cannot, all go one by one.
 
     Args:
         risk: The model, the loss and the data.
@@ -68,7 +68,15 @@ def values_at(
         count: Number of points.
         exact: At least one point.
     """
-    alone = sorted(set(exact))
+    # Rounding of narrower weights would make steps of the loss.
+    risk = risk.in_precision(torch.float32)
+    with risk.model_converted():
+        return _values_at(risk, state_at, count, sorted(set(exact)))
+
+
+def _values_at(
+    risk: EmpiricalRisk, state_at: StateAt, count: int, alone: list[int]
+) -> PointValues:
     found = dict(zip(alone, _one_by_one(risk, state_at, alone), strict=True))
     rest = [i for i in range(count) if i not in found]
     reason = _cannot_batch(risk)
@@ -104,14 +112,21 @@ def chosen_names(risk: EmpiricalRisk) -> dict[str, str]:
 
 @torch.no_grad()
 def load_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Write a state into a model's tensors; what it has not stays."""
+    """Copy ``state`` into the model's tensors in place; missing entries stay."""
     for key, value in state.items():
         own[key].copy_(value)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor narrower than float32 in float32, any other as it is."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @contextmanager
-def state_given_back(own: Mapping[str, Tensor]) -> Iterator[None]:
-    """Write parameters and buffers back on exit, bit for bit."""
+def preserve_state(own: Mapping[str, Tensor]) -> Iterator[None]:
+    """Restore parameters and buffers on exit, bit for bit."""
     copies = {key: value.clone() for key, value in own.items()}
     try:
         yield
@@ -126,7 +141,7 @@ def _one_by_one(
 ) -> list[tuple[float, float]]:
     own = own_state(risk.model)
     values = []
-    with state_given_back(own):
+    with preserve_state(own):
         for i in indices:
             load_state(own, state_at(i))
             point = risk.evaluate()
@@ -211,7 +226,7 @@ def _of_one_point(
 
     def values(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         outputs = risk.outputs_of(batch, state)
-        loss = risk.loss_fn(outputs, targets)
+        loss = risk.loss_fn(outputs, risk.converted(targets))
         if not classified:
             return loss, torch.zeros_like(loss)
         wrong = (targets >= 0) & (outputs.argmax(1) != targets)

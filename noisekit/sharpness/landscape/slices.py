@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from noisekit.core.batches import Batch
@@ -132,6 +133,7 @@ def loss_slice(
         Li et al. 2018, arXiv:1712.09913, section 4.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
+    risk = risk.in_precision(torch.float32)
     directions = directions_for(risk, directions, dims)
     axis = _grid(extent, num_points)
     dims = directions.vectors.shape[1]
