@@ -79,6 +79,7 @@ def paired_arms(
     seeds, dropped = summaries.drawable(
         rows, ["value"], figure=name, positive=["value"] if log else []
     )
+    shown = summaries.shown_seeds(seeds)
     means = _arm_means(seeds, order, snapshots, log=log, figure=name)
     width = ONE_COLUMN if len(snapshots) == 1 else TWO_COLUMNS
     drawn_on = canvas(1, len(snapshots), size=(width, 2.7), ax=ax, share_y=True)
@@ -86,7 +87,7 @@ def paired_arms(
     for panel, snapshot in zip(row, snapshots, strict=True):
         panel.set_yscale(scale)
         panel.set_title(snapshot_words(snapshot).capitalize())
-        _draw_seeds(panel, seeds[seeds["snapshot"] == snapshot], order, styles)
+        _draw_seeds(panel, shown[shown["snapshot"] == snapshot], order, styles)
         _draw_means(panel, means[means["snapshot"] == snapshot], order, styles)
     _name_arms(drawn_on, [styles[arm] for arm in order])
     row[0].set_ylabel(two_line_label(measured))
@@ -102,7 +103,7 @@ def paired_arms(
         f"{described(measured).label}{setting} at "
         f"{', '.join(map(snapshot_words, snapshots))}. Small: each seed"
         f"{_JOINED if len(order) == 2 else ''}; large: {mean} over seeds with its 95 % "
-        f"t-interval.{summaries.left_out(dropped)}"
+        f"t-interval.{summaries.shown_words(seeds)}{summaries.left_out(dropped)}"
     )
     types = {"seed": "Int64", "num_seeds": "Int64"}
     return Plot(drawn_on.figure, table.astype(types), name, caption)

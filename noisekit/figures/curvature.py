@@ -74,12 +74,12 @@ def sharpness_against_loss(
         measurements, snapshots, measured, variant=variant, figure=name
     )
     styles = styles or arm_styles(snapshots)
-    medians = _medians(table)
+    medians, shown = _medians(table), summaries.shown_seeds(table)
     drawn_on = canvas(size=(ONE_COLUMN, 3.0), ax=ax)
     [panel] = drawn_on.axes
     drawn = [arm for arm in styles if arm in set(table["arm"])]
     for arm in drawn:
-        dots, middle = (rows[rows["arm"] == arm] for rows in (table, medians))
+        dots, middle = (rows[rows["arm"] == arm] for rows in (shown, medians))
         _draw_arm(panel, dots, middle, styles[arm])
     panel.set(xscale="log", yscale="log")
     panel.set_xlabel(described("train_loss").axis_label + ", falling to the right")
@@ -99,7 +99,8 @@ def sharpness_against_loss(
     caption = (
         f"{described(measured).label}{setting} against training loss along the runs. "
         "Dots: each seed at each snapshot; lines: medians over seeds, joined along "
-        f"training.{doubt}{lines}{summaries.left_out(dropped)}"
+        f"training.{doubt}{lines}{summaries.shown_words(table)}"
+        f"{summaries.left_out(dropped)}"
     )
     both = pd.concat(
         [table.assign(kind="seed"), medians.assign(kind="median")], ignore_index=True

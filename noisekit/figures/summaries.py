@@ -7,9 +7,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from pandas import DataFrame
+from scipy.special import stdtrit
 
 from noisekit.core.errors import EmptyDataError, UsageError
 from noisekit.core.results import Estimate
+
+MOST_SEEDS = 40
+"""Seeds of an arm that are drawn one by one."""
 
 
 def with_runs(frame: DataFrame) -> DataFrame:
@@ -156,6 +160,30 @@ def one_variant(
     return rows.assign(variant=names)[names == wanted]
 
 
+def shown_seeds(rows: DataFrame) -> DataFrame:
+    """Return the rows of at most ``MOST_SEEDS`` seeds of each arm, evenly chosen.
+
+    More marks hide each other and make a report of megabytes; means and tables are of
+    all seeds.
+    """
+    shown = []
+    for _, of_arm in rows.groupby("arm", sort=False):
+        seeds = of_arm["seed"].unique()
+        if len(seeds) > MOST_SEEDS:
+            places = np.linspace(0, len(seeds) - 1, MOST_SEEDS).round().astype(int)
+            of_arm = of_arm[of_arm["seed"].isin(seeds[places])]
+        shown.append(of_arm)
+    return pd.concat(shown)
+
+
+def shown_words(rows: DataFrame) -> str:
+    """Return the sentence for a caption where some seeds are not drawn."""
+    most = int(rows.groupby("arm")["seed"].nunique().max())
+    if most <= MOST_SEEDS:
+        return ""
+    return f" Of up to {most} seeds of an arm, {MOST_SEEDS} are drawn one by one."
+
+
 def mean_interval(values: ArrayLike, *, log: bool = False) -> dict[str, float]:
     """Return the mean over seeds with its 95 % t-interval.
 
@@ -185,11 +213,19 @@ def mean_curve(rows: DataFrame, *, at: Sequence[str], log: bool) -> DataFrame:
         at: Columns that tell a place, such as epoch and update.
         log: Whether to average logarithms.
     """
-    num_seeds = rows["seed"].nunique()
-    points = [
-        dict(zip(at, place, strict=True))
-        | mean_interval(group["value"].to_numpy(), log=log)
-        for place, group in rows.groupby(list(at), sort=True)
-        if group["seed"].nunique() == num_seeds
-    ]
-    return DataFrame(points, columns=[*at, "value", "low", "high", "num_seeds"])
+    values = rows["value"].astype(float)
+    rows = rows.assign(value=np.log(values) if log else values)
+    places = rows.groupby(list(at), sort=True)
+    table = places.agg(
+        value=("value", "mean"), spread=("value", "std"), num_seeds=("seed", "size")
+    )
+    table = table[places["seed"].nunique() == rows["seed"].nunique()].reset_index()
+    count = table["num_seeds"].to_numpy()
+    quantile = np.full(len(count), math.nan)
+    quantile[count > 1] = stdtrit(count[count > 1] - 1.0, 0.975)
+    half = quantile * table["spread"] / np.sqrt(count)
+    back = np.exp if log else np.asarray
+    ends = {"low": table["value"] - half, "high": table["value"] + half}
+    curves = {"value": table["value"], **ends}
+    table = table.assign(**{name: back(curve) for name, curve in curves.items()})
+    return table[[*at, "value", "low", "high", "num_seeds"]]

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 from pandas import DataFrame
@@ -111,7 +112,8 @@ def training_curves(
     drawn_on.legend([arm_handle(style) for style in drawn])
     caption = _curves_caption(names, against, is_cut=is_cut)
     table = pd.concat(tables, ignore_index=True)
-    return Plot(drawn_on.figure, table, name, caption + summaries.left_out(dropped))
+    caption += summaries.shown_words(evaluations) + summaries.left_out(dropped)
+    return Plot(drawn_on.figure, table, name, caption)
 
 
 def _curves_caption(
@@ -183,9 +185,14 @@ def _draw_curves(
 ) -> None:
     for i, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
         style = styles[str(arm)]
-        for _, seed in rows[rows["kind"] == "seed"].groupby("seed"):
-            seed = _thinned(seed.sort_values(axis), _SEED_POINTS)
-            ax.plot(seed[axis], seed["value"], color=style.color, lw=0.4, alpha=0.4)
+        seeds = summaries.shown_seeds(rows[rows["kind"] == "seed"])
+        lines = [
+            _thinned(seed.sort_values(axis), _SEED_POINTS)[[axis, "value"]].to_numpy()
+            for _, seed in seeds[["seed", axis, "value"]].groupby("seed")
+        ]
+        ax.add_collection(
+            LineCollection(lines, colors=style.color, linewidths=0.4, alpha=0.4)
+        )
         mean = _thinned(rows[rows["kind"] == "mean"], _MEAN_POINTS)
         ax.fill_between(
             mean[axis], mean["low"], mean["high"], color=style.color, alpha=0.2, lw=0
