@@ -69,6 +69,13 @@ WorkersOption = Annotated[
         "--workers", min=1, help="Runs at the same time; the recipe says how many."
     ),
 ]
+AllowCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Import and run code of its own that the recipe names.",
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="Where to train: cpu, cuda, cuda:1, mps."),
@@ -162,6 +169,7 @@ def run(
             "--allow-download", help="Ask the network for data that are not here."
         ),
     ] = False,
+    allow_code: AllowCodeOption = False,
     engine: Annotated[
         Literal["local", "ray"],
         typer.Option("--engine", help="Where the runs execute."),
@@ -173,32 +181,41 @@ def run(
             "--engine needs 'local', got 'ray': a cluster engine is not part of this "
             "version. Leave --engine out to use this machine's processes."
         )
-    if dry_run:
-        _print_cost(recipe, profile, settings, device, seeds, workers)
-        return
-    _run_and_report(
-        recipe,
-        profile,
-        out,
-        settings=settings,
-        workers=workers,
-        device=device,
-        seeds=seeds,
-        allow_download=allow_download,
-    )
+    from noisekit.cli.request import own_code
+
+    with own_code(allowed=allow_code):
+        if dry_run:
+            _print_cost(recipe, profile, settings, device, seeds, workers)
+            return
+        _run_and_report(
+            recipe,
+            profile,
+            out,
+            settings=settings,
+            workers=workers,
+            device=device,
+            seeds=seeds,
+            allow_download=allow_download,
+        )
 
 
 @app.command()
-def resume(directory: RunsArgument, workers: WorkersOption = None) -> None:
+def resume(
+    directory: RunsArgument,
+    workers: WorkersOption = None,
+    allow_code: AllowCodeOption = False,
+) -> None:
     """Finish the runs of DIR that were stopped or failed, then report."""
     from noisekit.cli.progress import SweepProgress
+    from noisekit.cli.request import own_code
     from noisekit.train.sweeps import sweep
     from noisekit.train.sweeps.run_status import status as run_progress
 
     num_left = sum(not row.complete for row in run_progress(directory))
-    with kept_runs(directory), SweepProgress(num_left) as progress:
-        sweep.resume(directory, workers=workers, progress=progress)
-    _report(directory, None)
+    with own_code(allowed=allow_code):
+        with kept_runs(directory), SweepProgress(num_left) as progress:
+            sweep.resume(directory, workers=workers, progress=progress)
+        _report(directory, None)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from noisekit.records import Runs, open_runs
 from noisekit.records.files import make_directory
 from noisekit.report import AnalysisResult, build_report, provenance_of
 from noisekit.train.recipes.catalogue import find_analysis
+from noisekit.train.references import is_reference, resolve
 
 Analyse = Callable[[Runs], AnalysisResult]
 _OF_OWN_LOOPS = ("gradient_noise",)
@@ -49,7 +50,10 @@ def write_report(directory: Path, out: Path | None) -> tuple[str, Path, list[str
     runs = open_runs(directory)
     names = cast("Sequence[str]", runs.recipe.get("analyses", _OF_OWN_LOOPS))
     started = time.monotonic()
-    results = [_made(name, runs, directory / "analyses" / name) for name in names]
+    folders = [directory / "analyses" / name.replace(":", ".") for name in names]
+    results = [
+        _made(name, runs, folder) for name, folder in zip(names, folders, strict=True)
+    ]
     build_report(
         results,
         provenance_of(runs, analysis_seconds=time.monotonic() - started),
@@ -92,11 +96,14 @@ def _result_of(analyse: Analyse, runs: Runs) -> AnalysisResult:
 
 
 def load_analysis(name: str) -> Analyse:
-    """Return the ``analyse`` function of a bundled analysis.
+    """Return the ``analyse`` function of a bundled analysis, or the user's own.
 
     Raises:
-        UsageError: If there is no such analysis, or it has no such function.
+        UsageError: If there is no such analysis, or it has no such function, or it is
+            the user's own and may not be imported here.
     """
+    if is_reference(name):
+        return cast("Analyse", resolve(name))
     path = find_analysis(name)
     spec = importlib.util.spec_from_file_location(f"noisekit_analysis_{name}", path)
     if spec is None or spec.loader is None:

@@ -1,10 +1,24 @@
 """What the command line asks for, as a recipe."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from noisekit.core.errors import UsageError
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.recipe import Recipe
+from noisekit.train.references import allow_code
+
+
+@contextmanager
+def own_code(*, allowed: bool) -> Iterator[None]:
+    """Let a recipe import ``module:function`` from the working folder, if allowed."""
+    folder = str(Path.cwd())
+    if allowed and folder not in sys.path:
+        sys.path.insert(0, folder)
+    with allow_code(allowed):
+        yield
 
 
 def load(

@@ -20,7 +20,9 @@ from noisekit.report.results import Rule
 from noisekit.stats import Contrast, contrast_titles
 
 _ENOUGH_PAIRS = 10
-_BLIND_KINDS = frozenset({"start", "loss", "epochs", "updates", "stalled", "final"})
+_BLIND_KINDS = frozenset(
+    {"start", "loss", "epochs", "updates", "share", "stalled", "final"}
+)
 """Kinds of snapshot that depend on the training data and the budget alone."""
 
 

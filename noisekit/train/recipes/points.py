@@ -2,7 +2,14 @@
 
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from noisekit.train.section import Fraction, PositiveFloat, PositiveInt, Section
 
@@ -59,6 +66,13 @@ class Point(Section):
             for key in self.keys
             if key in _CLOCK_KEYS
         }
+
+    @model_serializer(mode="wrap")
+    def _stated(self, write: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        """Write the stated keys only, as a recipe has them."""
+        written: dict[str, JsonValue] = write(self)
+        keys = (*self.keys, "sustain") if self.sustain > 1 else self.keys
+        return {key: written[key] for key in keys}
 
     @model_validator(mode="after")
     def _has_a_key(self) -> Self:
