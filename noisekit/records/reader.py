@@ -1,5 +1,6 @@
 """Many runs, finished or not, as one tidy table each."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -255,4 +256,10 @@ def _run_row(manifest: Manifest) -> dict[str, object]:
         "created": manifest.created,
         "updated": manifest.updated,
     }
-    return {**manifest.factors, **row, **manifest.costs}
+    factors = {name: _cell(value) for name, value in manifest.factors.items()}
+    return {**factors, **row, **manifest.costs}
+
+
+def _cell(value: object) -> object:
+    """A factor that is a list or a table as text, which can be compared and grouped."""
+    return json.dumps(value) if isinstance(value, list | dict) else value

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from noisekit.core.errors import UsageError
@@ -82,8 +82,6 @@ class OwnData(OwnSection, DataSection, extra="allow"):
     The function returns the inputs and integer targets of all examples, or
     :class:`Pools` where it has a test set of its own.
     """
-
-    model_config = ConfigDict(extra="allow")
 
     @property
     def shape(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
-from pydantic import ConfigDict, Discriminator, Tag
+from pydantic import Discriminator, Tag
 from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
@@ -23,8 +23,6 @@ class OwnNetwork(OwnSection, NetworkSection, extra="allow"):
     The function, or class, takes the keyword arguments ``input_shape`` and
     ``num_classes`` beside them, and returns a module.
     """
-
-    model_config = ConfigDict(extra="allow")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """Call the function."""

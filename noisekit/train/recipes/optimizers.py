@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Discriminator, Tag, model_validator
+from pydantic import Discriminator, Tag, model_validator
 from torch import nn
 
 from noisekit.core.errors import UsageError
@@ -110,8 +110,6 @@ class OwnOptimizer(OwnSection, OptimizerSection, extra="allow"):
 
     The class, or function, takes the parameters, ``lr`` and the other keys.
     """
-
-    model_config = ConfigDict(extra="allow")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Call the class."""

@@ -238,7 +238,9 @@ class _Check:
             yield Fault(f"arms.{arm.name}.set.{key}", text)
         sections: ParsedSections = self.arms[arm.name]
         for fault in (*sections.faults, *section_faults(sections)):
-            own = any(overlap(key, fault.key) for key in self._settings(arm))
+            kind = f"{fault.key.split('.')[0]}.name"
+            settings = self._settings(arm)
+            own = kind in settings or any(overlap(key, fault.key) for key in settings)
             same = str(fault) if own else fault.key
             if known.isdisjoint({same, str(fault)}):
                 known.update({same, str(fault)})

@@ -408,8 +408,183 @@ def test_fault_names_key_and_remedy(write, settings, said) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"compute__device": "meta"},
+            "compute.device: needs text that matches ^(cpu|cuda|mps|xpu)",
+        ),
+        (
+            {"optimizer__learning_rate": 1e300},
+            "optimizer.learning_rate: needs a number at most 3e+38, got 1e+300",
+        ),
+        (
+            {"training__stop": {"updates": 1e30}},
+            "training.stop.updates: needs an integer, got 1e+30",
+        ),
+        (
+            {"training__stop": {"updates": 10**12}},
+            "training.stop.updates: needs a number at most 1e+09, got 1000000000000",
+        ),
+        (
+            {"training__stop": {"epochs": 1e9}},
+            "training.stop.epochs: needs a number at most 1e+09",
+        ),
+        (
+            {"training__stop": {"epochs": 9e8}},
+            "training.stop: allows 1.08e+10 updates, at most 999,999,999 are possible",
+        ),
+        (
+            {"seeds__first": 2**63 - 1},
+            "seeds.first: needs a number at most 1e+15, got 9223372036854775807",
+        ),
+        (
+            {"arms": [{"name": "a" * 81}]},
+            "arms[1].name: needs text of at most 80 characters",
+        ),
+        (
+            {"measure__settings": {"epsilon_sharpness": {"epsilon": []}}},
+            "measure.settings.epsilon_sharpness.epsilon: needs a number, got []",
+        ),
+        (
+            {"evaluation__every": {"updates": 4, "epochs": 1.0}},
+            "evaluation.every: needs exactly one of updates, epochs, share, got "
+            "updates, epochs",
+        ),
+        (
+            {"evaluation__every": {"loss": 0.5}},
+            "evaluation.every: needs exactly one of updates, epochs, share, got loss",
+        ),
+        ({"snapshots__at": {"late": {}}}, "snapshots.at.late: needs one of updates"),
+        (
+            {"schedule": {"name": "step", "milestones": []}},
+            "schedule.milestones: needs a list of 1 or more",
+        ),
+        (
+            {
+                "training__stop": {"epochs": 4.0},
+                "schedule": {
+                    "name": "cosine",
+                    "warmup": {"length": {"updates": 5}, "start": 0.1},
+                },
+            },
+            "schedule.warmup.length: under a cosine needs the unit of training.stop",
+        ),
+        (
+            {"training__microbatch": 3},
+            "training: microbatch needs to divide batch_size (8), got 3",
+        ),
+        (
+            {"training__loss": "cross_entrpy"},
+            "training.loss: needs a loss, one of 'cross_entropy', 'module:function', "
+            "got 'cross_entrpy'; did you mean 'cross_entropy'?",
+        ),
+    ],
+)
+def test_impossible_value_is_a_fault_and_not_an_error_later(
+    write, settings, said
+) -> None:
+    """What no run could be made of is refused with its key.
+
+    Catches: an overflow, a traceback or a hundred failed runs in place of a fault.
+    """
+    assert said in faults_of(write(**settings))
+
+
+def test_the_longest_names_can_be_run(write) -> None:
+    """Catches: an arm of 80 characters whose run's name is then too long."""
+    arms = [{"name": "a" * 80}, {"name": "b" * 79}]
+    recipe = load_recipe(write(arms=arms, contrasts=[], seeds__first=10**9))
+    assert max(len(spec.run_id) for spec in recipe.run_specs()) == 95
+
+
+def test_grid_beyond_bounds_is_counted_and_not_made(write) -> None:
+    """Catches: a thousand million arms in memory before the first fault."""
+    axes = {f"optimizer.key{i}": list(range(10)) for i in range(9)}
+    message = faults_of(write(profiles__huge__grid=axes), profile="huge")
+    assert "grid: makes 1,000,000,000 arms, at most 10,000 are possible" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("2026-12-01", 'question: needs text, got "2026'),
+        ("[" * 4000 + "]" * 4000, ""),
+        ("[" * 40 + "]" * 40, "recipes nest at most 16 tables and lists"),
+        ("1\nclaims = true", ""),
+    ],
+)
+def test_odd_override_is_text_or_a_fault(write, text: str, said: str) -> None:
+    """Dates and what nests beyond Python's stack are no tracebacks.
+
+    Catches: ``datetime`` that JSON cannot write; a second key smuggled in.
+    """
+    overrides = {"title": text}
+    if said.startswith("recipes"):
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(write(), overrides=overrides)
+    else:
+        assert load_recipe(write(), overrides=overrides).title == text
+
+
+def test_contrasts_are_checked_where_their_arms_are_measured(write) -> None:
+    """An arm's own snapshots and measures count, in both arms of a contrast.
+
+    Catches: a contrast refused at a snapshot that both arms have; one accepted at a
+    snapshot that one of them lacks.
+    """
+    losses = {"snapshots.losses": [0.5, 0.25]}
+    arms = [{"name": "small", "set": losses}, {"name": "large", "set": losses}]
+    contrast = {**tomllib.loads(MINIMAL)["contrasts"][0], "snapshot": "loss_0.25"}
+    assert load_recipe(write(arms=arms, contrasts=[contrast])).contrasts
+    arms[1] = {"name": "large"}
+    message = faults_of(write(arms=arms, contrasts=[contrast]))
+    assert "contrasts.sharper.snapshot: needs a snapshot, one of 'start'" in message
+
+
+def test_two_contrasts_of_one_name_are_refused(write) -> None:
+    """Catches: two verdicts in the report that cannot be told apart."""
+    contrast = tomllib.loads(MINIMAL)["contrasts"][0]
+    message = faults_of(write(contrasts=[contrast, contrast]))
+    assert "contrasts: needs a name per contrast, got 'sharper' 2 times" in message
+
+
+def test_another_kind_in_an_arm_leaves_defaults_behind(write) -> None:
+    """An arm may choose another optimizer; what the recipe states stays a fault.
+
+    Catches: a recorded recipe, which states every default, that no longer loads.
+    """
+    arms = [{"name": "sgd"}, {"name": "adam", "set": {"optimizer.name": "adam"}}]
+    recipe = load_recipe(write(arms=arms, contrasts=[]))
+    assert recipe.run_specs()[1].optimizer.name == "adam"
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    message = faults_of(write(arms=arms, contrasts=[], optimizer__momentum=0.9))
+    assert "arms.adam.set.optimizer.momentum: unknown key" in message
+
+
+def test_length_and_named_point_are_replaced_whole(write) -> None:
+    """A profile may state them in another unit.
+
+    Catches: ``{ updates = 8, epochs = 1 }``, which is no length.
+    """
+    layer = {
+        "evaluation": {"every": {"epochs": 1.0}},
+        "snapshots": {"at": {"equal_epochs": {"updates": 5}}},
+    }
+    recipe = load_recipe(write(profiles__other=layer), profile="other")
+    assert recipe.evaluation.every == Point(epochs=1.0)
+    assert recipe.snapshots.at["equal_epochs"] == Point(updates=5)
+    assert recipe.snapshots.losses == (0.5,)
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
+        (
+            {"quantity": "test_error", "scale": "difference", "margin": 5.0},
+            "contrasts[1]: margin of a difference of test_error is a fraction below 1, "
+            "such as 0.005 for half a point; got 5.0",
+        ),
         (
             {"treatment": "larg"},
             "contrasts.sharper.treatment: needs an arm, one of 'small', 'large', got "
