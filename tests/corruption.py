@@ -24,7 +24,7 @@ from noisekit.train.runs.progress import ProgressEvent
 TINY = Path(__file__).parent / "train" / "tiny.toml"
 SETTINGS = {
     "probe.every": "2",
-    "snapshots.updates.early": "4",
+    "snapshots.at.early.updates": "4",
     "measure.everywhere": '["grad_norm"]',
     "measure.examples": '["test"]',
     "compute.checkpoint_updates": "4",
@@ -247,6 +247,16 @@ def check_way_out(folder: Path, truth: Truth, harmed: set[str]) -> bool:
             resume(folder, workers=0)
     else:
         assert not advice
+    runs = open_runs(folder)
+    for run_id, name in truth.weights:
+        # Bits of weights are looked at when they are loaded.
+        refused = _advice(lambda id=run_id, name=name: runs.weights(id, name))
+        if refused:
+            advice += refused
+            assert run_id in harmed
+            assert "delete the run's directory and resume" in refused
+            shutil.rmtree(folder / "runs" / run_id, ignore_errors=True)
+    resume(folder, workers=0)
     runs = open_runs(folder)
     assert rows_of(runs) == truth.rows
     for (run_id, name), numbers in truth.weights.items():

@@ -1,6 +1,6 @@
 """A run is a directory: manifest, tables, checkpoints, snapshots, one writer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -72,10 +72,24 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
-        """Return the run in ``path``."""
+    def open(cls, path: Path | str, *, run_id: str | None = None) -> Self:
+        """Return the run in ``path``.
+
+        Args:
+            path: The directory.
+            run_id: The run that has to be there; any one if left out.
+
+        Raises:
+            RunDirectoryError: If there is no run, a damaged one, or another one.
+        """
         path = Path(path)
-        return cls(path, Manifest.read(path / "manifest.json"))
+        manifest = Manifest.read(path / "manifest.json")
+        if run_id not in {None, manifest.run_id}:
+            raise RunDirectoryError(
+                f"{path / 'manifest.json'} needs to be that of run {run_id}, got that "
+                f"of {manifest.run_id}; {RESTORE}."
+            )
+        return cls(path, manifest)
 
     @property
     def checkpoints(self) -> Path:
@@ -115,22 +129,30 @@ class RunDirectory:
             faults = (*self.manifest.faults, text)
             self.write_manifest(replace(self.manifest, faults=faults))
 
-    def read(self, name: str) -> StoredTable:
-        """Return what can be read of the table called ``name``."""
-        stored = self._stored(table(name))
+    def read(self, name: str, *, columns: Sequence[str] | None = None) -> StoredTable:
+        """Return what can be read of the table called ``name``.
+
+        Args:
+            name: One of ``TABLES``.
+            columns: The columns that are needed; all by default.
+        """
+        stored = self._stored(table(name), columns)
         if stored.fault:
             # Sealed anew since the manifest was read?
             with suppress(RunDirectoryError):
                 fresh = Manifest.read(self.path / "manifest.json")
                 if fresh.digests != self.manifest.digests:
                     self.manifest = fresh
-                    stored = self._stored(table(name))
+                    stored = self._stored(table(name), columns)
         return stored
 
-    def _stored(self, item: Table) -> StoredTable:
-        manifest = self.manifest
+    def _stored(self, item: Table, columns: Sequence[str] | None = None) -> StoredTable:
         return read_table(
-            self.path, item, run_id=manifest.run_id, digests=manifest.digests
+            self.path,
+            item,
+            run_id=self.manifest.run_id,
+            digests=self.manifest.digests,
+            columns=columns,
         )
 
     def load_snapshot(self, name: str) -> dict[str, Array]:

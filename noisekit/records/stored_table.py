@@ -7,7 +7,7 @@ Parquet file, which states the last segment that it holds; its digest is in the 
 manifest.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +117,12 @@ def joined(parts: Iterable[pa.Table]) -> pa.Table:
 
 
 def read_table(
-    run: Path, table: Table, *, run_id: str, digests: Mapping[str, str] | None
+    run: Path,
+    table: Table,
+    *,
+    run_id: str,
+    digests: Mapping[str, str] | None,
+    columns: Sequence[str] | None = None,
 ) -> StoredTable:
     """Return the rows of ``table``: sealed ones, then those of newer segments.
 
@@ -129,11 +134,12 @@ def read_table(
         run_id: The run, which each segment has to name.
         digests: Of the run's sealed files; ``None`` where they are not known, and
             files are read unverified.
+        columns: Columns to decode of the sealed file; all by default.
     """
     for _ in range(_TRIES):
         # Sealed between listing and reading, what was listed is in Parquet now.
         with suppress(FileNotFoundError):
-            return _read_once(run, table, run_id, digests)
+            return _read_once(run, table, run_id, digests, columns)
     fault = f"segments of {table.name} are listed but cannot be found; {RESTORE}"
     return StoredTable(table, pa.table({}), fault, 0, sealed_lost=True)
 
@@ -145,10 +151,14 @@ def sealed_fault(run: Path, table: Table, digests: Mapping[str, str]) -> str | N
 
 
 def _read_once(
-    run: Path, table: Table, run_id: str, digests: Mapping[str, str] | None
+    run: Path,
+    table: Table,
+    run_id: str,
+    digests: Mapping[str, str] | None,
+    columns: Sequence[str] | None,
 ) -> StoredTable:
     segments = segments_of(run, table)
-    sealed = _read_sealed(run, table, digests)
+    sealed = _read_sealed(run, table, digests, columns)
     rows, fault = sealed.rows, sealed.fault
     for number, path in segments.items():
         if number <= sealed.last_segment:
@@ -177,17 +187,23 @@ def _read_once(
     )
 
 
-def _read_sealed(run: Path, table: Table, digests: Mapping[str, str] | None) -> _Sealed:
+def _read_sealed(
+    run: Path,
+    table: Table,
+    digests: Mapping[str, str] | None,
+    columns: Sequence[str] | None,
+) -> _Sealed:
     empty = pa.table({})
     data = _sealed_bytes(run, table, digests)
     if not isinstance(data, bytes):
         return _Sealed(empty, fault=data, lost=data is not None)
     path = sealed_path(run, table)
     try:
-        rows = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        file = pq.ParquetFile(pa.BufferReader(data))
+        rows = file.read(columns=columns, use_threads=False)
         if digests is None:
             rows.validate(full=True)
-        metadata = rows.schema.metadata or {}
+        metadata = file.schema_arrow.metadata or {}
         written = int(metadata.get(FORMAT_KEY, b"0"))
         last_segment = int(metadata.get(LAST_SEGMENT_KEY, b"0"))
         rows = known_columns(rows, table)

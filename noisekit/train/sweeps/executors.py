@@ -72,7 +72,8 @@ def execute(job: Job, *, progress: Progress = no_progress) -> JobOutcome:
 
     try:
         with allow_code(job.allow_code):
-            outcome = train_run(spec, RunDirectory.open(job.path), progress=report)
+            run = RunDirectory.open(job.path, run_id=spec.run_id)
+            outcome = train_run(spec, run, progress=report)
     except Exception as error:  # whatever it is, the other runs go on
         failed = _failed(job, _reason(error), error=error)
         if "failed" not in told:
@@ -245,7 +246,7 @@ def _failed(job: Job, reason: str, *, error: Exception | None = None) -> JobOutc
     """Put on record that a run failed, as far as its directory can be written."""
     if not isinstance(error, RunLockedError):
         with suppress(NoisekitError, OSError):
-            directory = RunDirectory.open(job.path)
+            directory = RunDirectory.open(job.path, run_id=job.spec.run_id)
             with directory.lock():
                 _write_failure(directory, reason, error)
     return JobOutcome(job.spec.run_id, RunStatus.FAILED, reason)

@@ -76,7 +76,8 @@ def status(set_dir: Path | str) -> list[RunProgress]:
     """
     path = Path(set_dir)
     if (path / "manifest.json").exists():
-        return [_run_progress(path.name, path, None)]
+        own = RunDirectory.open(path).manifest.run_id
+        return [_run_progress(own, path, None)]
     try:
         specs = recorded_recipe(path).run_specs()
     except RunDirectoryError:
@@ -95,13 +96,11 @@ def _run_progress(run_id: str, path: Path, max_updates: int | None) -> RunProgre
     if not path.exists():
         return progress
     try:
-        run = RunDirectory.open(path)
-        if path.parent.name == "runs" and run.manifest.run_id != run_id:
-            raise RunDirectoryError(f"it holds the run {run.manifest.run_id}")
+        run = RunDirectory.open(path, run_id=run_id)
         damage = run.damage()
         tables = ("evaluations",) if max_updates else ("evaluations", "steps")
-        steps = [run.read(name).column("step") for name in tables]
-        measured = run.read("measurements").column("snapshot")
+        steps = [run.read(name, columns=["step"]).column("step") for name in tables]
+        measured = run.read("measurements", columns=["snapshot"]).column("snapshot")
     except RunDirectoryError as error:
         return replace(progress, status="damaged", detail=str(error))
     return replace(

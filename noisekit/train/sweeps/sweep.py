@@ -287,7 +287,8 @@ def _complete(job: Job) -> bool:
     try:
         if not (job.path / "manifest.json").exists():
             RunDirectory.create(job.path, _manifest(job.spec))
-        return RunDirectory.open(job.path).manifest.status.complete
+        run = RunDirectory.open(job.path, run_id=job.spec.run_id)
+        return run.manifest.status.complete
     except RunDirectoryError:
         return False  # executing it says what is wrong
 
@@ -295,7 +296,7 @@ def _complete(job: Job) -> bool:
 def _damage(job: Job) -> JobOutcome | None:
     """Return what a complete run has lost, as a failure, or ``None``."""
     try:
-        run = RunDirectory.open(job.path)
+        run = RunDirectory.open(job.path, run_id=job.spec.run_id)
     except RunDirectoryError:
         return None
     damage = run.damage() if run.manifest.status.complete else []
