@@ -33,6 +33,39 @@ from noisekit.sharpness.sgd_rule import SGDRule
 Detail = dict[str, bool | int | float | str | None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureResult:
+    """An estimate with what is needed to read it; base of what functions return.
+
+    Attributes:
+        estimate: Value, error, cost and status.
+        data_stderr: Error over the batches, to first order, draws and displacements
+            taken as they were; ``None`` where there is one batch.
+    """
+
+    estimate: Estimate
+    data_stderr: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The bare value."""
+        return self.estimate.value
+
+    def __float__(self) -> float:
+        """Return the bare value."""
+        return self.estimate.value
+
+    def text(self, unit: str, *remarks: str | None) -> str:
+        """Write the value with both errors, and whatever there is to say."""
+        data = self.data_stderr
+        parts = (
+            f"{self.estimate} {unit}".rstrip(),
+            None if data is None else f"± {data:.2g} over data",
+            *remarks,
+        )
+        return "; ".join(part for part in parts if part)
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One quantity as measured.
@@ -358,11 +391,6 @@ def _difference(measure: Measure, alike: list[Measure]) -> str:
         and any(other.settings.get(name) != value for other in alike)
     )
     return ",".join(f"{name}={_brief(own[name])}" for name in unusual)
-
-
-def remarks(*parts: str | None) -> str:
-    """Join what there is to say about a result into one line."""
-    return "; ".join(part for part in parts if part)
 
 
 def _brief(value: object) -> str:

@@ -13,42 +13,35 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
-from noisekit.core.settings import NonNegative, NumSamples, Positive
-from noisekit.core.vocabulary import Invariance
+from noisekit.core.settings import NumSamples, Positive
 from noisekit.curvature.random_vectors import entropy_generator, normal_vector
 from noisekit.sharpness.data_error import batch_parts, batch_shares, data_stderr
-from noisekit.sharpness.logits import NEEDS_CLASSES, Logits, with_logits
 from noisekit.sharpness.measurement import (
     Detail,
-    Measure,
     Measurement,
     MeasurementContext,
-    remarks,
+    MeasureResult,
 )
-from noisekit.sharpness.search.regions import check_eta, weight_units
+from noisekit.sharpness.measures.perturbation import (
+    Logits,
+    Perturbation,
+    with_logits,
+)
+from noisekit.sharpness.search.regions import weight_units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AverageCaseResult:
-    """Average-case sharpness at one point, with what is needed to read it.
+class AverageCaseResult(MeasureResult):
+    """Average-case sharpness at one point [loss], with its error over draws.
+
+    The settings are attributes as well.
 
     Attributes:
-        estimate: Mean increase [loss], with its standard error over draws.
-        data_stderr: Standard error over the batches, the draws taken as they were;
-            ``None`` where there is one batch.
         loss: Loss at the point itself, with logits normalised as stated.
-        sigma: Standard deviation of the noise, in units of each weight.
-        adaptive: Whether that unit is ``|w| + eta``.
-        eta: What is added to the unit of every weight.
-        num_draws: Draws of the noise.
-        antithetic: Whether each draw was taken with its opposite.
-        logits: How logits were normalised.
         seed: Seed of the generator of the noise.
         num_evaluations: Evaluations of the loss over all data.
     """
 
-    estimate: Estimate
-    data_stderr: float | None
     loss: float
     sigma: float
     adaptive: bool
@@ -59,23 +52,13 @@ class AverageCaseResult:
     seed: int
     num_evaluations: int
 
-    @property
-    def value(self) -> float:
-        """Sharpness [loss]."""
-        return self.estimate.value
-
     def __str__(self) -> str:
         """Write the value with both errors, and the noise."""
         unit = " in units of |w|" if self.adaptive else ""
-        return remarks(
-            f"{self.estimate} loss",
-            None if self.data_stderr is None else f"± {self.data_stderr:.2g} over data",
+        return self.text(
+            "loss",
             f"noise of {self.sigma:g}{unit}",
         )
-
-    def __float__(self) -> float:
-        """Return the bare value [loss]."""
-        return self.estimate.value
 
 
 _METHODS = {
@@ -93,31 +76,14 @@ _METHODS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AverageCase(Measure):
-    """Settings of :func:`average_sharpness`; they decide which quantity it is.
-
-    Attributes:
-        sigma: Standard deviation of the noise, in units of each weight.
-        adaptive: Whether the noise is in proportion to each weight's size.
-        eta: Added to the unit of every weight.
-        num_draws: Independent draws of the noise.
-        antithetic: Take each draw with its opposite as well.
-        logits: ``"raw"``, or centred and of ``"unit_norm"`` or ``"unit_std"``.
-    """
+class AverageCase(Perturbation):
+    """Settings of :func:`average_sharpness`, which decide the quantity."""
 
     in_variant = ("sigma",)
 
     sigma: Positive = 0.01
-    adaptive: bool = False
-    eta: NonNegative = 0.0
     num_draws: NumSamples = 16
     antithetic: bool = True
-    logits: Logits = "raw"
-
-    def __post_init__(self) -> None:
-        """Check the settings, and that ``eta`` has a use."""
-        super().__post_init__()
-        check_eta(self.eta, adaptive=self.adaptive)
 
     @property
     def name(self) -> str:
@@ -132,20 +98,10 @@ class AverageCase(Measure):
         return _METHODS[self.name] + (" in antithetic pairs" if self.antithetic else "")
 
     @property
-    def needs(self) -> str:
-        """Classes, to normalise logits."""
-        return NEEDS_CLASSES if self.logits != "raw" else ""
-
-    @property
     def sources(self) -> tuple[str, ...]:
         """The paper of the adaptive form."""
         plain = self.name == "average_sharpness"
         return () if plain else ("andriushchenko2023modern",)
-
-    @property
-    def invariance(self) -> Invariance:
-        """That of the quantity, where units are the weights' own and nothing else."""
-        return super().invariance if self.adaptive and self.eta == 0 else "raw"
 
     @property
     def num_evaluations(self) -> int:

@@ -23,12 +23,13 @@ from noisekit.sharpness.measurement import (
     Measure,
     Measurement,
     MeasurementContext,
+    MeasureResult,
 )
 from noisekit.sharpness.sgd_rule import SGDRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSharpnessResult:
+class BatchSharpnessResult(MeasureResult):
     """Curvature along the batches' own steps, by both ways to average.
 
     Attributes:
@@ -41,20 +42,10 @@ class BatchSharpnessResult:
         num_left_out: Batches of another size that were not used.
     """
 
-    estimate: Estimate
     ratio_of_means: Estimate
     ratios: Tensor = field(repr=False)
     batch_size: int
     num_left_out: int
-
-    @property
-    def value(self) -> float:
-        """The mean of the ratios [loss/param²]."""
-        return self.estimate.value
-
-    def __float__(self) -> float:
-        """Return the bare value [loss/param²]."""
-        return self.estimate.value
 
     def __str__(self) -> str:
         """Write both averages, and the batches behind them."""
@@ -76,12 +67,7 @@ class _Batches:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSharpness(Measure):
-    """Settings of :func:`batch_sharpness`.
-
-    Attributes:
-        batch_size: Make random batches of so many examples out of each given one.
-        num_batches: Most batches to use, the first ones; all by default.
-    """
+    """Settings of :func:`batch_sharpness`."""
 
     name = "batch_sharpness"
     description = (

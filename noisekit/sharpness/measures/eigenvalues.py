@@ -37,12 +37,7 @@ _LANCZOS_BUDGET, _PYHESSIAN_BUDGET = 120, 1000
 
 @dataclass(frozen=True, kw_only=True)
 class _Eigenvalue(Measure):
-    """What the measures by Lanczos iteration have in common.
-
-    Attributes:
-        tol: Wanted relative accuracy.
-        max_matvecs: Most Hessian-vector products to spend.
-    """
+    """What the measures by Lanczos iteration have in common."""
 
     tol: Positive = 1e-3
     max_matvecs: PositiveInt | None = None
@@ -68,13 +63,7 @@ class _Eigenvalue(Measure):
 
 @dataclass(frozen=True, kw_only=True)
 class LambdaMax(_Eigenvalue):
-    """Settings of :func:`lambda_max`.
-
-    Attributes:
-        method: ``"lanczos"``, or ``"pyhessian"`` for that package's power iteration.
-        tol: Wanted relative accuracy.
-        max_matvecs: Most Hessian-vector products to spend.
-    """
+    """Settings of :func:`lambda_max`."""
 
     method: EigenMethod = "lanczos"
 
@@ -132,12 +121,7 @@ class LambdaMax(_Eigenvalue):
 
 @dataclass(frozen=True, kw_only=True)
 class LambdaMin(_Eigenvalue):
-    """Settings of :func:`lambda_min`.
-
-    Attributes:
-        tol: Wanted accuracy, relative to the norm of the Hessian.
-        max_matvecs: Most Hessian-vector products to spend.
-    """
+    """Settings of :func:`lambda_min`."""
 
     name = "lambda_min"
     description = "the smallest algebraic Hessian eigenvalue by Lanczos iteration"
@@ -152,12 +136,7 @@ class LambdaMin(_Eigenvalue):
 
 @dataclass(frozen=True, kw_only=True)
 class GaugeFixedLambdaMax(_Eigenvalue):
-    """Settings of :func:`gauge_fixed_lambda_max`.
-
-    Attributes:
-        tol: Wanted relative accuracy.
-        max_matvecs: Most Hessian-vector products to spend.
-    """
+    """Settings of :func:`gauge_fixed_lambda_max`."""
 
     name = "gauge_fixed_lambda_max"
     description = (

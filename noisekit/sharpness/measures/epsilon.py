@@ -23,7 +23,7 @@ from noisekit.sharpness.measurement import (
     Measure,
     Measurement,
     MeasurementContext,
-    remarks,
+    MeasureResult,
 )
 from noisekit.sharpness.search.box_search import SearchMethod, search_box
 from noisekit.sharpness.search.highest_point import (
@@ -39,22 +39,13 @@ _LINE_SEARCH = 21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EpsilonSharpnessResult:
-    """Epsilon-sharpness at one point, with what is needed to read it.
+class EpsilonSharpnessResult(MeasureResult):
+    """Epsilon-sharpness at one point: a lower bound of the maximum [%].
+
+    The settings are attributes as well.
 
     Attributes:
-        estimate: Sharpness [%]: the largest relative increase visited, so a lower
-            bound of the maximum.
-        data_stderr: Error over the batches to first order [%], the displacement taken
-            as found; ``None`` where there is one batch.
         loss: Loss at the point itself.
-        epsilon: Size of the box.
-        subspace_dim: Number of random columns, ``None`` in full space.
-        max_iter: Iterations of each search.
-        method: How the box was searched.
-        restarts: Further searches.
-        extra_iterations: Iterations beyond those.
-        check: Whether it was searched by L-BFGS-B as well.
         column_scaling: Distribution of the columns' entries, ``None`` in full space.
         seed: Seed of the generator that made columns and random starts.
         first_order_share: Part of the increase that the gradient alone gives when the
@@ -66,8 +57,6 @@ class EpsilonSharpnessResult:
         detail: What a reader must know, such as that the point is no minimiser.
     """
 
-    estimate: Estimate
-    data_stderr: float | None
     loss: float
     epsilon: float
     subspace_dim: int | None
@@ -86,43 +75,23 @@ class EpsilonSharpnessResult:
     detail: str
 
     @property
-    def value(self) -> float:
-        """Sharpness [%]."""
-        return self.estimate.value
-
-    @property
     def num_grads(self) -> int:
         """Gradient evaluations spent."""
         return self.estimate.num_grads
 
     def __str__(self) -> str:
         """Write the value with its error, the box, and what a reader must know."""
-        return remarks(
-            f"{self.estimate} %",
-            None if self.data_stderr is None else f"± {self.data_stderr:.2g} over data",
+        return self.text(
+            "%",
             f"box of {self.epsilon:g}",
             None if self.subspace_dim is None else f"{self.subspace_dim} dimensions",
             self.detail,
         )
 
-    def __float__(self) -> float:
-        """Return the bare value [%]."""
-        return self.estimate.value
-
 
 @dataclass(frozen=True, kw_only=True)
 class EpsilonSharpness(Measure):
-    """Settings of :func:`epsilon_sharpness`.
-
-    Attributes:
-        epsilon: Size of the box.
-        subspace_dim: Number of random columns; ``None`` searches the full space.
-        max_iter: Iterations.
-        method: ``"vertex"`` or ``"lbfgsb"``.
-        restarts: Further searches, each from a random corner.
-        extra_iterations: Iterations beyond ``max_iter``, to report the shortfall.
-        check: Search by L-BFGS-B as well.
-    """
+    """Settings of :func:`epsilon_sharpness`."""
 
     name = "epsilon_sharpness"
     description = (

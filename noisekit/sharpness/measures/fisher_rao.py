@@ -27,11 +27,7 @@ from noisekit.sharpness.measurement import Measure, Measurement, MeasurementCont
 
 @dataclass(frozen=True, kw_only=True)
 class FisherRaoNorm(Measure):
-    """Settings of :func:`fisher_rao_norm`.
-
-    Attributes:
-        likelihood: ``"categorical"`` or ``"gaussian"``; by default that of the loss.
-    """
+    """Settings of :func:`fisher_rao_norm`."""
 
     name = "fisher_rao_norm"
     description = (

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from noisekit.core.batches import Batch
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
-from noisekit.core.results import ErrorSource, Estimate, LogRatio, Status
+from noisekit.core.results import ErrorSource, Estimate, LogRatio
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.core.settings import (
     Count,
@@ -26,19 +26,23 @@ from noisekit.core.settings import (
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import WithDataError, data_stderr
 from noisekit.sharpness.jackknife import jackknife
-from noisekit.sharpness.logits import NEEDS_CLASSES
 from noisekit.sharpness.measurement import (
     Detail,
     Measure,
     Measurement,
     MeasurementContext,
-    remarks,
+    MeasureResult,
 )
-from noisekit.sharpness.search.bracket import Bracket, bracketed, most_trials
+from noisekit.sharpness.measures.perturbation import NEEDS_CLASSES
+from noisekit.sharpness.search.bracket import (
+    Bracket,
+    bracketed,
+    crossing,
+    error_factor,
+    most_trials,
+    times,
+)
 from noisekit.sharpness.search.criterion import Criterion, CriterionIncrease
-
-_SLOPE_FACTOR = 1.25
-"""How far on either side the slope of the increase is taken."""
 
 _ERROR_TRIALS = 5
 """Sizes, or passes over the batches, that the errors take beside the bracket."""
@@ -48,13 +52,12 @@ _USUAL_TRIALS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PacBayesResult:
+class PacBayesResult(MeasureResult):
     """One over the squared size that a network tolerates; larger means sharper.
 
+    In units of 1/param², or 1 where magnitude-aware.
+
     Attributes:
-        estimate: ``1 / radius²`` [1/param²; 1 where magnitude-aware].
-        data_stderr: Its error over the batches to first order, noise or displacement
-            taken as it was; ``None`` where there is one batch.
         radius: The largest size found that keeps the increase within the target.
         target: The increase that is allowed.
         criterion: Of what: the share of misclassified examples, or the loss.
@@ -65,8 +68,6 @@ class PacBayesResult:
         detail: Why there is no value, where there is none.
     """
 
-    estimate: Estimate
-    data_stderr: float | None
     radius: float
     target: float
     criterion: Criterion
@@ -76,36 +77,19 @@ class PacBayesResult:
     num_evaluations: int
     detail: str
 
-    @property
-    def value(self) -> float:
-        """One over the squared radius."""
-        return self.estimate.value
-
     def __str__(self) -> str:
         """Write the value with both errors, the size, and why there is none."""
         within = f"keeps the {self.criterion} within {self.target:g} of its start"
-        return remarks(
-            f"{self.estimate}" + ("" if self.magnitude_aware else " 1/param²"),
-            None if self.data_stderr is None else f"± {self.data_stderr:.2g} over data",
+        return self.text(
+            "" if self.magnitude_aware else "1/param²",
             f"size {self.radius:.4g} {within}" if math.isfinite(self.value) else None,
             self.detail,
         )
 
-    def __float__(self) -> float:
-        """Return the bare value."""
-        return self.estimate.value
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Tolerated(Measure):
-    """What both forms have in common: a largest size within a target, by bisection.
-
-    Attributes:
-        target: The increase that is allowed.
-        criterion: Of what: the share of misclassified examples, or the loss.
-        magnitude_aware: Whether sizes are in proportion to each weight.
-        tol: Relative width of the last bracket of the size.
-    """
+    """What both forms have in common: a largest size within a target, by bisection."""
 
     needs = NEEDS_CLASSES
     sources = ("jiang2020fantastic",)
@@ -163,15 +147,7 @@ class _Tolerated(Measure):
 
 @dataclass(frozen=True, kw_only=True)
 class PacBayesFlatness(_Tolerated):
-    """Settings of :func:`pac_bayes_flatness`.
-
-    Attributes:
-        target: The increase that is allowed.
-        criterion: Of what: the share of misclassified examples, or the loss.
-        magnitude_aware: Whether noise is in proportion to each weight.
-        tol: Relative width of the last bracket of the noise's size.
-        num_draws: Draws of the noise.
-    """
+    """Settings of :func:`pac_bayes_flatness`."""
 
     name = "pac_bayes_flatness"
     description = (
@@ -201,7 +177,7 @@ class PacBayesFlatness(_Tolerated):
                 return float(trial.under_noise(sigma, self.num_draws).mean())
 
             found = bracketed(increase, self.target, tol=self.tol)
-            estimate, error = _crossing(found), None
+            estimate, error = crossing(found), None
             if found.resolved:
                 estimate = replace(
                     estimate,
@@ -214,16 +190,7 @@ class PacBayesFlatness(_Tolerated):
 
 @dataclass(frozen=True, kw_only=True)
 class PacBayesSharpness(_Tolerated):
-    """Settings of :func:`pac_bayes_sharpness`.
-
-    Attributes:
-        target: The increase that is allowed.
-        criterion: Of what: the share of misclassified examples, or the loss.
-        magnitude_aware: Whether displacements are in proportion to each weight.
-        tol: Relative width of the last bracket of the displacement's size.
-        steps: Steps of each ascent.
-        restarts: Further ascents, each from a random corner.
-    """
+    """Settings of :func:`pac_bayes_sharpness`."""
 
     name = "pac_bayes_sharpness"
     description = (
@@ -253,7 +220,7 @@ class PacBayesSharpness(_Tolerated):
             found = bracketed(
                 lambda alpha: self._increase(trial, alpha), self.target, tol=self.tol
             )
-            estimate, error = _crossing(found), None
+            estimate, error = crossing(found), None
             if found.resolved:
                 estimate = replace(
                     estimate, error_source=ErrorSource.SOLVER, side="lower"
@@ -273,8 +240,8 @@ class PacBayesSharpness(_Tolerated):
         if point is None:
             return None
         increases = trial.parts_at(point) - trial.parts_at(None)
-        factor = _error_factor(alpha, lambda size: self._increase(trial, size))
-        return _times(data_stderr(increases, shares), factor)
+        factor = error_factor(alpha, lambda size: self._increase(trial, size))
+        return times(data_stderr(increases, shares), factor)
 
 
 def pac_bayes_flatness(
@@ -407,12 +374,12 @@ def _with_noise_error(
     increases = parts.sum(1)
     mean = float(increases.mean())
     left_out = (increases.sum() - increases) / (num_draws - 1)
-    factor = _error_factor(
+    factor = error_factor(
         sigma, lambda size: float(trial.under_noise(size, num_draws).mean())
     )
-    over_data = _times(data_stderr(parts.mean(0), trial.shares()), factor)
+    over_data = times(data_stderr(parts.mean(0), trial.shares()), factor)
     plain = jackknife(mean, left_out)
-    stderr = _times(plain.stderr, factor)
+    stderr = times(plain.stderr, factor)
     if stderr is None:
         return estimate, over_data
     logs, ratio = plain, None
@@ -422,33 +389,3 @@ def _with_noise_error(
         centre = math.log(estimate.value) + share * (logs.centre - math.log(mean))
         ratio = LogRatio(centre, share * logs.stderr)
     return replace(estimate, stderr=stderr, dof=logs.dof, ratio=ratio), over_data
-
-
-def _error_factor(size: float, increase: Callable[[float], float]) -> float:
-    """Error of one over the squared size for an error 1 of the increase at that size.
-
-    The increase is taken as a power of the size where it is positive on both sides,
-    which is exact at a minimiser.
-    """
-    above = increase(size * _SLOPE_FACTOR)
-    below = increase(size / _SLOPE_FACTOR)
-    if below > 0 and 0 < above < math.inf:
-        change = math.sqrt(above * below) * math.log(above / below)
-    else:
-        change = above - below
-    slope = change / (2 * math.log(_SLOPE_FACTOR))
-    return 2 / slope / size**2 if slope > 0 else math.nan
-
-
-def _times(error: float | None, factor: float) -> float | None:
-    if error is None or not 0 < factor < math.inf or not math.isfinite(error):
-        return None
-    return factor * error
-
-
-def _crossing(found: Bracket) -> Estimate:
-    """One over the squared size, with half the bracket's width as its bound."""
-    if not found.resolved:
-        return Estimate(math.nan, status=Status.NOT_RESOLVED)
-    bound = (1 / found.low**2 - 1 / found.high**2) / 2
-    return Estimate(1 / found.middle**2, bound=bound)

@@ -31,11 +31,7 @@ from noisekit.sharpness.measurement import Measure, Measurement, MeasurementCont
 
 @dataclass(frozen=True, kw_only=True)
 class RelativeFlatness(Measure):
-    """Settings of :func:`relative_flatness`.
-
-    Attributes:
-        num_matvecs: Random probes, one Hessian product each.
-    """
+    """Settings of :func:`relative_flatness`."""
 
     name = "relative_flatness"
     description = "relative flatness of each weight matrix by random signs"

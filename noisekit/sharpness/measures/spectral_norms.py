@@ -31,11 +31,7 @@ _SOLVED = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class HessianFrobeniusNorm(Measure):
-    """Settings of :func:`hessian_frobenius_norm`.
-
-    Attributes:
-        num_matvecs: Random probes, one Hessian product each.
-    """
+    """Settings of :func:`hessian_frobenius_norm`."""
 
     name = "hessian_frobenius_norm"
     description = "the Frobenius norm of the Hessian by random signs"
@@ -82,13 +78,7 @@ class HessianFrobeniusNorm(Measure):
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveDimension(Measure):
-    """Settings of :func:`effective_dimension`.
-
-    Attributes:
-        shift: Curvature that counts as a half [loss/param²].
-        num_probes: Random vectors.
-        num_steps: Most products for each.
-    """
+    """Settings of :func:`effective_dimension`."""
 
     name = "effective_dimension"
     description = (

@@ -20,11 +20,7 @@ from noisekit.sharpness.measurement import Measure, Measurement, MeasurementCont
 
 @dataclass(frozen=True, kw_only=True)
 class HessianTrace(Measure):
-    """Settings of :func:`hessian_trace`.
-
-    Attributes:
-        num_matvecs: Hessian products to spend.
-    """
+    """Settings of :func:`hessian_trace`."""
 
     name = "hessian_trace"
     description = "the Hessian trace by Hutch++ with random signs"
@@ -61,11 +57,7 @@ class HessianTrace(Measure):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedHessianTrace(Measure):
-    """Settings of :func:`weighted_hessian_trace`.
-
-    Attributes:
-        num_matvecs: Random probes, one Hessian product each.
-    """
+    """Settings of :func:`weighted_hessian_trace`."""
 
     name = "weighted_hessian_trace"
     description = "the sum of squared weight times diagonal curvature by random signs"

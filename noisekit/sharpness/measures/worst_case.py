@@ -1,7 +1,7 @@
 """Worst-case sharpness: the largest increase of the loss around the weights."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated
@@ -17,8 +17,7 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
-from noisekit.core.settings import Count, Hint, NonNegative, Positive, PositiveInt
-from noisekit.core.vocabulary import Invariance
+from noisekit.core.settings import Count, Hint, Positive, PositiveInt
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.data_error import (
     batch_parts,
@@ -26,13 +25,16 @@ from noisekit.sharpness.data_error import (
     gathered,
     mean_over_batches,
 )
-from noisekit.sharpness.logits import NEEDS_CLASSES, Logits, with_logits
 from noisekit.sharpness.measurement import (
     Detail,
-    Measure,
     Measurement,
     MeasurementContext,
-    remarks,
+    MeasureResult,
+)
+from noisekit.sharpness.measures.perturbation import (
+    Logits,
+    Perturbation,
+    with_logits,
 )
 from noisekit.sharpness.search.ascent import ascend
 from noisekit.sharpness.search.highest_point import (
@@ -44,30 +46,19 @@ from noisekit.sharpness.search.regions import (
     BallNorm,
     Region,
     ball,
-    check_eta,
     weight_units,
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorstCaseResult:
-    """Worst-case sharpness at one point, with what is needed to read it.
+class WorstCaseResult(MeasureResult):
+    """Worst-case sharpness at one point: a lower bound of the maximum [loss].
+
+    With ``batch_size`` it is the mean over groups, with its error over them. The
+    settings are attributes as well.
 
     Attributes:
-        estimate: The largest increase that was visited [loss], a lower bound of the
-            maximum; with ``batch_size`` its mean over the groups, with the error over
-            them.
-        data_stderr: Error over the batches to first order, the displacement taken as
-            found; ``None`` with ``batch_size`` and where there is one batch.
         loss: Loss at the point itself, with logits normalised as stated.
-        rho: Radius of the ball.
-        norm: Its norm.
-        adaptive: Whether weights move in units of ``|w| + eta``.
-        eta: What is added to the unit of every weight.
-        steps: Steps of each ascent.
-        restarts: Further ascents.
-        batch_size: Examples in a group (m-sharpness); ``None`` for all data at once.
-        logits: How logits were normalised.
         seed: Seed of the generator of random points.
         first_order_share: Part of the increase that the gradient alone gives when the
             loss is taken as linear, at most 1; NaN where the loss did not increase.
@@ -78,8 +69,6 @@ class WorstCaseResult:
         detail: What a reader must know.
     """
 
-    estimate: Estimate
-    data_stderr: float | None
     loss: float
     rho: float
     norm: BallNorm
@@ -96,76 +85,48 @@ class WorstCaseResult:
     num_fixed: int
     detail: str
 
-    @property
-    def value(self) -> float:
-        """Sharpness [loss]."""
-        return self.estimate.value
-
-    def __float__(self) -> float:
-        """Return the bare value [loss]."""
-        return self.estimate.value
-
     def __str__(self) -> str:
         """Write the value with its error, the ball, and what a reader must know."""
         unit = " in units of |w|" if self.adaptive else ""
-        return remarks(
-            f"{self.estimate} loss",
-            None if self.data_stderr is None else f"± {self.data_stderr:.2g} over data",
+        return self.text(
+            "loss",
             f"{self.norm} ball of {self.rho:g}{unit}",
             None if self.batch_size is None else f"groups of {self.batch_size}",
             self.detail,
         )
 
 
-_METHODS = {
+_DEFINITIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "worst_case_sharpness": (
-        "worst-case sharpness in a ball by normalised gradient steps (lower bounds)"
+        "worst-case sharpness in a ball by normalised gradient steps (lower bounds)",
+        ("foret2021sharpness",),
     ),
     "adaptive_worst_case_sharpness": (
         "worst-case sharpness in a ball whose axes are proportional to the weights "
-        "(lower bounds)"
+        "(lower bounds)",
+        ("kwon2021asam", "andriushchenko2023modern"),
     ),
     "logit_normalised_worst_case_sharpness": (
-        "worst-case sharpness of the loss of centred and normalised logits"
+        "worst-case sharpness of the loss of centred and normalised logits",
+        ("andriushchenko2023modern",),
     ),
-    "m_sharpness": "worst-case sharpness averaged over groups of examples",
+    "m_sharpness": (
+        "worst-case sharpness averaged over groups of examples",
+        ("foret2021sharpness",),
+    ),
 }
-_SOURCES = {
-    "worst_case_sharpness": ("foret2021sharpness",),
-    "adaptive_worst_case_sharpness": ("kwon2021asam", "andriushchenko2023modern"),
-    "logit_normalised_worst_case_sharpness": ("andriushchenko2023modern",),
-    "m_sharpness": ("foret2021sharpness",),
-}
+"""By quantity, how it is computed, and the papers that define it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorstCase(Measure):
-    """Settings of :func:`worst_case_sharpness`; they decide which quantity it is.
-
-    Attributes:
-        rho: Radius of the ball.
-        norm: ``"l2"``, or ``"linf"`` for the largest entry.
-        adaptive: Whether a weight moves in proportion to its size.
-        eta: Added to the unit of every weight.
-        steps: Steps of the ascent.
-        restarts: Further ascents, each from a random point of the boundary.
-        batch_size: Examples in a group (m-sharpness); ``None`` for all data at once.
-        logits: ``"raw"``, or centred and of ``"unit_norm"`` or ``"unit_std"``.
-    """
+class WorstCase(Perturbation):
+    """Settings of :func:`worst_case_sharpness`, which decide the quantity."""
 
     rho: Annotated[Positive, Hint(advice="SAM uses 0.05")] = 0.05
     norm: BallNorm = "l2"
-    adaptive: bool = False
-    eta: NonNegative = 0.0
     steps: PositiveInt = 1
     restarts: Count = 0
     batch_size: PositiveInt | None = None
-    logits: Logits = "raw"
-
-    def __post_init__(self) -> None:
-        """Check the settings, and that ``eta`` has a use."""
-        super().__post_init__()
-        check_eta(self.eta, adaptive=self.adaptive)
 
     @property
     def name(self) -> str:
@@ -179,17 +140,12 @@ class WorstCase(Measure):
     @property
     def description(self) -> str:
         """How it is computed."""
-        return _METHODS[self.name]
-
-    @property
-    def needs(self) -> str:
-        """Classes, to normalise logits."""
-        return NEEDS_CLASSES if self.logits != "raw" else ""
+        return _DEFINITIONS[self.name][0]
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The papers that define it."""
-        return _SOURCES[self.name]
+        return _DEFINITIONS[self.name][1]
 
     @property
     def variant(self) -> str:
@@ -198,11 +154,6 @@ class WorstCase(Measure):
         if self.batch_size is not None:
             last = f"m={self.batch_size}"
         return f"rho={self.rho:g},{last}"
-
-    @property
-    def invariance(self) -> Invariance:
-        """That of the quantity, where units are the weights' own and nothing else."""
-        return super().invariance if self.adaptive and self.eta == 0 else "raw"
 
     def cost(self) -> int:
         """Return a gradient per step of each ascent, and the losses of the error."""
@@ -252,7 +203,7 @@ class WorstCase(Measure):
             found = _over_all(normalised, region, origin, climb)
         else:
             found = _over_groups(normalised, region, origin, climb, self.batch_size)
-        # The gradient of a group says nothing about the gradient of the whole.
+        # The gradient of a group is no estimate of the gradient of the whole.
         share = found.first_order_share if self.batch_size is None else math.nan
         _, note = status_and_note(found.loss, found.estimate.value, "ball", share=share)
         return WorstCaseResult(

@@ -4,9 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from noisekit.core.results import Estimate, Status
+
 _START = 1e-2
 _GROWTH = 4.0
 _SMALLEST, _LARGEST = 1e-9, 1e6
+
+_SLOPE_FACTOR = 1.25
+"""How far on either side the slope of the increase is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +78,34 @@ def most_trials(tol: float) -> int:
     down = math.log(_START / _SMALLEST, _GROWTH)
     halvings = math.log2(math.log(_GROWTH) / math.log1p(tol))
     return math.ceil(max(up, down)) + max(0, math.ceil(halvings)) + 2
+
+
+def crossing(found: Bracket) -> Estimate:
+    """Return one over the squared size, with half the bracket's width as its bound."""
+    if not found.resolved:
+        return Estimate(math.nan, status=Status.NOT_RESOLVED)
+    bound = (1 / found.low**2 - 1 / found.high**2) / 2
+    return Estimate(1 / found.middle**2, bound=bound)
+
+
+def error_factor(size: float, increase: Callable[[float], float]) -> float:
+    """Return the error of one over the squared size per error of the increase there.
+
+    The increase is taken as a power of the size where it is positive on both sides,
+    which is exact at a minimiser.
+    """
+    above = increase(size * _SLOPE_FACTOR)
+    below = increase(size / _SLOPE_FACTOR)
+    if below > 0 and 0 < above < math.inf:
+        change = math.sqrt(above * below) * math.log(above / below)
+    else:
+        change = above - below
+    slope = change / (2 * math.log(_SLOPE_FACTOR))
+    return 2 / slope / size**2 if slope > 0 else math.nan
+
+
+def times(error: float | None, factor: float) -> float | None:
+    """Return an error times a factor; ``None`` where either is not known."""
+    if error is None or not 0 < factor < math.inf or not math.isfinite(error):
+        return None
+    return factor * error

@@ -16,19 +16,6 @@ from noisekit.curvature.random_vectors import normal_vector
 BallNorm = Literal["l2", "linf"]
 
 
-def check_eta(eta: float, *, adaptive: bool) -> None:
-    """Check that ``eta`` is not given where it would do nothing.
-
-    Raises:
-        UsageError: If it is.
-    """
-    if eta > 0 and not adaptive:
-        raise UsageError(
-            f"eta goes with adaptive=True, got eta={eta:g} and adaptive={adaptive}; "
-            "ASAM uses 0.01."
-        )
-
-
 def weight_units(weights: Tensor, *, adaptive: bool, eta: float = 0.0) -> Tensor:
     """Return the unit ``T`` in which each weight is displaced: 1, or ``|w| + eta``.
 

@@ -1,5 +1,6 @@
-"""The loss of normalised logits, which does not depend on how large they are."""
+"""What displaces the weights, each in its unit, and the loss of normalised logits."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -7,10 +8,47 @@ from torch import Tensor
 
 from noisekit.core.errors import UsageError
 from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.settings import NonNegative
+from noisekit.core.vocabulary import Invariance
+from noisekit.sharpness.measurement import Measure
 
 Logits = Literal["raw", "unit_norm", "unit_std"]
 
 NEEDS_CLASSES = "outputs (n, classes) and class targets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturbation(Measure):
+    """Settings of measures that displace the weights, each in a unit of its own.
+
+    Attributes:
+        adaptive: Whether a weight is displaced in proportion to its size.
+        eta: Added to the unit of every weight.
+        logits: ``"raw"``, or centred and of ``"unit_norm"`` or ``"unit_std"``.
+    """
+
+    adaptive: bool = False
+    eta: NonNegative = 0.0
+    logits: Logits = "raw"
+
+    def __post_init__(self) -> None:
+        """Check the settings, and that ``eta`` has a use."""
+        super().__post_init__()
+        if self.eta > 0 and not self.adaptive:
+            raise UsageError(
+                f"eta goes with adaptive=True, got eta={self.eta:g} and "
+                f"adaptive={self.adaptive}; ASAM uses 0.01."
+            )
+
+    @property
+    def needs(self) -> str:
+        """Classes, to normalise logits."""
+        return "" if self.logits == "raw" else NEEDS_CLASSES
+
+    @property
+    def invariance(self) -> Invariance:
+        """That of the quantity, where units are the weights' own and nothing else."""
+        return super().invariance if self.adaptive and self.eta == 0 else "raw"
 
 
 def with_logits(risk: EmpiricalRisk, logits: Logits) -> EmpiricalRisk:
