@@ -1,9 +1,9 @@
 """The section of a recipe that says what is measured at the snapshots."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -11,13 +11,17 @@ from pydantic import (
     JsonValue,
     TypeAdapter,
     ValidationError,
-    model_validator,
 )
 from pydantic_core import InitErrorDetails
 
+from noisekit.core.errors import RecipeError
 from noisekit.sharpness import Measure
 from noisekit.train.measures import MEASURES, own_measure
-from noisekit.train.recipes.recipe_errors import not_one_of, suggestion
+from noisekit.train.recipes.recipe_errors import (
+    not_one_of,
+    schema_faults,
+    unknown_keys,
+)
 from noisekit.train.references import is_reference
 from noisekit.train.section import PositiveInt, Section, Split
 
@@ -39,6 +43,32 @@ MeasureName = Annotated[str, AfterValidator(_known_measure)]
 """A measure by its name, or ``module:Class`` of the user's own code."""
 
 Settings = dict[str, JsonValue]
+
+
+def _fitting(
+    settings: dict[str, Settings | tuple[Settings, ...]],
+) -> dict[str, Settings | tuple[Settings, ...]]:
+    """Check all that can be checked without importing the user's code."""
+    errors: list[InitErrorDetails] = []
+    for name, tables in settings.items():
+        try:
+            _known_measure(name)
+            if not is_reference(name):
+                measures_of(name, tables)
+        except ValidationError as error:
+            errors += _moved(error, (name,))
+        except ValueError as error:
+            errors.append(_detail((name,), str(error), name))
+    if errors:
+        raise ValidationError.from_exception_data("settings", errors)
+    return settings
+
+
+AllSettings = Annotated[
+    dict[str, Settings | tuple[Settings, ...]], AfterValidator(_fitting)
+]
+"""By measure, a table of settings or several."""
+
 Table = dict[str, Any]  # as TOML and JSON have it
 
 
@@ -60,18 +90,9 @@ class MeasureSpec(Section):
     num_examples: PositiveInt | None = None
     everywhere: tuple[MeasureName, ...] = ()
     at: dict[str, tuple[MeasureName, ...]] = Field(default_factory=dict)
-    settings: dict[MeasureName, Settings | tuple[Settings, ...]] = Field(
-        default_factory=dict
-    )
+    settings: AllSettings = Field(default_factory=dict)
     bn: Literal["running", "recalibrated", "batch"] = "running"
     examples: tuple[Split, ...] = ("test",)
-
-    @model_validator(mode="after")
-    def _settings_fit(self) -> Self:
-        """Check what can be checked without importing the user's code."""
-        own = [name for name in self.settings if is_reference(name)]
-        raise_all(_settings_errors(self.settings, leave_out=own))
-        return self
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,9 +108,13 @@ class MeasureSpec(Section):
 
         Raises:
             UsageError: If it is the user's own code and may not be imported here.
-            ValidationError: If settings do not fit it.
+            RecipeError: If settings do not fit it.
         """
-        return measures_of(name, self.settings.get(name, {}))
+        try:
+            return measures_of(name, self.settings.get(name, {}))
+        except ValidationError as error:
+            faults = schema_faults(error, type(self), prefix=f"measure.settings.{name}")
+            raise RecipeError("\n".join(f"  {fault}" for fault in faults)) from error
 
 
 def measures_of(
@@ -119,36 +144,14 @@ def measures_of(
     return tuple(dict.fromkeys(made))
 
 
-def raise_all(errors: list[InitErrorDetails]) -> None:
-    """Raise one error with all of these, if there are any.
-
-    Raises:
-        ValidationError: With all of them.
-    """
-    if errors:
-        raise ValidationError.from_exception_data("settings", errors)
-
-
-def _settings_errors(
-    settings: Mapping[str, Settings | tuple[Settings, ...]], leave_out: list[str]
-) -> list[InitErrorDetails]:
-    errors: list[InitErrorDetails] = []
-    for name, table in settings.items():
-        if name not in leave_out:
-            try:
-                measures_of(name, table)
-            except ValidationError as error:
-                errors += _moved(error, ("settings", name))
-    return errors
-
-
 def _with_settings(
     measure: Measure, settings: Settings, place: tuple[int, ...]
 ) -> Measure:
     kind = type(measure)
-    unknown = list(_unknown(kind, settings))
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    unknown = unknown_keys(settings, known)
     if unknown:
-        errors = [_detail((*place, key), text, settings[key]) for key, text in unknown]
+        errors = [_detail((*place, f.key), f.text, settings[f.key]) for f in unknown]
         raise ValidationError.from_exception_data("settings", errors)
     try:
         # By way of JSON, where types stay strict.
@@ -158,14 +161,6 @@ def _with_settings(
         raise ValidationError.from_exception_data(
             "settings", _moved(error, place)
         ) from error
-
-
-def _unknown(kind: type[Measure], settings: Settings) -> Iterator[tuple[str, str]]:
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for key in settings:
-        if key not in known:
-            allowed = ", ".join(sorted(known)) or "none"
-            yield key, f"unknown key{suggestion(key, known)}. Allowed here: {allowed}"
 
 
 def _moved(

@@ -208,6 +208,8 @@ def _check_network(spec: RunSpec, data: DataSplits) -> None:
         seed=spec.seed,
     )
     find_loss(spec.training.loss)
+    for name in spec.measure.names:
+        spec.measure.measures(name)
     faults = list(coupling_faults(spec, coupled=bool(batch_norms(model))))
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults)

@@ -1,5 +1,6 @@
 """Recipes: what they resolve to, and what is refused, in which words."""
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -8,12 +9,17 @@ import tomli_w
 
 from noisekit.core.errors import RecipeError, UsageError
 from noisekit.core.vocabulary import QUANTITIES
+from noisekit.sharpness import EpsilonSharpness, WorstCase
 from noisekit.stats.contrasts import Contrast
 from noisekit.train.measures import MEASURES
 from noisekit.train.models import F1
 from noisekit.train.recipes.catalogue import experiments
 from noisekit.train.recipes.loading import load_recipe
-from noisekit.train.recipes.measure_spec import ALWAYS_RECORDED
+from noisekit.train.recipes.measure_spec import (
+    ALWAYS_RECORDED,
+    MeasureSpec,
+    translated_measure,
+)
 from noisekit.train.recipes.points import Point
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.run_spec import RunSpec
@@ -264,6 +270,111 @@ def test_measures_and_records_are_in_the_vocabulary() -> None:
     assert set(MEASURES) | set(ALWAYS_RECORDED) <= set(QUANTITIES)
     for name, measures in MEASURES.items():
         assert {measure.name for measure in measures} == {name}
+
+
+def test_every_setting_of_every_measure_can_be_set() -> None:
+    """A table changes all that a name stands for, a list takes the measure for each.
+
+    Catches: settings that only the card can set; a table that replaces the usual rows.
+    """
+    spec = MeasureSpec.model_validate_json(
+        json.dumps(
+            {
+                "settings": {
+                    "epsilon_sharpness": {"restarts": 2, "method": "lbfgsb"},
+                    "worst_case_sharpness": [
+                        {"rho": 0.1, "norm": "linf"},
+                        {"steps": 3},
+                    ],
+                    "pac_bayes_flatness": {"target": 0.2, "criterion": "loss"},
+                    "fisher_rao_norm": {"likelihood": "gaussian"},
+                }
+            }
+        )
+    )
+    assert spec.measures("epsilon_sharpness") == (
+        EpsilonSharpness(epsilon=1e-3, restarts=2, method="lbfgsb"),
+        EpsilonSharpness(epsilon=5e-4, restarts=2, method="lbfgsb"),
+    )
+    assert spec.measures("worst_case_sharpness") == (
+        WorstCase(rho=0.1, norm="linf"),
+        WorstCase(steps=3),
+    )
+    assert [m.magnitude_aware for m in spec.measures("pac_bayes_flatness")] == [
+        False,
+        True,
+    ]
+    assert spec.measures("lambda_max") == MEASURES["lambda_max"]
+    for name, usual in MEASURES.items():
+        everything = {"settings": {name: [measure.settings for measure in usual]}}
+        read = MeasureSpec.model_validate_json(json.dumps(everything))
+        assert read.measures(name) == usual
+        again = MeasureSpec.model_validate_json(read.model_dump_json())
+        assert again == read
+
+
+def test_all_faults_of_settings_come_with_their_keys(write) -> None:
+    """Unknown measure, unknown setting, wrong type, out of bounds, another quantity.
+
+    Catches: one fault at a time; an error in the middle of a run.
+    """
+    settings = {
+        "lamda_max": {"tol": 1e-3},
+        "hessian_trace": {"num_matvec": 8},
+        "average_sharpness": {"num_draws": 1, "antithetic": "yes"},
+        "worst_case_sharpness": [{"rho": 0.1}, {"rho": -0.1}],
+        "adaptive_worst_case_sharpness": {"adaptive": False},
+    }
+    message = faults_of(write(measure={"settings": settings}))
+    for said in (
+        "measure.settings.lamda_max: needs a measure, one of",
+        "did you mean 'lambda_max'?",
+        "measure.settings.hessian_trace.num_matvec: unknown key; did you mean "
+        "'num_matvecs'? Allowed here: num_matvecs",
+        "settings.average_sharpness.num_draws: needs a number at least 2, got 1",
+        "measure.settings.average_sharpness.antithetic: needs true or false",
+        "settings.worst_case_sharpness[2].rho: needs a number above 0, got -0.1",
+        "settings.adaptive_worst_case_sharpness: needs settings of "
+        "adaptive_worst_case_sharpness, got those of worst_case_sharpness; put them "
+        "under measure.settings.worst_case_sharpness",
+    ):
+        assert said in message, message
+
+
+def test_settings_of_format_1_are_read_as_they_were_meant() -> None:
+    """Radii, boxes and effort lay side by side there, each for several measures.
+
+    Catches: recorded runs whose settings are lost; a subspace without the full space.
+    """
+    read = MeasureSpec.model_validate_json(
+        json.dumps(
+            translated_measure(
+                {
+                    "everywhere": ["lambda_max"],
+                    "epsilon": [1e-3],
+                    "subspace_dim": 5,
+                    "max_iter": 4,
+                    "max_matvecs": 60,
+                    "trace_matvecs": 8,
+                    "adaptive_rho": 0.4,
+                    "rho": 0.03,
+                    "ascent_steps": 2,
+                }
+            )
+        )
+    )
+    assert read.everywhere == ("lambda_max",)
+    assert read.measures("epsilon_sharpness") == (
+        EpsilonSharpness(epsilon=1e-3, max_iter=4),
+        EpsilonSharpness(epsilon=1e-3, max_iter=4, subspace_dim=5),
+    )
+    assert read.measures("adaptive_worst_case_sharpness") == (
+        WorstCase(adaptive=True, rho=0.4, steps=1),
+        WorstCase(adaptive=True, rho=0.4, steps=2),
+    )
+    (pyhessian,) = read.measures("lambda_max_pyhessian")
+    assert (pyhessian.max_matvecs, pyhessian.tol) == (60, 1e-4)
+    assert read.measures("relative_flatness")[0].num_matvecs == 8
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from noisekit.core.errors import RecipeError, UsageError
 from noisekit.records import Runs, open_runs
 from noisekit.sharpness import SHARPNESS_MEASURES
 from noisekit.train.data.datasets import load_data
 from noisekit.train.data.section import TensorPair
+from noisekit.train.measures import own_measure
 from noisekit.train.models import build_model
+from noisekit.train.references import allow_code
 from noisekit.train.runs.loop import train_run
 from noisekit.train.runs.progress import ProgressEvent
 from noisekit.train.runs.snapshots import load_weights
@@ -341,3 +344,37 @@ def test_measuring_is_told(tmp_path: Path) -> None:
         (3, 4),
         (4, 4),
     ]
+
+
+def test_own_measure_stands_in_a_recipe(tmp_path: Path) -> None:
+    """``module:Class`` is taken like ours, with settings, once its code is allowed.
+
+    Catches: a name that only noisekit's own table knows; code that runs unasked;
+    settings that are found wrong when their turn comes.
+    """
+    name = "tests.sharpness.own_measure:LargestWeight"
+    spec = run_spec(
+        training={"stop": {"updates": 8}},
+        measure={
+            "at": {"final": [name, "grad_norm"]},
+            "settings": {name: [{}, {"power": 2}]},
+        },
+    )
+    with pytest.raises(UsageError, match="runs only with --allow-code"):
+        spec.measure.measures(name)
+    run = new_run(spec, tmp_path)
+    with allow_code():
+        train_run(spec, run)
+    rows = open_runs(run.path).measurements
+    own = rows[rows["measure"] == name].set_index("variant")
+    assert list(own["quantity"]) == ["largest_weight", "largest_weight"]
+    first, second = own.loc["power=1", "value"], own.loc["power=2", "value"]
+    assert second == pytest.approx(first**2)
+    assert "ok" in set(rows.loc[rows["quantity"] == "grad_norm", "status"])
+
+    wrong = run_spec(measure={"settings": {name: {"power": 0, "pover": 1}}})
+    with allow_code():
+        with pytest.raises(RecipeError, match=rf"measure\.settings\.{name}\.pover"):
+            wrong.measure.measures(name)
+        with pytest.raises(UsageError, match=r"subclass of noisekit\.Measure, got 'te"):
+            own_measure("tests.sharpness.own_measure:NOT_A_MEASURE")
