@@ -90,10 +90,10 @@ def test_noise_and_curvature_are_of_the_whole_loss(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_batch_sharpness_is_of_the_loss_that_is_trained_on(case: Case) -> None:
-    """Each batch's own loss as the loader and the loss give it, sum or mean.
+def test_batch_sharpness_is_of_each_batch_s_mean_loss(case: Case) -> None:
+    """That of a sum loss is divided by the batch's examples, as in all other measures.
 
-    Catches: a sum loss divided by its examples, whose threshold is another.
+    Catches: batch sharpness of the sum beside an eigenvalue of the mean.
     """
     size = len(case.batches[0][1])
     alike = [batch for batch in case.batches if len(batch[1]) == size]
@@ -102,7 +102,8 @@ def test_batch_sharpness_is_of_the_loss_that_is_trained_on(case: Case) -> None:
         gradient, hessian = reference.gradient_and_hessian(
             case.build(), case.loss_fn, [batch], counts=(1.0,), reduction="sum"
         )
-        ratios.append(gradient @ hessian @ gradient / (gradient @ gradient))
+        ratio = gradient @ hessian @ gradient / (gradient @ gradient)
+        ratios.append(ratio / size if case.reduction == "sum" else ratio)
     got = batch_sharpness(
         case.build(), case.loss_fn, case.batches, normaliser=case.normaliser
     )
