@@ -164,16 +164,16 @@ def curve_gap_table(
     """
     rows = []
     for quantity in quantities:
-        curves = _curves_by_seed(runs.evaluations, quantity)
-        seeds = sorted(
-            {s for a, s in curves if a == treatment}
-            & {s for a, s in curves if a == reference}
+        above, below = (
+            _curves_by_seed(runs.evaluations, quantity, arm)
+            for arm in (treatment, reference)
         )
+        seeds = sorted(above.keys() & below.keys())
         if len(seeds) < 2:
             continue
-        pairs = [(treatment, s) for s in seeds] + [(reference, s) for s in seeds]
-        grid = common_grid([curves[pair][0] for pair in pairs])
-        table = np.array([on_grid(*curves[pair], grid) for pair in pairs])
+        curves = [above[seed] for seed in seeds] + [below[seed] for seed in seeds]
+        grid = common_grid([positions for positions, _ in curves])
+        table = np.array([on_grid(*curve, grid) for curve in curves])
         band = permutation_band(
             table[: len(seeds)], table[len(seeds) :], generator=np.random.default_rng(0)
         )
@@ -193,20 +193,25 @@ def curve_gap_table(
 
 
 def _curves_by_seed(
-    evaluations: pd.DataFrame, quantity: str
-) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+    evaluations: pd.DataFrame, quantity: str, arm: str
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Return epochs and heights of each seed that has two points or more."""
     if quantity not in evaluations.columns:
         return {}
-    values = evaluations[quantity].astype(float)
-    known = values > 0 if _is_loss(quantity) else values >= 0
-    curves = {}
-    for (arm, _), rows in evaluations[known].groupby(["arm", "seed"], sort=False):
-        place = (str(arm), int(rows["seed"].iloc[0]))
-        rows = rows.drop_duplicates("epoch").sort_values("epoch")
-        heights = rows[quantity].to_numpy(dtype=float)
-        curve = np.log(heights) if _is_loss(quantity) else heights
-        curves[place] = (rows["epoch"].to_numpy(dtype=float), curve)
-    return curves
+    columns = ["seed", "epoch", quantity]
+    rows = evaluations.loc[evaluations["arm"] == arm, columns].dropna()
+    rows = rows[rows[quantity] > 0] if _is_loss(quantity) else rows
+    rows = rows.drop_duplicates(["seed", "epoch"]).sort_values(["seed", "epoch"])
+    heights = rows[quantity].to_numpy(dtype=float)
+    heights = np.log(heights) if _is_loss(quantity) else heights
+    epochs = rows["epoch"].to_numpy(dtype=float)
+    seeds, starts = np.unique(rows["seed"].to_numpy(), return_index=True)
+    ends = [*starts[1:], len(rows)]
+    return {
+        int(seed): (epochs[start:end], heights[start:end])
+        for seed, start, end in zip(seeds, starts, ends, strict=True)
+        if end - start > 1
+    }
 
 
 def _is_loss(quantity: str) -> bool:
@@ -224,6 +229,7 @@ def rank_table(
     there = runs.snapshots[runs.snapshots["snapshot"] == snapshot]
     errors = there.set_index("run_id")[against].dropna()
     measured = runs.measurements[runs.measurements["snapshot"] == snapshot]
+    measured = measured[measured["quantity"] != against]
     rows = []
     for quantity, values in measured.groupby("quantity", sort=False):
         first = values.drop_duplicates("run_id").set_index("run_id")["value"].dropna()

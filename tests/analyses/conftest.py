@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 RECIPE = """
-format = 1
+format = 2
 name = "norm_or_not"
 question = "Does BatchNorm change sharpness?"
 analyses = ["sharpness_vs_batch_size"]
@@ -26,10 +26,10 @@ learning_rate = 0.1
 batch_size = 32
 stop = { updates = 32 }
 [evaluation]
-every_updates = 8
+every = { updates = 8 }
 [snapshots]
 losses = [1.5]
-updates = { equal_updates = 32 }
+at = { equal_updates = { updates = 32 } }
 [probe]
 every = 0
 [measure]
