@@ -11,6 +11,7 @@ from torch import nn
 
 from noisekit.core.batches import (
     Batch,
+    ModelBatches,
     as_batch,
     count_examples,
     map_tensors,
@@ -25,7 +26,9 @@ from noisekit.core.errors import (
     UsageError,
 )
 from noisekit.core.evaluation_mode import BatchNormPolicy, batch_norms
+from noisekit.core.model_state import ModelState
 from noisekit.core.randomness import preserve_rng_state
+from noisekit.core.restorable import GENERATORS
 
 MEMORY_BUDGET = 2**30
 _MASK = 2**128 - 1
@@ -88,6 +91,8 @@ class StreamedBatches:
         with preserve_loader_rng_state(self._loader):
             for item in self._loader:
                 batch = as_batch(item)
+                if count_examples(batch) == 0:
+                    continue
                 digest = _digest(batch, ordered=self._ordered)
                 total = total * 31 + digest if self._ordered else total + digest
                 num_examples += count_examples(batch)
@@ -178,6 +183,8 @@ def read_batches(
         for item in loader:
             batch = as_batch(item)
             count = count_examples(batch)
+            if count == 0:
+                continue  # as the last batch of a filtered data set may be
             if count > missing:
                 batch = take_examples(batch, torch.arange(int(missing)))
             used += _bytes_of(batch)
@@ -265,34 +272,34 @@ class DataRules:
 
 @contextmanager
 def preserve_loader_rng_state(loader: object) -> Iterator[None]:
-    """Give back the global random state and the loader's generators on exit."""
-    generators = _generators_of(loader)
-    states = [generator.get_state() for generator in generators]
+    """Restore the global random state and the loader's generators on exit."""
+    state = ModelState(*_generators_of(loader))
     with preserve_rng_state():
         try:
             yield
         finally:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
+            state.restore()
 
 
-def _generators_of(loader: object) -> list[torch.Generator]:
-    """Generators of a DataLoader, of its samplers and of its data set."""
-    sampler = getattr(loader, "sampler", None)
+def _generators_of(loader: object) -> list[object]:
+    """Random generators of a DataLoader, of its samplers and of its data set."""
+    if isinstance(loader, ModelBatches):
+        loader = loader.loader
     batch_sampler = getattr(loader, "batch_sampler", None)
     holders = (
         loader,
-        sampler,
+        getattr(loader, "sampler", None),
         batch_sampler,
         getattr(batch_sampler, "sampler", None),
         getattr(loader, "dataset", None),
     )
-    found = {
-        id(generator): generator
-        for holder in holders
-        if isinstance(generator := getattr(holder, "generator", None), torch.Generator)
-    }
-    return list(found.values())
+    attributes = [vars(h) for h in holders if hasattr(h, "__dict__")]
+    return [
+        value
+        for held in attributes
+        for value in held.values()
+        if isinstance(value, GENERATORS)
+    ]
 
 
 def _bytes_of(batch: Batch) -> int:

@@ -1,5 +1,6 @@
 """How a model is evaluated while it is measured, and how it is given back."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,21 +18,51 @@ from noisekit.core.model_state import preserve_model_state
 BatchNormPolicy = Literal["running", "recalibrated", "batch"]
 
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 def call_model(model: nn.Module, inputs: Any) -> Any:  # whatever the model takes
-    """Return the model's outputs; a tuple or a mapping is unpacked."""
-    args, kwargs = model_arguments(inputs)
+    """Return the model's outputs; a tuple or a mapping is unpacked where it fits."""
+    args, kwargs = model_arguments(inputs, model)
     return model(*args, **kwargs)
 
 
 def model_arguments(
     inputs: Any,  # whatever the model takes
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and the keyword arguments that stand for ``inputs``."""
+    model: nn.Module | None = None,
+) -> _Arguments:
+    """Return the positional and the keyword arguments that stand for ``inputs``.
+
+    A mapping is unpacked into keywords and a tuple or list into positions, unless the
+    model's ``forward`` takes no such arguments and so wants it as one.
+    """
+    takes_one: _Arguments = ((inputs,), {})
     if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return (inputs,), {}
+        unpacked: _Arguments = ((), dict(inputs))
+    elif isinstance(inputs, tuple | list):
+        unpacked = (tuple(inputs), {})
+    else:
+        return takes_one
+    signature = None if model is None else _signature(model)
+    if signature is None or _binds(signature, unpacked):
+        return unpacked
+    return takes_one if _binds(signature, takes_one) else unpacked
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    """How the model is called, if Python knows it."""
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _binds(signature: inspect.Signature, arguments: _Arguments) -> bool:
+    try:
+        signature.bind(*arguments[0], **arguments[1])
+    except TypeError:
+        return False
+    return True
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
@@ -86,10 +117,15 @@ def measured_modes(model: nn.Module, bn: BatchNormPolicy) -> Iterator[None]:
     """
     for module in model.modules():
         module.training = False
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # the same gradient, without a layout of its own
     for layer in batch_norms(model) if bn == "batch" else ():
         layer.training = True
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         # The fused attention kernels have no second derivative.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_no_attention_fast_path())

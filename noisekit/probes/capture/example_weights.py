@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from noisekit.core.errors import NormaliserError
+from noisekit.core.known_losses import known_loss
 
 # Takes a batch's targets, in whatever form the loader gives them.
 ExampleWeights = Callable[[Any], Tensor]
@@ -56,33 +56,12 @@ def per_example(name: str, values: object, num_examples: int) -> Tensor:
 
 
 def target_weights(loss_fn: object, targets: Any) -> Tensor | None:
-    """Return what each target counts in a known loss's mean; ``None`` of others.
-
-    The class weight of a target that is not ignored, zero of one that is.
-    """
-    if not isinstance(targets, Tensor) or targets.is_floating_point():
-        return None
-    known = _class_weights(loss_fn)
-    if known is None:
-        return None
-    class_weights, ignored = known
-    counted = targets != ignored
-    counts = counted.to(torch.float32)
-    if class_weights is not None:
-        chosen = class_weights.to(targets.device)[targets.where(counted, 0)]
-        counts = counts * chosen
-    return counts
+    """Return what each target counts in a known loss's mean; ``None`` of others."""
+    known = known_loss(loss_fn)
+    return None if known is None else known.target_weights(targets)
 
 
 def tells_targets(loss_fn: object) -> bool:
     """Whether a loss is one of those whose counting of targets is known."""
-    return _class_weights(loss_fn) is not None
-
-
-def _class_weights(loss_fn: object) -> tuple[Tensor | None, int] | None:
-    """Class weights and ignored class of a cross-entropy; ``None`` for other losses."""
-    if isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss):
-        return loss_fn.weight, loss_fn.ignore_index
-    if loss_fn is functional.cross_entropy or loss_fn is functional.nll_loss:
-        return None, -100
-    return None
+    known = known_loss(loss_fn)
+    return known is not None and known.kind == "classes"
