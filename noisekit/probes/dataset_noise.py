@@ -11,9 +11,9 @@ from noisekit.core.batches import Batch
 from noisekit.core.errors import CoupledExamplesError, LayerReadError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
-from noisekit.core.params import ParameterPatterns, select_parameters
+from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.noise.scale import per_example_noise_scale
 from noisekit.probes.capture.hooks import suspend_recording
 from noisekit.probes.capture.recorder import Recorder
@@ -59,11 +59,11 @@ class GradientNoise:
 
 
 def gradient_noise(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
     unit: Unit = "example",
@@ -76,7 +76,7 @@ def gradient_noise(
     ``g_i`` is the number of examples times example i's part of the risk's gradient.
 
     Args:
-        model: Left as it was.
+        model: Left as it was; or an ``EmpiricalRisk`` in place of all three.
         loss_fn: Called with outputs and targets; returns a scalar.
         batches: Yields ``(inputs, targets)``.
         bn: BatchNorm policy; ``"batch"`` couples the examples and is refused.
@@ -95,10 +95,8 @@ def gradient_noise(
         UsageError: If it is not known which tokens count.
     """
     check_unit(unit)
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    with recording(risk, params) as recorder:
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
+    with recording(risk) as recorder:
         sq_norms = torch.cat(list(_example_sq_norms(risk, recorder)))
         names, parameters = recorder.names, recorder.parameters
         gradient = {
@@ -125,11 +123,11 @@ def gradient_noise(
 
 
 def example_sq_norms(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Batch],
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> Tensor:
@@ -142,15 +140,13 @@ def example_sq_norms(
         CoupledExamplesError: If examples have no gradients of their own.
         LayerReadError: If some parameter's gradients cannot be told apart.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params
-    )
-    with recording(risk, params) as recorder:
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
+    with recording(risk) as recorder:
         return torch.cat(list(_example_sq_norms(risk, recorder)))
 
 
 @contextmanager
-def recording(risk: EmpiricalRisk, params: ParameterPatterns) -> Iterator[Recorder]:
+def recording(risk: EmpiricalRisk) -> Iterator[Recorder]:
     """Yield a recorder whose sites account for the first batch's gradient.
 
     Raises:
@@ -162,7 +158,8 @@ def recording(risk: EmpiricalRisk, params: ParameterPatterns) -> Iterator[Record
             "bn='batch', which couples the examples; use bn='running' or "
             "'recalibrated'."
         )
-    recorder = Recorder(risk.model, select_parameters(risk.model, params))
+    named = dict(zip(risk.layout.names, risk.parameters, strict=True))
+    recorder = Recorder(risk.model, named)
     try:
         with suspend_recording(recorder), risk.evaluating():
             _settle(risk, recorder)

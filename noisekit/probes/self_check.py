@@ -13,7 +13,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.layers.chunks import chunk_slices
 from noisekit.core.normalisation import Normaliser, normaliser_value
 from noisekit.core.params import ParameterPatterns, flatten
-from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.signed_backward import SignedBackward
 from noisekit.probes.capture.step_record import ForwardPass
@@ -64,11 +64,11 @@ class SelfCheck:
 
 
 def self_check(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batch: Batch,
+    model: nn.Module | EmpiricalRisk,
+    loss_fn: LossFn | None = None,
+    batch: Batch | None = None,
     *,
-    bn: BatchNormPolicy = "running",
+    bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> SelfCheck:
@@ -79,7 +79,8 @@ def self_check(
     dropout; the model is given back.
 
     Args:
-        model: Any model whose examples are not coupled.
+        model: Any model whose examples are not coupled; or an ``EmpiricalRisk`` in
+            place of all three, whose first batch is taken.
         loss_fn: Its loss, a mean or a sum over examples.
         batch: ``(inputs, targets)``; a few examples suffice.
         bn: BatchNorm policy; ``"batch"`` couples the examples and is refused.
@@ -90,10 +91,10 @@ def self_check(
         CoupledExamplesError: If examples have no gradients of their own.
         LayerReadError: If some parameter's gradients cannot be told apart.
     """
-    risk = EmpiricalRisk(
-        model, loss_fn, [batch], bn=bn, normaliser=normaliser, params=params
-    )
-    found, expected = _read_by_probe(risk, batch, params), _read_one_by_one(risk, batch)
+    batches = None if batch is None else [batch]
+    risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
+    _, batch = next(iter(risk.weighted_batches()))
+    found, expected = _read_by_probe(risk, batch), _read_one_by_one(risk, batch)
     return SelfCheck(
         _errors(found.examples, expected.examples),
         _errors(found.estimators, expected.estimators),
@@ -139,12 +140,10 @@ class _UnitSqNorms:
     coverage: Mapping[str, str]
 
 
-def _read_by_probe(
-    risk: EmpiricalRisk, batch: Batch, params: ParameterPatterns
-) -> _UnitSqNorms:
+def _read_by_probe(risk: EmpiricalRisk, batch: Batch) -> _UnitSqNorms:
     """Return what a probe's hooks read of one batch at frozen weights."""
     scale = float(risk.num_examples) ** 2
-    with recording(risk, params) as recorder:
+    with recording(risk) as recorder:
         recorder.units.request = UnitRequest(
             per_example=True, row_share=_ROW_SHARE, num_chunks=_CHUNKS
         )

@@ -1,12 +1,20 @@
 """Gradient noise at frozen weights, and the self-check."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from noisekit.core.errors import BatchSizeError, CoupledExamplesError, LayerReadError
+from noisekit.core.errors import (
+    BatchSizeError,
+    CoupledExamplesError,
+    LayerReadError,
+    UsageError,
+)
 from noisekit.core.layers.chunks import chunk_sq_norms
+from noisekit.core.risk import EmpiricalRisk
 from noisekit.integrations import attach
 from noisekit.probes import example_sq_norms, gradient_noise, self_check
 from tests.probes.models import CASES as ALL_CASES
@@ -212,3 +220,36 @@ def test_printed_noise_is_a_few_lines() -> None:
         f"  |G|²: {noise.debiased_grad_sq_norm}",
     ]
     assert "tensor" not in repr(noise)
+
+
+def test_a_risk_takes_the_place_of_model_loss_and_data() -> None:
+    """With the parameters of the risk, or some of them; the data are read once.
+
+    Catches: all parameters measured where the risk has a part of them; a second risk
+    built from the first.
+    """
+    model, (inputs, targets) = MLP.model(), MLP.data()
+    passes = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        passes.append(1)
+        yield from zip(inputs.split(3), targets.split(3), strict=True)
+
+    class Data:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return batches()
+
+    risk = EmpiricalRisk(model, functional.cross_entropy, Data(), params="2.*")
+    built = len(passes)
+    noise = gradient_noise(risk)
+    wanted = gradient_noise(model, functional.cross_entropy, Data(), params="2.*")
+    assert str(noise) == str(wanted)
+    assert list(noise.coverage) == ["2.weight", "2.bias"]
+    assert len(passes) == built + built
+    one = example_sq_norms(risk, params="2.bias")
+    assert one.sum() < noise.example_sq_norms.sum()
+    check = self_check(risk)
+    assert check.passed
+    assert check.num_examples == 3
+    with pytest.raises(UsageError, match="got loss_fn= beside it"):
+        gradient_noise(risk, functional.cross_entropy)

@@ -44,9 +44,9 @@ WAYS = {
     "side_by_side": Way(0.15, {"estimator": ("auto", "rows", "chunks")}),
     # Gradients of a later micro-batch, which are dropped in portions.
     "accumulation": Way(0.05, {"estimator": "accumulation"}, 0.75, num_parts=2),
-    # A replay of half of the batch, while the graph of the whole is held; a gradient
-    # of one replay, and their sum.
-    "ghost": Way(0.55, {"estimator": "ghost"}, 2.0),
+    # A replay of half of the batch on a copy of the model, while the graph of the whole
+    # is held; a gradient of one replay, and their sum.
+    "ghost": Way(0.55, {"estimator": "ghost"}, 3.0),
     # The graph is kept for a second pass, which has a gradient of its own.
     "random_signs": Way(0.3, {"estimator": "random_signs"}),
     # What the optimiser multiplies each gradient by, and one layer's squares.
