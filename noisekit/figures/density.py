@@ -31,8 +31,8 @@ def spectral_density(
 
     Left, the density on a log axis, with the outliers as lines as high as their share
     of all eigenvalues. Right, the share per decade of magnitude, negative eigenvalues
-    to the left and positive ones to the right of the middle, which stands for all that
-    cannot be told from zero, and says what share that is.
+    to the left and positive ones to the right of the middle, which holds all that
+    is not resolved from zero, labelled with its share.
 
     Args:
         density: The ``frame()`` of a spectral density: columns ``axis`` (``linear``,
@@ -79,7 +79,7 @@ def spectral_density(
         "Density of Hessian eigenvalues by stochastic Lanczos quadrature. (a) Over "
         "the eigenvalue, each node as wide as half the distance of those beside it."
         f"{outliers} (b) Share of all eigenvalues per decade of magnitude, by sign; "
-        f"grey: not told from zero, {_percent(about_zero)} of all. Bands: 95 % "
+        f"grey: not resolved from zero, {_percent(about_zero)} of all. Bands: 95 % "
         "intervals over probes, point by point."
         f"{summaries.left_out(dropped)}"
     )

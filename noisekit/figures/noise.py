@@ -46,7 +46,7 @@ def noise_over_training(
 
     Readings are averaged over windows of updates, part by part, and divided after
     that. Where a window's noise scale is not resolved from above, an open triangle
-    stands at the lower end of its confidence set: the truth is there or higher.
+    marks the lower end of its confidence set: the truth is there or higher.
 
     Args:
         steps: Columns ``step``, ``grad_sq_norm``, ``variance_trace`` and

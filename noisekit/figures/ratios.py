@@ -105,7 +105,7 @@ def descriptive_ratios(
     """Draw one arm over the other for several measures, as a table with intervals.
 
     One row a measure, one panel a comparison. Nothing here is tested: the figure
-    says what else differs between the arms where one measure is compared.
+    shows what else differs between the arms where one measure is compared.
 
     Args:
         ratios: From ``paired_ratios``, one or several comparisons stacked.

@@ -94,11 +94,11 @@ def loss_surface(
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.set_major_formatter("{x:g}")
     panel.grid(visible=False)
-    said = f" {what.rstrip('.')}." if what else ""
+    remark = f" {what.rstrip('.')}." if what else ""
     at = ", ".join(f"{level:.3g}" for level in lines)
     caption = (
         f"Loss on a plane through the solution (cross), from {low:.3g} (dark) to "
-        f"{high:.3g} (light); lines at {at}.{said}"
+        f"{high:.3g} (light); lines at {at}.{remark}"
         f"{summaries.left_out(dropped, 'points')}"
     )
     return Plot(drawn_on.figure, table.reset_index(drop=True), name, caption)
@@ -157,10 +157,10 @@ def loss_lines(
     panel.xaxis.set_major_formatter("{x:g}")
     if len(styles) > 1:
         drawn_on.legend([arm_handle(style) for style in styles.values()])
-    said = f" {what.rstrip('.')}." if what else ""
+    remark = f" {what.rstrip('.')}." if what else ""
     caption = (
         "Loss along a line through the solution at 0 (dotted)."
-        f"{said}{summaries.left_out(dropped, 'points')}"
+        f"{remark}{summaries.left_out(dropped, 'points')}"
     )
     return Plot(drawn_on.figure, table.reset_index(drop=True), name, caption)
 

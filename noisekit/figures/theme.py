@@ -93,7 +93,7 @@ def themed() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class ArmStyle:
-    """How one arm is drawn: told apart by colour, by marker and by line."""
+    """How one arm is drawn: distinguished by colour, marker and line."""
 
     label: str
     color: str

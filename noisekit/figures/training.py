@@ -26,10 +26,10 @@ from noisekit.figures.theme import (
 )
 
 CURVES = ("train_loss", "validation_loss", "test_error")
-"""What ``training_curves`` draws unless told otherwise, where it was recorded."""
+"""What ``training_curves`` draws by default, where it was recorded."""
 
 _SEED_POINTS, _MEAN_POINTS = 48, 96
-"""Most points of one line; more cannot be told apart at the printed size."""
+"""Most points of one line; more are not distinguishable at the printed size."""
 
 Axis = Literal["epoch", "step", "examples_seen"]
 _AXES: tuple[Axis, ...] = ("epoch", "step")

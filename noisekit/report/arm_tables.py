@@ -104,7 +104,7 @@ def ratio_table(
 ) -> pd.DataFrame:
     """Return quantities as ratios of two arms, for each pair of arms in contrasts.
 
-    One contrast of sharpness stands for a pair of arms, at matched training loss where
+    One contrast of sharpness represents a pair of arms, at matched training loss where
     there is one. Quantities that were not measured there are left out.
     """
     tables = [pd.DataFrame()]

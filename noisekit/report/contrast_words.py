@@ -101,10 +101,10 @@ def answer(
 ) -> str:
     """Return the answer that follows from the table of contrasts, a line a statement.
 
-    Every primary contrast is told, with its interval and what the margin says of it.
+    Every primary contrast is reported, with its interval and its place to the margin.
     A descriptive contrast of the same kind of quantity that contradicts one of them
     (decided, and on another side of the margin or in another direction), or that is
-    decided where a primary one is not, is told as well. The others are counted.
+    decided where a primary one is not, is reported as well. The others are counted.
 
     Args:
         results: Contrasts with effects and verdicts.
@@ -116,16 +116,16 @@ def answer(
         return _CLAIMS_NOTHING
     primary = [result for result in results if result.contrast.primary]
     others = [result for result in results if not result.contrast.primary]
-    told = [result for result in others if _contradicts(result, primary)]
+    contrary = [result for result in others if _contradicts(result, primary)]
     parts = [f"{sentence_case(setting)}."] if setting else []
     if primary:
         parts += _by_arms(primary, arms)
     else:
-        parts.append("No contrast was primary, so there is no verdict to tell.")
-    if told:
-        contrary = " ".join(_by_arms(told, arms))
-        parts.append(f"Against this, by descriptive contrasts: {contrary}")
-    parts += _rest([result for result in others if result not in told])
+        parts.append("No contrast was primary, so there is no verdict.")
+    if contrary:
+        findings = " ".join(_by_arms(contrary, arms))
+        parts.append(f"Against this, by descriptive contrasts: {findings}")
+    parts += _rest([result for result in others if result not in contrary])
     kinds = {_kind(result.contrast) for result in results}
     if "sharpness" in kinds and any(kind.endswith("_error") for kind in kinds):
         parts.append(_NOT_CAUSES)
@@ -133,7 +133,7 @@ def answer(
 
 
 def _by_arms(results: Sequence[ContrastResult], arms: Mapping[str, str]) -> list[str]:
-    """Return one sentence for each pair of arms, with all that was found of it."""
+    """Return one sentence for each pair of arms, with the findings of its contrasts."""
     findings: dict[str, list[str]] = {}
     for result in results:
         pair = _arms_compared(result.contrast, arms)
@@ -144,7 +144,7 @@ def _by_arms(results: Sequence[ContrastResult], arms: Mapping[str, str]) -> list
 def _contradicts(
     descriptive: ContrastResult, primary: Sequence[ContrastResult]
 ) -> bool:
-    """Return whether a primary verdict may not be told without this result."""
+    """Return whether a primary verdict must not be reported without this result."""
     verdict = descriptive.verdict
     if not verdict.decided:
         return False
@@ -167,7 +167,7 @@ def _kind(contrast: Contrast) -> str:
 
 
 def _rest(results: Sequence[ContrastResult]) -> list[str]:
-    """Return a sentence that counts the descriptive contrasts that are not told."""
+    """Return a sentence that counts the descriptive contrasts that are not reported."""
     if not results:
         return []
     counts: dict[str, int] = {}
@@ -185,7 +185,7 @@ def _arms_compared(contrast: Contrast, arms: Mapping[str, str]) -> str:
 
 
 def _finding(result: ContrastResult) -> str:
-    """Return what was found of a contrast, without its arms."""
+    """Return the finding of a contrast, without its arms."""
     contrast = result.contrast
     head = f"{lower_first(_quantity(contrast))} at {snapshot_words(contrast.snapshot)}"
     verdict, reason = result.verdict, typeset(result.reason)

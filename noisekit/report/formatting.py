@@ -40,7 +40,7 @@ class Cell:
 def table_cells(
     frame: DataFrame, arms: Mapping[str, str]
 ) -> tuple[list[Cell], list[list[Cell]]]:
-    """Return head and rows of a table; what is a number stands to the right."""
+    """Return head and rows of a table; numbers are aligned to the right."""
     columns = [_column(frame, name, arms) for name in frame.columns]
     numeric = [all(_numeric(text) for text in column) for column in columns]
     head = [
@@ -55,18 +55,18 @@ def table_cells(
 
 
 def glossary(results: Iterable[AnalysisResult]) -> list[tuple[Quantity, Markup]]:
-    """Return the quantities that contrasts, figures and tables speak of."""
-    found: set[str] = set()
+    """Return the quantities that contrasts, figures and tables name."""
+    named: set[str] = set()
     for result in results:
-        found |= {item.contrast.quantity for item in result.contrasts}
+        named |= {item.contrast.quantity for item in result.contrasts}
         for plot in result.plots:
-            found |= _mentioned(plot.name, plot.table)
+            named |= _mentioned(plot.name, plot.table)
         for table in result.tables:
-            found |= _mentioned(table.name, table.frame)
+            named |= _mentioned(table.name, table.frame)
     return [
         (quantity, symbol(quantity.symbol))
         for name, quantity in QUANTITIES.items()
-        if name in found
+        if name in named
     ]
 
 

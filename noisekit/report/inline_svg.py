@@ -1,4 +1,4 @@
-"""A figure as SVG that can stand inside an HTML page, beside others."""
+"""A figure as SVG inside an HTML page, beside others."""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def inline_svg(rendered: bytes, *, prefix: str, label: str) -> Markup:
     Args:
         rendered: Bytes of an SVG file.
         prefix: Put before every id; unique on the page.
-        label: What a screen reader says.
+        label: Text for screen readers.
     """
     root = ET.fromstring(rendered)
     used = set(_references(root))

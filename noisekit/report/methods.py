@@ -32,7 +32,12 @@ _NOISE = (
 def method_sentences(
     results: Sequence[AnalysisResult], quantities: Sequence[Quantity]
 ) -> tuple[str, ...]:
-    """Return how effects, errors and noise scales were computed, as far as shown."""
+    """Return how effects, errors and noise scales were computed, as far as shown.
+
+    Args:
+        results: The analyses of the page.
+        quantities: The quantities that the page names.
+    """
     contrasts = [item for result in results for item in result.contrasts]
     names = {quantity.name for quantity in quantities}
     return tuple(_sentences(contrasts, names))

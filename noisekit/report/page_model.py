@@ -112,7 +112,7 @@ def build_report(
     that are there. Whatever came from a file is escaped.
 
     Args:
-        results: What the analyses found; none for runs that claim nothing.
+        results: Results of the analyses; none for runs that claim nothing.
         provenance: Where the numbers come from.
         out: The file; one that is there is replaced as a whole.
 
@@ -138,7 +138,7 @@ def page_of(
     """Return all that the template shows.
 
     Args:
-        results: What the analyses found.
+        results: Results of the analyses.
         provenance: Where the numbers come from.
         beside: Folder of the report, in which linked files are looked for.
     """
@@ -159,11 +159,11 @@ def page_of(
     )
     terms = glossary(results)
     quantities = [quantity for quantity, _ in terms]
-    told = {warning for result in results for warning in result.warnings}
+    shown = {warning for result in results for warning in result.warnings}
     return Page(
         articles=articles,
         provenance=provenance,
-        faults=tuple(fault for fault in provenance.faults if fault not in told),
+        faults=tuple(fault for fault in provenance.faults if fault not in shown),
         runs=_table(provenance.runs, "runs", provenance) if provenance.runs else None,
         methods=method_sentences(results, quantities),
         glossary=terms,

@@ -1,4 +1,4 @@
-"""What an analysis hands over, and what the report says of the runs behind it."""
+"""Results of an analysis, and the provenance of the runs behind it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class Rule:
     Attributes:
         name: The rule, as a statement that should hold.
         met: Whether it does.
-        detail: What was found.
+        detail: The evidence.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AnalysisResult:
-    """What one analysis found.
+    """The result of one analysis.
 
     Attributes:
         name: Name of the analysis.
         question: What was asked.
-        answer: The answer, a line a statement; says so where there is none.
+        answer: The answer, a line a statement; a statement too where there is none.
         rules: Rules of a fair test, met or broken.
         contrasts: Contrasts with effects and verdicts.
         arms: The name under which each arm is shown.

@@ -76,7 +76,7 @@ def sentence_case(text: str) -> str:
 
 
 def lower_first(text: str) -> str:
-    """Return ``text`` as it stands inside a sentence; names such as PyHessian stay."""
+    """Return ``text`` as written inside a sentence; names keep their capital."""
     word = text.split(" ", 1)[0]
     is_name = not word[1:].islower() or word in _NAMES
     return text if is_name else text[:1].lower() + text[1:]

@@ -76,7 +76,7 @@ class Contrast:
             quantity's unit for a difference.
         primary: Whether it belongs to the family that is adjusted for its size;
             any other is descriptive.
-        paper: What a paper found, in words; stands beside the result, is not tested.
+        paper: A paper's own finding, in words; shown beside the result, not tested.
         description: What the contrast holds equal; its name wherever it is shown.
 
     Raises:

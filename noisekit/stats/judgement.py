@@ -145,7 +145,7 @@ def _decide(
 
 
 def _position(contrast: Contrast, interval: Interval) -> Verdict:
-    """Return what an interval by itself says against no effect and the margin."""
+    """Return the verdict of one interval against no effect and the margin."""
     low, high = interval.low, interval.high
     lowest, highest = contrast.margin_ends
     if low > highest:

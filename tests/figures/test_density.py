@@ -44,7 +44,7 @@ def test_the_caption_counts_outliers_and_what_is_left_out() -> None:
     table.loc[3, "value"] = np.nan
     caption = spectral_density(table).caption
     assert "2 outliers" in caption
-    assert "not told from zero, 60 % of all" in caption
+    assert "not resolved from zero, 60 % of all" in caption
     assert "Left out: 1 value" in caption
     assert "stands apart" in spectral_density(spectrum(atoms=())).caption
 
