@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from functools import cache
 
@@ -324,6 +324,34 @@ def test_a_function_has_the_settings_of_its_measure(name: str) -> None:
     assert {"model", "loss_fn", "batches", "bn", "normaliser", "params"} <= set(
         parameters
     )
+
+
+class CountedLoader:
+    """Counts the passes over the data."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        return iter(data())
+
+
+def test_a_risk_built_once_serves_every_function() -> None:
+    """Its data are read in one pass, and values are those of model, loss and data.
+
+    Catches: a function that builds a risk of its own from the risk's parts.
+    """
+    loader = CountedLoader()
+    model = trained(0.2, norm=True)
+    risk = EmpiricalRisk(model, LOSS, loader)
+    for name in ("lambda_max", "hessian_trace", "average_sharpness", "batch_sharpness"):
+        got = FUNCTIONS[name](risk, generator=seeded())
+        want = FUNCTIONS[name](
+            trained(0.2, norm=True), LOSS, data(), generator=seeded()
+        )
+        assert float(got) == float(want)
+    nk.measure(risk, measures=["fisher_rao_norm", "worst_case_sharpness"])
+    assert loader.passes == 1
 
 
 def test_own_measure_works_wherever_ours_do() -> None:
