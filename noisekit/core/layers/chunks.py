@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from noisekit.core.layers.batch_axis import WHOLE
-from noisekit.core.layers.gram import gram_cost, gram_sq_norms
-from noisekit.core.layers.linear import LinearRule
+from noisekit.core.layers.linear import LinearRule, gram_cost, gram_sq_norms
 from noisekit.core.layers.per_example import Site, sum_over_rows
 from noisekit.core.layers.replay import ModuleReplay
 from noisekit.core.layers.rule import LayerCall, widen

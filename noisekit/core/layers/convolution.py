@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from noisekit.core.layers.correlation import CONVOLUTIONS, Correlation
-from noisekit.core.layers.gram import BLOCK, gram_cost
+from noisekit.core.layers.linear import BLOCK, gram_cost
 from noisekit.core.layers.rule import (
     LayerCall,
     LayerRule,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from noisekit.core.layers.gram import gram_sq_norms
+from noisekit.core.layers.linear import gram_sq_norms
 from noisekit.core.layers.rule import LayerCall, widen
 
 
