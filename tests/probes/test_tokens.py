@@ -425,7 +425,13 @@ def test_tokens_are_one_number_per_sequence() -> None:
     """Catches: a total, or one number per position, taken as it comes."""
     tokens, targets, _ = sequences(4)
     with pytest.raises(NormaliserError, match=r"tokens needs to return .*shape \(4,\)"):
-        probed(tokens, targets, loss_fn=own_loss, tokens=lambda t: (t != IGNORED).sum())
+        probed(
+            tokens,
+            targets,
+            loss_fn=own_loss,
+            tokens=lambda t: (t != IGNORED).sum(),
+            on_error="raise",
+        )
 
 
 def test_rows_and_copies_have_the_tokens() -> None:

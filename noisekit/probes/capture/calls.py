@@ -95,3 +95,20 @@ def without_autocast(parameter: nn.Parameter) -> AbstractContextManager[object]:
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+def unreadable_inputs(inputs: object) -> list[str]:
+    """Return why a batch has no examples that could be told apart."""
+    tensors = tensors_of(inputs)
+    if any(t.layout is not torch.strided or t.is_nested for t in tensors):
+        return ["a sparse or nested input has no rows that can be told apart"]
+    if any(tensor.numel() == 0 for tensor in tensors[:1]):
+        return ["the batch has no examples"]
+    return []
+
+
+def kind_of_call(captured: CapturedCall) -> tuple[str, bool, tuple[int, ...]]:
+    """Return what of a call makes the model another one: its site, mode, and ranks."""
+    tensors = tensors_of((captured.call.args, captured.call.kwargs))
+    ranks = tuple(tensor.dim() for tensor in tensors)
+    return captured.site.path, captured.site.module.training, ranks

@@ -7,7 +7,6 @@ A loss that weighs its targets averages over fewer effective examples,
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from noisekit.core.errors import NormaliserError
@@ -41,7 +40,7 @@ def example_weights(
 
 
 def per_example(name: str, values: object, num_examples: int) -> Tensor:
-    """Return what a user's function of the targets gave, in float32 or wider.
+    """Return what a user's function of the targets gave, in float64.
 
     Raises:
         NormaliserError: If it is not one number per example.
@@ -52,13 +51,14 @@ def per_example(name: str, values: object, num_examples: int) -> Tensor:
             f"{name} needs to return a tensor of shape ({num_examples},), one number "
             f"per example, got {shape}."
         )
-    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+    return values.detach().double()
 
 
 def target_weights(loss_fn: object, targets: Any) -> Tensor | None:
     """Return what each target counts in a known loss's mean; ``None`` of others."""
     known = known_loss(loss_fn)
-    return None if known is None else known.target_weights(targets)
+    weights = None if known is None else known.target_weights(targets)
+    return None if weights is None else weights.double()
 
 
 def tells_targets(loss_fn: object) -> bool:

@@ -17,7 +17,9 @@ from noisekit.core.layers.replay import ModuleReplay
 from noisekit.probes.capture.calls import (
     batch_size_of,
     captured_call,
+    kind_of_call,
     tensors_of,
+    unreadable_inputs,
 )
 from noisekit.probes.capture.example_axes import ExampleAxes
 from noisekit.probes.capture.fused_weight_grads import Replacement
@@ -29,6 +31,7 @@ from noisekit.probes.capture.hooks import (
     suspend_recording,
 )
 from noisekit.probes.capture.independence import CheckSchedule, IndependenceCheck
+from noisekit.probes.capture.loss_counts import CountSchedule, LossCounts
 from noisekit.probes.capture.sites import SitePlan
 from noisekit.probes.capture.step_record import CapturedCall, ForwardPass
 from noisekit.probes.capture.unit_norms import UnitNorms
@@ -115,6 +118,8 @@ class ForwardCapture:
         self._calls: list[CapturedCall] = []
         self._states: dict[Site, list[CallState]] = {}
         self._schedule = CheckSchedule()
+        self._counting = CountSchedule()
+        self._output_axes: Mapping[int, int] = {}
         self._coupled: Mapping[int, str] = {}
         self._coupling: dict[bool, str] = {}
         self._unchecked = ""
@@ -175,7 +180,7 @@ class ForwardCapture:
             self._hook_sites()
         self.active = ForwardPass(batch_size_of((args, kwargs), self._batch_dim))
         self.active.unread.update(self._plan.left_out)
-        self.active.faults.extend(_unreadable_inputs((args, kwargs)))
+        self.active.faults.extend(unreadable_inputs((args, kwargs)))
         if self._wanted.examples:
             self._note_obstacles(self.active)
             self._inputs = (args, kwargs)
@@ -225,9 +230,13 @@ class ForwardCapture:
     def _end(self, _: object, args: object, outputs: Any) -> None:
         if is_suspended(self._listener) or self.active is None:
             return
+        counts = self._wanted.examples and self._counting.is_due()
         for position, tensor in enumerate(tensors_of(outputs)):
             if tensor.requires_grad:
-                hook = partial(self._on_output_grad, self.active, position)
+                kept = (
+                    tensor.detach() if counts and self._counting.fits(tensor) else None
+                )
+                hook = partial(self._on_output_grad, self.active, position, kept)
                 tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         calls, self._calls = self._calls, []
         try:
@@ -331,7 +340,7 @@ class ForwardCapture:
         if self._inputs is None or num_examples in (None, 0, 1) or not calls:
             return
         assert num_examples is not None
-        signature = frozenset(map(_kind_of_call, calls))
+        signature = frozenset(map(kind_of_call, calls))
         if self._schedule.is_due(signature):
             with suspend_recording():
                 found = IndependenceCheck(
@@ -343,6 +352,7 @@ class ForwardCapture:
                 ).result()
             self._axes.learn(calls, found)
             self._coupled, self._unchecked = found.coupled, found.unchecked
+            self._output_axes = found.axes
             if found.refusal:
                 self._coupling[self._model.training] = found.refusal
                 active.refuse_coupled(found.refusal)
@@ -354,7 +364,11 @@ class ForwardCapture:
 
     @guarded
     def _on_output_grad(
-        self, forward_pass: ForwardPass, position: int, grad: Tensor | None
+        self,
+        forward_pass: ForwardPass,
+        position: int,
+        outputs: Tensor | None,
+        grad: Tensor | None,
     ) -> None:
         """Note that an output is part of the loss."""
         if grad is None or is_suspended(self._listener):
@@ -364,6 +378,10 @@ class ForwardCapture:
             self._coupling[self._model.training] = reason
             forward_pass.refuse_coupled(reason)
         self._listener.on_model_grad(forward_pass, grad)
+        axis = self._output_axes.get(position, self._batch_dim)
+        if outputs is not None and outputs.shape[axis] == forward_pass.num_examples:
+            forward_pass.counts = LossCounts.of(outputs, grad, axis)
+            self._counting.checked(forward_pass.counts)
 
     def _resolve_each(self, calls: list[CapturedCall]) -> None:
         for captured in calls:
@@ -373,20 +391,3 @@ class ForwardCapture:
                 self._listener.on_unreadable(
                     captured.site, captured.forward_pass, str(error)
                 )
-
-
-def _unreadable_inputs(inputs: object) -> list[str]:
-    """Why a batch has no examples that could be told apart."""
-    tensors = tensors_of(inputs)
-    if any(t.layout is not torch.strided or t.is_nested for t in tensors):
-        return ["a sparse or nested input has no rows that can be told apart"]
-    if any(tensor.numel() == 0 for tensor in tensors[:1]):
-        return ["the batch has no examples"]
-    return []
-
-
-def _kind_of_call(captured: CapturedCall) -> tuple[str, bool, tuple[int, ...]]:
-    """What of a call makes the model another one: its site, mode, and ranks."""
-    tensors = tensors_of((captured.call.args, captured.call.kwargs))
-    ranks = tuple(tensor.dim() for tensor in tensors)
-    return captured.site.path, captured.site.module.training, ranks

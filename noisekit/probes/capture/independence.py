@@ -35,6 +35,7 @@ class Independence:
             others, each with the reason.
         refusal: Why no example has a gradient of its own, whatever output is used.
         unchecked: Why nothing is known; empty where the runs could be made.
+        axes: By position of an output: the axis of the examples, where there is one.
         established: Whether the outputs changed with the inputs; those of a layer
             that starts at zero do not.
         smaller: By call: shapes of its inputs for one example less, where those were
@@ -46,6 +47,7 @@ class Independence:
     coupled: Mapping[int, str] = field(default_factory=dict)
     refusal: str = ""
     unchecked: str = ""
+    axes: Mapping[int, int] = field(default_factory=dict)
     established: bool = False
     smaller: Mapping[CallKey, list[torch.Size]] = field(default_factory=dict)
 
@@ -144,16 +146,21 @@ class _TraceTest:
                 output can be asked whether it is a sum.
         """
         inputs, outputs = self._of_calls(self._inputs), self._of_calls(self._outputs)
-        coupled = {}
-        for position, found in enumerate(dependences(self._whole)):
+        coupled, whole = {}, dependences(self._whole)
+        for position, found in enumerate(whole):
             if not self._used[position]:
                 continue
             if found.coupled and self._whole[position].base.dim():
                 coupled[position] = COUPLED
             elif sums and not self._adds_up(position):
                 coupled[position] = NOT_A_SUM
-        changes = [test for test in dependences(self._whole) if test.changes]
-        return Independence(inputs, outputs, coupled, established=bool(changes))
+        return Independence(
+            inputs,
+            outputs,
+            coupled,
+            axes={i: found.axes[0] for i, found in enumerate(whole) if found.axes},
+            established=any(found.changes for found in whole),
+        )
 
     def _of_calls(
         self, tests: Mapping[CallKey, list[DependenceTest]]

@@ -11,6 +11,7 @@ from noisekit.core.layers.per_example import Site
 from noisekit.core.layers.rule import LayerCall
 from noisekit.noise.moments import GradientMoments
 from noisekit.probes.capture.accumulation import Before
+from noisekit.probes.capture.loss_counts import LossCounts
 
 CallKey = tuple[str, int]
 """A site's path and how often it had been called before in the same pass."""
@@ -52,6 +53,9 @@ class ForwardPass:
         ghost_faults: Why there are no ghost batches.
         ghost: Moments over replayed ghost batches.
         weights: What each example counts in the loss's mean; alike if ``None``.
+        weights_from: What tells them: ``"given"`` by the user, or what the loss that
+            was called does over its targets, such as ``"mean"``.
+        counts: What the gradient of the outputs tells of the same.
         tokens: How many of the sequences' tokens count, or why that is not known.
         gathered: What step metrics keep of the pass, each under a key of its own.
     """
@@ -78,6 +82,8 @@ class ForwardPass:
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     ghost: GradientMoments | None = None
     weights: Tensor | None = None
+    weights_from: str = ""
+    counts: LossCounts | None = None
     tokens: Tensor | str | None = None
     gathered: dict[object, Any] = field(default_factory=dict)
 

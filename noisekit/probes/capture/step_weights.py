@@ -42,6 +42,10 @@ class StepWeights:
             loss_reduction: What the loss does over its micro-batch.
             microbatch_weights: How the micro-batches' means make up the step's.
         """
+        for forward_pass in passes:
+            if loss_reduction == "mean":
+                by_size = microbatch_weights == "by_size"
+                _settle(forward_pass, len(passes), by_size=by_size)
         alike = loss_reduction == "sum" or microbatch_weights == "by_size"
         return cls(passes, alike)
 
@@ -105,6 +109,39 @@ class StepWeights:
                 f"micro-batches of {min(sizes)} to {max(sizes)} examples weigh the same"
             )
         return "; ".join(dict.fromkeys(notes)) or None
+
+
+def _settle(forward_pass: ForwardPass, num_passes: int, *, by_size: bool) -> None:
+    """Let what the outputs' gradient tells decide what the examples of a pass weigh.
+
+    A call of the loss may belong to another pass, to a log or to a mean of the loop's
+    own; the gradient is the step's. Weights whose sum is not that of a mean belong to
+    the examples' losses, which count alike.
+    """
+    counts, forward_pass.counts = forward_pass.counts, None
+    source, weights = forward_pass.weights_from, forward_pass.weights
+    if source == "given":
+        return
+    if counts is None:
+        if weights is not None and source != "mean":
+            forward_pass.weights = None
+            forward_pass.notes.append(
+                f"what examples weigh is not known of reduction={source!r}; give "
+                "example_weights= if they do not weigh alike"
+            )
+    elif counts.equal:
+        forward_pass.weights = None
+    elif weights is not None and source == "mean" and counts.is_proportional(weights):
+        return  # the same, without rounding
+    elif counts.is_of_mean(num_passes, by_size=by_size):
+        n = len(counts.values)
+        forward_pass.weights = counts.values * (n / counts.total)
+    else:
+        forward_pass.weights = None
+        forward_pass.notes.append(
+            "examples' losses count unequally, and not as in a weighted mean; each "
+            "example is taken to weigh alike"
+        )
 
 
 def sq_sum(weights: Sequence[Number]) -> Number:

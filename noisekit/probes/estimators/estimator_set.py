@@ -134,6 +134,9 @@ class EstimatorSet:
         active.weights = example_weights(
             context.example_weights, context.loss_fn, targets, active.num_examples
         )
+        active.weights_from = getattr(context.loss_fn, "reduction", "mean")
+        if context.example_weights is not None:
+            active.weights_from = "given"
         if context.unit == "token":
             active.tokens = target_tokens(
                 context.tokens, context.loss_fn, targets, active.num_examples
