@@ -1,5 +1,6 @@
 """An optimiser's steps, and what was done to the gradient between backward and step."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,8 @@ class OptimizerSteps:
     def _on_start(
         self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _is_nested(self.optimizer):
+            return None
         self.num_evaluations, self.clip_factor = 0, None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
@@ -109,7 +112,8 @@ class OptimizerSteps:
         return evaluate
 
     def _on_end(self, *_: object) -> None:
-        self._after()
+        if not _is_nested(self.optimizer):
+            self._after()
 
     @guarded
     def _note_clipping(self) -> None:
@@ -126,3 +130,18 @@ def is_attached(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a probe reads the optimizer's steps already."""
     hooks = optimizer._optimizer_step_post_hooks.values()
     return any(isinstance(getattr(h, "__self__", 0), OptimizerSteps) for h in hooks)
+
+
+def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the hook that asks belongs to a step inside one of the same optimizer.
+
+    A subclass may call the step of its base, which has hooks of its own. Frames tell,
+    since a counter would be wrong for good after a step that has failed.
+    """
+    step = sys._getframe(2)
+    frame = step.f_back
+    while frame is not None:
+        if frame.f_code is step.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False

@@ -27,11 +27,18 @@ def reading_of(case: Architecture, loss: Loss, dtype: torch.dtype) -> Reading:
     """Return the first reading that tells every example's gradient."""
     model, inputs = case.model(dtype), case.inputs(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with attach(model, optimizer, loss_reduction=loss.reduction) as probe:
+    with attach(
+        model,
+        optimizer,
+        loss_fn=loss.value,
+        # Contributions are compared: what examples weigh has tests of its own.
+        example_weights=lambda _: torch.ones(len(inputs[0])),
+        loss_reduction=loss.reduction,
+    ) as probe:
         for _ in range(MAX_WIDENINGS):
             optimizer.zero_grad()
             outputs = model(*inputs)
-            loss.value(outputs, loss.targets(outputs)).backward()
+            probe.loss_fn(outputs, loss.targets(outputs)).backward()
             optimizer.step()
             if probe.readings[-1].coverage.complete:
                 break

@@ -36,7 +36,7 @@ class GradientWatch:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
         self._mark: _Mark | None = None
-        self._stepped = False
+        self._stepped = self._writes_data = False
 
     def before(self) -> Before:
         """Return what is in ``.grad`` now, at the start of a backward pass."""
@@ -44,7 +44,10 @@ class GradientWatch:
         if all(entry is None for entry in now):
             return Before.EMPTY
         if now == self._mark:
-            return Before.NOT_ZEROED if self._stepped else Before.ACCUMULATING
+            if not self._stepped:
+                return Before.ACCUMULATING
+            # ``grad.data.zero_()`` leaves no trace but the values.
+            return Before.EMPTY if self._all_zero() else Before.NOT_ZEROED
         if self._stepped and self._mark is not None:
             return Before.EMPTY  # written to after the step: zeroed in place
         return Before.EMPTY if self._all_zero() else Before.CHANGED
@@ -56,6 +59,25 @@ class GradientWatch:
         where nothing had to be clipped.
         """
         return self._now() != self._mark
+
+    def factor(self, before: Tensor, *, look: bool) -> Tensor | float:
+        """Return what ``|.grad|`` was multiplied by since a backward pass has left it.
+
+        Args:
+            before: Its squared norm then, by parameter.
+            look: Whether to compare values although no write was counted: writes to
+                ``grad.data`` never are. Once there was one, values are compared always.
+        """
+        counted = self.changed()
+        if not (counted or look or self._writes_data):
+            return 1.0
+        with torch.no_grad():
+            after = gradient_sq_norms(self._parameters)
+            if not counted and not self._writes_data:
+                self._writes_data = not torch.equal(after, before.to(after))
+            if not counted and not self._writes_data:
+                return 1.0
+            return (after.sum() / before.sum()).sqrt()
 
     def after_backward(self) -> None:
         """Remember what a backward pass has left."""

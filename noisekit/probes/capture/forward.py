@@ -1,7 +1,6 @@
 """The forward side of a probe: passes opened, calls of sites captured."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -33,31 +32,9 @@ from noisekit.probes.capture.hooks import (
 from noisekit.probes.capture.independence import CheckSchedule, IndependenceCheck
 from noisekit.probes.capture.loss_counts import CountSchedule, LossCounts
 from noisekit.probes.capture.sites import SitePlan
-from noisekit.probes.capture.step_record import CapturedCall, ForwardPass
+from noisekit.probes.capture.step_record import CapturedCall, ForwardPass, Wanted
+from noisekit.probes.capture.structure import Structure
 from noisekit.probes.capture.unit_norms import UnitNorms
-
-
-@dataclass(slots=True)
-class Wanted:
-    """What the next passes are to be read for.
-
-    Attributes:
-        gradient: Whether the gradient's norm is wanted.
-        examples: Whether per-example norms are wanted as well.
-        closure: Whether the closure is checked.
-        inputs: Whether each pass keeps the model's inputs, for a replay.
-        refuses_coupling: The estimator for which coupled examples raise; empty where
-            they are noted.
-        tangents: A direction per parameter; each example's inner product with it is
-            then wanted too.
-    """
-
-    gradient: bool = True
-    examples: bool = True
-    closure: bool = True
-    inputs: bool = False
-    refuses_coupling: str = ""
-    tangents: Mapping[str, Tensor] | None = None
 
 
 class Listener(Protocol):
@@ -67,6 +44,9 @@ class Listener(Protocol):
 
     def on_forward_start(self) -> None:
         """A new pass begins; no backward pass is under way."""
+
+    def on_changed_model(self) -> None:
+        """Hooks, forwards or parametrisations are others than in the last pass."""
 
     def on_model_grad(self, forward_pass: ForwardPass, grad: Tensor) -> None:
         """The gradient of one of the model's outputs has arrived."""
@@ -94,6 +74,7 @@ class ForwardCapture:
         model: nn.Module,
         plan: SitePlan,
         listener: Listener,
+        parameters: Sequence[nn.Parameter],
         *,
         wanted: Wanted,
         batch_dim: int,
@@ -132,11 +113,13 @@ class ForwardCapture:
         self._site_handles: list[RemovableHandle] = []
         self._replacement: Replacement | None = None
         self._hook_sites()
+        self._structure = Structure(model, parameters)
 
     def replace_gradients(self, units: UnitNorms) -> None:
         """Have weight gradients computed from the parts that ``units`` reads."""
         self._replacement = Replacement(self._plan, units, self._captures)
         self._hook_sites()
+        self._structure.refresh()
 
     def _hook_sites(self) -> None:
         for handle in self._site_handles:
@@ -176,8 +159,7 @@ class ForwardCapture:
         self._listener.on_forward_start()
         if not torch.is_grad_enabled():
             return
-        if self._plan.refresh():
-            self._hook_sites()
+        self._follow_changes()
         self.active = ForwardPass(batch_size_of((args, kwargs), self._batch_dim))
         self.active.unread.update(self._plan.left_out)
         self.active.faults.extend(unreadable_inputs((args, kwargs)))
@@ -189,6 +171,16 @@ class ForwardCapture:
                     self._note_state(site)
         if self._wanted.inputs:
             self.active.inputs = (args, kwargs)
+
+    def _follow_changes(self) -> None:
+        """Hook sites anew where the model, or the plan of its sites, has changed."""
+        if self._structure.has_changed():
+            self._plan.stale = True
+            self._schedule.restart()
+            self._listener.on_changed_model()
+        if self._plan.refresh():
+            self._hook_sites()
+            self._structure.refresh()
 
     def _forget(self) -> None:
         """Drop what an exception in the last pass may have left."""

@@ -51,6 +51,7 @@ class ClosureCheck:
         sq_norms: Tensor,
         *,
         chunks: Sequence[slice] = (),
+        split: bool = True,
     ) -> None:
         """Note by how much the sum misses the change, relative to what rounding may.
 
@@ -60,15 +61,20 @@ class ClosureCheck:
             sq_norms: ``|u_i|²`` of every example.
             chunks: The examples of each chunk, where sums over chunks are read too;
                 those are computed in another way and have to add up as well.
+            split: Whether to add up the gradients of single examples, which tells a
+                mistaken split; else one gradient of the calls tells the rest.
         """
         if parameter.grad is None or parameter.is_meta:
             return
         before = self._before.get(id(parameter))
         after = self._after.get(id(parameter), parameter.grad)
         change = after if before is None else after - before
-        missing = torch.linalg.vector_norm(
-            summed_grads(contributions, parameter) - change
+        total = (
+            summed_grads(contributions, parameter)
+            if split
+            else sum_over_rows(contributions, parameter, slice(0, len(sq_norms)))
         )
+        missing = torch.linalg.vector_norm(total - change)
         if chunks:
             parts = [sum_over_rows(contributions, parameter, rows) for rows in chunks]
             missing = torch.maximum(

@@ -328,6 +328,10 @@ class CheckSchedule:
         paid = self._num_checks < _FREE_CHECKS + self._num_passes // CHECK_EVERY
         return self._num_passes > self._next or (changed and paid)
 
+    def restart(self) -> None:
+        """Check again: the model is another one."""
+        self._seen, self._next = set(), 0
+
     def checked(self, signature: object, *, established: bool) -> None:
         """Note a check, and whether it could tell anything."""
         self._seen.add(signature)

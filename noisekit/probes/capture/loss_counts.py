@@ -112,6 +112,8 @@ class CountSchedule:
         return (
             outputs.is_floating_point()
             and not outputs.is_meta
+            and outputs.layout is torch.strided
+            and not outputs.is_nested
             and outputs.dim() > 1
-            and outputs.numel() <= _LARGEST
+            and 0 < outputs.numel() <= _LARGEST
         )

@@ -19,7 +19,7 @@ from noisekit.core.model_copies import copied_parameters, copy_module
 from noisekit.probes.capture.accumulation import GradientWatch, gradient_sq_norms
 from noisekit.probes.capture.backward_graph_tasks import BackwardTasks
 from noisekit.probes.capture.calls import fault_of, without_autocast
-from noisekit.probes.capture.forward import ForwardCapture, Wanted
+from noisekit.probes.capture.forward import ForwardCapture
 from noisekit.probes.capture.gradient_sum_check import gradient_sum_error
 from noisekit.probes.capture.hooks import (
     Faults,
@@ -38,6 +38,7 @@ from noisekit.probes.capture.step_record import (
     ForwardPass,
     GradientListener,
     StepRecord,
+    Wanted,
 )
 from noisekit.probes.capture.targets import eagerly
 from noisekit.probes.capture.unit_norms import UnitNorms
@@ -110,6 +111,7 @@ class Recorder:
             model,
             self.plan,
             self,
+            self.parameters,
             wanted=self.wanted,
             batch_dim=batch_dim,
             caller=caller,
@@ -182,6 +184,10 @@ class Recorder:
         self._reduces = self.replicas.reduces()
         self._tasks.forget()
         self.own_gradients.forget()
+
+    def on_changed_model(self) -> None:
+        """Check anew whether contributions add up, from this step on."""
+        self.verified, self.wanted.closure, self.wanted.split = False, True, True
 
     @guarded
     def on_model_grad(self, forward_pass: ForwardPass, grad: Tensor) -> None:
@@ -304,7 +310,13 @@ class Recorder:
         if closure and sq_norms is not None:
             chunks = self.units.chunks_of(calls[0])
             closing = self._tasks.closure
-            closing.compare(parameter, contributions, sq_norms, chunks=chunks)
+            closing.compare(
+                parameter,
+                contributions,
+                sq_norms,
+                chunks=chunks,
+                split=self.wanted.split,
+            )
         if self.wanted.tangents is not None:
             tangent = self.wanted.tangents[self.names[index]]
             forward_pass.inner_products += [
@@ -365,11 +377,7 @@ class Recorder:
         before = self._record.gradient
         if before is None:
             return None
-        if not self._watch.changed():
-            return 1.0
-        with torch.no_grad():
-            after = gradient_sq_norms(self.parameters)
-            return (after.sum() / before.sum()).sqrt()
+        return self._watch.factor(before, look=self.wanted.closure)
 
     @guarded
     def before_step(self) -> None:

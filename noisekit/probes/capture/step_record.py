@@ -26,6 +26,31 @@ Norms = tuple[tuple[int, ...], Tensor]
 """Parameters by index, and one squared norm for each of them."""
 
 
+@dataclass(slots=True)
+class Wanted:
+    """What the next passes are to be read for.
+
+    Attributes:
+        gradient: Whether the gradient's norm is wanted.
+        examples: Whether per-example norms are wanted as well.
+        closure: Whether the closure is checked.
+        split: Whether that check forms the gradients of single examples.
+        inputs: Whether each pass keeps the model's inputs, for a replay.
+        refuses_coupling: The estimator for which coupled examples raise; empty where
+            they are noted.
+        tangents: A direction per parameter; each example's inner product with it is
+            then wanted too.
+    """
+
+    gradient: bool = True
+    examples: bool = True
+    closure: bool = True
+    split: bool = True
+    inputs: bool = False
+    refuses_coupling: str = ""
+    tangents: Mapping[str, Tensor] | None = None
+
+
 @dataclass(slots=True, eq=False)
 class ForwardPass:
     """One forward pass of the model: a micro-batch.
