@@ -19,9 +19,9 @@ from noisekit.auditing.problem import (
     Answers,
     AuditQuantity,
     Question,
-    asked,
     by_noisekit,
     error_of_signs,
+    question_of,
 )
 from noisekit.auditing.report import AuditReport, AuditRow, AuditVerdict
 from noisekit.core.batches import Batch
@@ -29,6 +29,7 @@ from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
+from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.random_vectors import entropy_generator
 
@@ -85,7 +86,8 @@ def audit(
     a copy of the model in evaluation mode. Where its number is not the reference's,
     its known defects are tried on this very problem: a difference is *explained* only
     when the number with the defect is the package's. The reference is the dense
-    Hessian in double precision, or noisekit's own answer for larger models.
+    Hessian by differences of gradients in double precision, two for each parameter,
+    or noisekit's own answer for larger models.
 
     Args:
         model: The model, not changed, or an :class:`EmpiricalRisk` in place of it, of
@@ -113,7 +115,7 @@ def audit(
     wanted = _checked(tuple(quantities), reported or {})
     answers = Answers(comparison.max_params, entropy_generator(generator))
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    question = asked(risk)
+    question = question_of(risk)
     rows: list[AuditRow] = []
     start = time.perf_counter()
     answers.dense(question)
@@ -158,7 +160,13 @@ class _Asking:
         self._rtol = rtol
         self._max_params = answers.max_params
         start = time.perf_counter()
-        self._own = by_noisekit(question, generator)
+        self._refusal = ""
+        try:
+            self._own = by_noisekit(question, generator)
+        except UsageError as error:
+            if dense is None:
+                raise
+            self._own, self._refusal = Estimate(math.nan), str(error)
         self._own_seconds = time.perf_counter() - start
         self._truth = self._own.value if dense is None else dense.answer(question)
         self._noise = self._noise_of_samples()
@@ -174,12 +182,11 @@ class _Asking:
             note = f"more than max_params={self._max_params} parameters"
             skipped = self._without_value(_DENSE, AuditVerdict.SKIPPED, note)
             return [skipped, replace(ours, verdict=AuditVerdict.REFERENCE)]
-        precision = str(self._dense.dtype).removeprefix("torch.")
         reference = self._row(_DENSE, self._truth, self._dense_seconds, 1)
-        return [
-            replace(reference, verdict=AuditVerdict.REFERENCE, note=precision),
-            ours,
-        ]
+        if self._refusal:
+            ours = self._without_value(_OURS, AuditVerdict.FAILED, self._refusal)
+        verdict, note = AuditVerdict.REFERENCE, self._dense.method
+        return [replace(reference, verdict=verdict, note=note), ours]
 
     def row_of(self, peer: Peer) -> AuditRow:
         """A package's answer, or why there is none."""

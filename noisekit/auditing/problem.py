@@ -1,4 +1,4 @@
-"""One question about a Hessian, and its answers by noisekit and by brute force."""
+"""A question about a Hessian, answered by noisekit and by the dense matrix."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -23,6 +23,9 @@ Weighting = Literal["true", "examples", "equal", "undivided"]
 
 _TOL = 1e-5
 _NUM_PROBES = 100
+# In double precision a gradient rounds to 1e-7 of itself per this length; farther, a
+# ReLU changes sides for one weight or another of some thousand.
+_STEP = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +37,13 @@ class Question:
         loss_fn: The loss.
         batches: The data, in memory.
         bn: The BatchNorm policy.
-        normaliser: What the loss is divided by, where the user says so.
+        normaliser: What the loss is divided by, where the user states it.
         params: The parameters.
         reduction: Whether the loss is a mean or a sum, as found.
         weighting: How batches are combined: as they must be, by their examples, all
             alike, or as a plain sum.
         quantity: The number.
-        by_magnitude: Whether the eigenvalue of largest magnitude stands for the
+        by_magnitude: Whether the eigenvalue of largest magnitude is taken for the
             largest one.
     """
 
@@ -56,7 +59,7 @@ class Question:
     by_magnitude: bool = False
 
     def risk(self) -> EmpiricalRisk:
-        """Return the loss with its batches combined as ``weighting`` says."""
+        """Return the loss with its batches combined by ``weighting``."""
         chosen, check = self.normaliser, True
         if self.weighting != "true":
             chosen, check = _normaliser_for(self.weighting, self.batches), False
@@ -77,7 +80,7 @@ class Question:
         return risk
 
 
-def asked(risk: EmpiricalRisk) -> Question:
+def question_of(risk: EmpiricalRisk) -> Question:
     """Return the question about a risk, with its data in memory."""
     return Question(
         risk.model,
@@ -121,22 +124,22 @@ def error_of_signs(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DenseAnswers:
-    """What the whole Hessian says.
+    """The answers of the dense Hessian.
 
     Attributes:
         eigenvalues: ``(P,)``, ascending, in double precision.
         trace: Their sum.
         sign_variance: Variance of ``z' H z`` over random signs ``z``.
-        dtype: In which precision the Hessian was computed.
+        method: How the Hessian was computed, and in which precision.
     """
 
     eigenvalues: Tensor
     trace: float
     sign_variance: float
-    dtype: torch.dtype
+    method: str
 
     def answer(self, question: Question) -> float:
-        """Return the number that was asked for."""
+        """Return the quantity of a question."""
         if question.quantity == "trace":
             return self.trace
         low, high = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
@@ -148,19 +151,22 @@ class DenseAnswers:
 def by_brute_force(question: Question) -> DenseAnswers:
     """Return the answers of the dense Hessian, entry by entry, in double precision.
 
-    Where model or loss cannot be had in double precision, in their own.
+    Its rows are differences of gradients, so that a second derivative that autograd
+    takes wrongly, for noisekit and for every package alike, shows as a deviation.
+    Where model or loss cannot be had in double precision, they are autograd's, in
+    the precision that there is.
     """
     try:
-        matrix = _dense(in_double_precision(question))
+        matrix, method = _by_differences(in_double_precision(question)), "differences"
     except (RuntimeError, TypeError, ValueError):
-        matrix = _dense(question)
+        matrix, method = _by_autograd(question), "autograd"
     dtype = matrix.dtype
     matrix = (matrix + matrix.T).double() / 2
     return DenseAnswers(
         eigenvalues=torch.linalg.eigvalsh(matrix),
         trace=float(matrix.diag().sum()),
         sign_variance=2 * float((matrix**2).sum() - (matrix.diag() ** 2).sum()),
-        dtype=dtype,
+        method=f"{method} in {str(dtype).removeprefix('torch.')}",
     )
 
 
@@ -209,7 +215,24 @@ def in_double_precision(question: Question) -> Question:
     )
 
 
-def _dense(question: Question) -> Tensor:
+def _by_differences(question: Question) -> Tensor:
+    """The Hessian by two gradients for each weight, moved to either side."""
+    risk = question.risk()
+    point = risk.vector()
+    rows = []
+    with risk.evaluating():
+        for i, middle in enumerate(point.tolist()):
+            step = _STEP * max(1.0, abs(middle))
+            slopes = []
+            for moved in (middle + step, middle - step):
+                point[i] = moved
+                slopes.append(risk.value_and_grad(point)[1])
+            point[i] = middle
+            rows.append((slopes[0] - slopes[1]) / (2 * step))
+    return torch.stack(rows)
+
+
+def _by_autograd(question: Question) -> Tensor:
     """The Hessian by one backward pass for each entry of the gradient."""
     risk = question.risk()
     size = risk.layout.num_params

@@ -1,4 +1,4 @@
-"""What an audit found: one row for each package's answer."""
+"""Results of an audit: one row for each package and quantity."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class AuditVerdict(StrEnum):
-    """How an answer stands to the reference."""
+    """How an answer compares with the reference."""
 
     REFERENCE = "reference"
     AGREES = "agrees"
@@ -30,7 +30,7 @@ class AuditRow:
     Attributes:
         quantity: What was asked.
         source: Who answered.
-        verdict: How the answer stands to the reference.
+        verdict: How the answer compares with the reference.
         value: The answer; NaN where there is none.
         deviation: Relative difference from the reference; NaN where there is none.
         allowed: Largest difference that counts as agreement, relative.

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -408,7 +409,7 @@ def test_float32_is_judged_in_double_precision() -> None:
     batches = [(x.float(), y) for x, y in RAGGED]
     report = audit(model, LOSS, batches, generator=generator())
     exact = row(report, "dense Hessian")
-    assert exact.note == "float64"
+    assert exact.note == "differences in float64"
     assert next(model.parameters()).dtype is torch.float32
     want = largest(dense(case("mlp")))
     assert exact.value == pytest.approx(want, rel=1e-6)
@@ -480,3 +481,33 @@ def test_audits_that_are_refused(arguments: dict[str, object], message: str) -> 
     """Catches: a misspelt package whose number is silently left out."""
     with pytest.raises(UsageError, match=message):
         audited("mlp", **arguments)
+
+
+class SavedGradient(torch.autograd.Function):
+    """A mean square whose forward pass makes the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor) -> Tensor:
+        ctx.save_for_backward(2 * outputs / outputs.numel())
+        return outputs.square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return grad * slope
+
+
+def test_the_reference_does_not_share_autograds_faults() -> None:
+    """A loss whose second derivative autograd cannot see, beside the plain one.
+
+    Catches: a dense Hessian by the very second derivatives that are to be judged.
+    """
+    model = seeded(mlp)()
+    data = [(x, x) for x, _ in RAGGED]
+    wanted = {"quantities": ("lambda_max",), "generator": generator()}
+    fused = audit(model, lambda o, t: SavedGradient.apply(o), data, **wanted)
+    plain = audit(model, lambda o, t: o.square().mean(), data, **wanted)
+    want = row(plain, "noisekit").value
+    assert row(fused, "dense Hessian").value == pytest.approx(want, rel=1e-5)
+    assert row(fused, "noisekit").verdict is AuditVerdict.FAILED
+    assert "custom function SavedGradient hides a part" in row(fused, "noisekit").note
