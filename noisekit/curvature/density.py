@@ -1,4 +1,4 @@
-"""The spectral density of an operator, with its outliers told from the bulk."""
+"""The spectral density of an operator, smooth around its outliers."""
 
 import math
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class LogDensity:
         low: ``(g,)`` lower end of the 95 % band over probes.
         high: ``(g,)`` upper end.
         mass: Share of all eigenvalues that have this sign, without those that are not
-            told from zero.
+            resolved from zero.
     """
 
     grid: np.ndarray = field(repr=False)
@@ -61,8 +61,8 @@ class SpectralDensity:
         high: ``(g,)`` upper end.
         nodes: ``(probes, m)`` of the quadrature.
         weights: ``(probes, m)``, each row of sum one, atoms included.
-        bandwidths: ``(probes, m)``: standard deviation of the normal curve that stands
-            for a node; 0 for an atom.
+        bandwidths: ``(probes, m)``: standard deviation of the normal curve of a
+            node; 0 for an atom.
         atoms: Outliers, the largest first.
         quadrature: What it all comes from.
     """
@@ -90,7 +90,7 @@ class SpectralDensity:
 
     @property
     def zero_share(self) -> Estimate:
-        """Share of eigenvalues not told from zero by as many products as were made."""
+        """Share of eigenvalues not resolved from zero by the products made."""
         return self.quadrature.means(self.quadrature.about_zero.astype(float))
 
     def __str__(self) -> str:
@@ -112,7 +112,7 @@ class SpectralDensity:
 
         Columns ``axis`` (``linear``, ``log``), ``kind`` (``density``, ``atom``,
         ``zero``), ``eigenvalue``, ``value`` (a density, or the share of an atom or of
-        what is not told from zero), ``low``, ``high``.
+        what is not resolved from zero), ``low``, ``high``.
         """
         lines = [("linear", self.grid, self.density, self.low, self.high)]
         for sign in (-1, 1):
@@ -141,8 +141,8 @@ class SpectralDensity:
     def log_density(self, sign: int = 1, *, num_points: int = 200) -> LogDensity:
         """Return the density per decade of the eigenvalues of one sign, atoms included.
 
-        What is not told from zero belongs to neither sign; ``zero_share`` is how much
-        that is. A node is a normal curve over the logarithm,
+        What is not resolved from zero belongs to neither sign; ``zero_share`` is its
+        share. A node is a normal curve over the logarithm,
         with half the distance between its neighbours as its standard deviation, and
         between a twentieth and half of a decade.
 

@@ -1,4 +1,4 @@
-"""How large an operator is, and how many directions carry it, from random probes."""
+"""Frobenius norm, participation ratio and effective dimension, from random probes."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Outliers of a spectrum: eigenvalues that stand apart from the bulk."""
+"""Outliers of a spectrum: eigenvalues outside of the bulk."""
 
 import itertools
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _ATOM_SPACINGS = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """An eigenvalue that stands apart from the bulk of the spectrum.
+    """An eigenvalue outside of the bulk of the spectrum.
 
     Attributes:
         value: Where it is.

@@ -1,4 +1,4 @@
-"""Random probes of an operator, a block at a time, and what their mean is worth."""
+"""Quadratic forms of an operator with random probes, and the error of their mean."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -103,7 +103,7 @@ def mean_estimate(
 def two_stage_estimate(
     probes: Probes, exact: float, most: int, target: tuple[float, bool]
 ) -> Estimate:
-    """Return the mean of as many probes as a first round says are needed.
+    """Return the mean of as many probes as a pilot round shows to be needed.
 
     Args:
         probes: Where samples come from.

@@ -52,11 +52,11 @@ class Quadrature:
 
     @property
     def about_zero(self) -> np.ndarray:
-        """Which nodes are not told from zero, ``(probes, m)``.
+        """Mask of the nodes not resolved from zero, ``(probes, m)``.
 
-        A quadrature says how much lies below a point up to the weights of the nodes on
-        either side of it. So those beside zero belong to no sign, unless a residual far
-        below the magnitude shows that they are eigenvalues.
+        A quadrature bounds the share of eigenvalues below a point up to the weights of
+        the nodes on either side of it. So those beside zero belong to no sign, unless a
+        residual far below the magnitude shows that they are eigenvalues.
 
         Source:
             Szegő 1939, "Orthogonal polynomials", theorem 3.41.1.
@@ -160,6 +160,8 @@ def _run(
     while not basis.ended and basis.num_matvecs < steps:
         basis.extend()
         basis.step()
+    # Gauss quadrature for the probe's spectral measure: nodes are the eigenvalues of
+    # the projected matrix T, weights the squared first entries of its eigenvectors.
     ritz = basis.ritz()
     if not ritz.finite:
         nothing = np.full(1, np.nan)

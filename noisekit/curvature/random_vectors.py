@@ -1,4 +1,4 @@
-"""Random vectors from an explicit generator, on whatever device is asked."""
+"""Random vectors from an explicit generator, on any device."""
 
 import secrets
 from typing import Literal
@@ -66,7 +66,7 @@ def probe_block(
     """Return ``(P, k)``: ``k`` independent vectors of mean 0 and covariance one.
 
     They are drawn one after the other, so that the numbers do not depend on how many
-    are asked for at a time.
+    are drawn at a time.
     """
     size, count = shape
     draw = sign_vector if probe == "rademacher" else normal_vector

@@ -186,6 +186,7 @@ def diagonal(
     count = 0
     for signs, products in probes.blocks(num_matvecs):
         for sample in (signs * products).to(dtype).unbind(1):
+            # Welford's running mean and sum of squares, one vector each.
             count += 1
             change = sample - mean
             mean += change / count
@@ -212,20 +213,23 @@ def _dominant_trace(probes: Probes, rank: int) -> float:
 
     They are ``H`` times random vectors, so the trace on what remains is small.
     """
+    # S = H Omega, (P, rank)
     sketch = torch.cat([products for _, products in probes.blocks(rank)], 1)
     if not bool(sketch.isfinite().all()):
         return math.nan
-    basis = torch.linalg.qr(sketch.to(probes.wide))[0]
+    basis = torch.linalg.qr(sketch.to(probes.wide))[0]  # (P, rank), Q
     products = probes.products(basis)
+    # Later probes are (I - Q Q') z, whose forms estimate tr((I - Q Q') H (I - Q Q')).
     probes.leave_out(basis)
+    # tr(Q' H Q), summed in double precision: a difference of large terms follows.
     return float((basis.double() * products.double()).sum())
 
 
 def _xtrace(probes: Probes, num_matvecs: int) -> Estimate:
     half = num_matvecs // 2
     blocks = list(probes.blocks(half))
-    tests = torch.cat([block for block, _ in blocks], 1)
-    images = torch.cat([products for _, products in blocks], 1)
+    tests = torch.cat([block for block, _ in blocks], 1)  # (P, m)
+    images = torch.cat([products for _, products in blocks], 1)  # (P, m)
     value = error = math.nan
     if bool(images.isfinite().all()):
         value, error = exchangeable_trace(

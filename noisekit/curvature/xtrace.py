@@ -1,4 +1,4 @@
-"""The trace from probes each of which leaves only itself out of the sketch."""
+"""XTrace: a leave-one-out trace estimate from exchangeable probes."""
 
 import math
 from collections.abc import Callable

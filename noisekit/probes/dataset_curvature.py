@@ -54,7 +54,7 @@ def hessian_weighted_noise(
         McCandlish et al. 2018, arXiv:1812.06162, section 2.2.
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
-    _refuse(risk, chunk_size)
+    _check(risk, chunk_size)
     num_chunks = risk.num_examples // chunk_size
     with risk.evaluating(), HessianOperator(risk) as hessian:
         _, gradient = risk.value_and_grad()
@@ -69,7 +69,7 @@ def hessian_weighted_noise(
     )
 
 
-def _refuse(risk: EmpiricalRisk, chunk_size: int) -> None:
+def _check(risk: EmpiricalRisk, chunk_size: int) -> None:
     if not risk.ranks.alone:
         raise UsageError(
             "hessian_weighted_noise needs all data in one process, got "

@@ -17,7 +17,7 @@ from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
-from noisekit.curvature.eigenvalues.subsample_start import can_be_screened
+from noisekit.curvature.eigenvalues.subsample_start import can_be_subsampled
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.measures.stability import edge_of_stability_ratio
@@ -32,7 +32,7 @@ class SharpnessReading:
         step: The optimiser step at which it was measured.
         lambda_max: The largest eigenvalue, with its residual as ``bound``.
         eigenvalues: The ``k`` largest, the first included.
-        lambda_min: The smallest one, where asked for.
+        lambda_min: The smallest one, if tracked.
         overlap: Share of the last visit's ``k`` eigenvectors that lies in the span of
             this visit's, from 0 to 1; ``None`` at the first visit.
         edge_ratio: ``lambda_max`` in units of the optimiser's threshold of stability,
@@ -223,7 +223,7 @@ class SharpnessTracker:
         k: int,
         before: Tensor,
     ) -> EigenPairs:
-        usable = before.shape[1] > 0 and not can_be_screened(hessian)
+        usable = before.shape[1] > 0 and not can_be_subsampled(hessian)
         return top_eigenpairs(
             hessian,
             k,
@@ -277,7 +277,7 @@ def track_sharpness(
     """Return a tracker of the largest Hessian eigenvalues, to be called each step.
 
     The data are read and checked now, and held; each visit then costs four to five
-    products on 1,024 examples or more, or about six on fewer. The model is given back
+    products on 1,024 examples or more, or about six on fewer. The model is restored
     bit for bit, and nothing is drawn from the global random state, so that a tracked
     training takes the same course as another. ::
 

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import HessianOperator, top_eigenpairs
 from noisekit.curvature.eigenvalues.subsample_start import (
-    can_be_screened,
-    part_of_the_data,
+    can_be_subsampled,
+    subsampled_hessian,
     together,
 )
 
@@ -86,7 +86,7 @@ def test_it_saves_passes_over_the_data() -> None:
 def test_the_part_is_an_eighth_of_every_batch() -> None:
     """Catches: whole batches, which a sorted loader fills with one class each."""
     hessian = regression(torch.ones(5))
-    part = part_of_the_data(hessian, seeded())
+    part = subsampled_hessian(hessian, seeded())
     assert part is not None
     assert part.risk.num_examples == sum(len(y) // 8 for _, y in hessian.risk.batches)
     batch_of = {
@@ -98,16 +98,16 @@ def test_the_part_is_an_eighth_of_every_batch() -> None:
 
 def test_where_it_is_not_possible_there_is_none() -> None:
     """Catches: a part under BatchNorm's own statistics; a look at very few examples."""
-    assert not can_be_screened(regression(torch.ones(5), num_examples=1000))
+    assert not can_be_subsampled(regression(torch.ones(5), num_examples=1000))
     inputs, targets = torch.randn(1200, 4), torch.randint(2, (1200,))
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     data = [(inputs, targets)]
     for bn, possible in (("batch", False), ("running", True)):
         risk = EmpiricalRisk(model, nn.CrossEntropyLoss(), data, bn=bn)
-        assert can_be_screened(HessianOperator(risk)) is possible
+        assert can_be_subsampled(HessianOperator(risk)) is possible
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=600)
     small = EmpiricalRisk(model, nn.CrossEntropyLoss(), loader, memory_budget=100)
-    assert not can_be_screened(HessianOperator(small))
+    assert not can_be_subsampled(HessianOperator(small))
 
 
 def test_batches_of_any_nesting_are_put_together() -> None:

@@ -1,4 +1,4 @@
-"""An operator without eigenvectors that are known."""
+"""Deflation: an operator with known eigenvectors moved out of the way."""
 
 from typing import Literal
 

@@ -112,22 +112,24 @@ class KrylovBasis:
         two, and the steps after it belong to the random part. A weaker one would have
         to outgrow what a start has wrong before anything new showed.
         """
-        block = self._random_block(self.block_size)
+        block = self._random_block(self.block_size)  # (b, P)
         for i, vector in enumerate(start.to(block).T):
             block[i % len(block)] += vector / vector.norm()
         self._append(_orthonormal(block)[0])
 
     def step(self) -> None:
         """Multiply the newest block and orthogonalise what comes out."""
-        basis = self._vectors[: self._count]
-        product = self._multiplied(basis[self._newest])
+        basis = self._vectors[: self._count]  # (m, P), Q'
+        product = self._multiplied(basis[self._newest])  # (b, P), the newest of H Q
+        # H q = Q (Q' H q) + N F: inside the basis, and the next block N outside of it.
         rest, coefficients = _orthogonalised(product, basis, self._neighbours)
-        self._next, factor = _orthonormal(rest)
+        self._next, factor = _orthonormal(rest)  # (b, P) and (b, b)
         # One transfer per step; the device works ahead for all the rest.
         numbers = torch.cat([coefficients, factor.to(coefficients)]).cpu().numpy()
         inner, self._factor = numbers[: self._count], numbers[self._count :]
         self._projected[: self._count, self._newest] = inner
         self._projected[self._newest, : self._count] = inner.T
+        # Rounding leaves the newest block's own square unsymmetric.
         square = inner[self._newest]
         self._projected[self._newest, self._newest] = (square + square.T) / 2
         self._norm = max(self._norm, float(np.linalg.norm(inner[:, -1])))
@@ -151,6 +153,8 @@ class KrylovBasis:
         order = _best_first(len(values), self._which)
         values, coefficients = values[order], coefficients[:, order]
         self._norm = max(self._norm, float(np.abs(values).max()))
+        # |H x - theta x| = |F (newest rows of y)| for x = Q y: only what the newest
+        # products have outside the basis is not in T.
         rounding = torch.finfo(self._operator.dtype).eps * self._norm
         outside = self._factor @ coefficients[self._newest]
         return RitzPairs(
@@ -189,10 +193,9 @@ class KrylovBasis:
 
     def vectors(self, ritz: RitzPairs, count: int) -> Tensor:
         """Return the first ``count`` Ritz vectors, ``(P, count)``."""
-        found = (
-            self._weights(ritz.coefficients[:, :count]) @ (self._vectors[: self._count])
-        )
-        return found.div_(found.norm(dim=1, keepdim=True)).T
+        weights = self._weights(ritz.coefficients[:, :count])
+        rows = weights @ self._vectors[: self._count]  # (count, P)
+        return rows.div_(rows.norm(dim=1, keepdim=True)).T
 
     def _multiplied(self, block: Tensor) -> Tensor:
         """Products with the rows of ``block``, as rows."""
@@ -220,6 +223,8 @@ class KrylovBasis:
     def _alive(self) -> tuple[np.ndarray, np.ndarray]:
         """Directions of the next block, strongest first, and which exceed rounding."""
         rotation, strengths, _ = np.linalg.svd(self._factor)
+        # Two passes of reorthogonalization leave a few roundings of the norm; 50 of
+        # them are far below any coupling that matters.
         rounding = torch.finfo(self._operator.dtype).eps
         return rotation, np.asarray(strengths > 50 * rounding * self._norm)
 
@@ -227,6 +232,7 @@ class KrylovBasis:
         """Keep the best Ritz vectors only, written over the basis piece by piece."""
         kept = min(self._num_kept, self._capacity - self.block_size)
         weights = self._weights(ritz.coefficients[:, :kept])
+        # A piece of columns at a time, so that no second basis is held.
         for begin in range(0, self._vectors.shape[1], _RESTART_COLUMNS):
             piece = self._vectors[:, begin : begin + _RESTART_COLUMNS]
             piece[:kept] = weights @ piece[: self._count]
@@ -257,14 +263,15 @@ def _orthogonalised(
 ) -> tuple[Tensor, Tensor]:
     """Rows of ``block`` outside the basis, and their inner products with the basis.
 
-    Two passes: after one, what rounding leaves grows into copies of eigenvalues. The
-    first needs only those vectors, from ``neighbours`` on, that the block is not
-    orthogonal to but for rounding.
+    Full reorthogonalization by classical Gram-Schmidt in two passes: after one, what
+    rounding leaves grows into copies of eigenvalues. The first needs only those
+    vectors, from ``neighbours`` on, that the block is not orthogonal to but for
+    rounding.
     """
     near = basis[neighbours:]
     first = near @ block.T  # (m, b)
     block = block - first.T @ near
-    second = basis @ block.T
+    second = basis @ block.T  # (m, b)
     rest = block - second.T @ basis
     coefficients = second.double()
     coefficients[neighbours:] += first.double()
@@ -276,5 +283,6 @@ def _orthonormal(block: Tensor) -> tuple[Tensor, Tensor]:
     if len(block) == 1:
         norm = block.norm().reshape(1, 1)
         return block / norm.clamp_min(torch.finfo(block.dtype).tiny), norm
+    # (P, b) = (P, b) (b, b)
     columns, factor = torch.linalg.qr(block.T)
     return columns.T.contiguous(), factor

@@ -1,4 +1,4 @@
-"""The top eigenvalue by PyHessian: a second opinion, kept clear of its defects."""
+"""The top eigenvalue by the PyHessian package, with its defects worked around."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""When the Lanczos iteration has found what was asked for."""
+"""Stopping rule of the Lanczos iteration."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A Hessian of a random part of the data, to find out cheaply where to look."""
+"""Warm start of Lanczos: the Hessian over a random subsample of the data."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ SHARE = 8
 MIN_EXAMPLES = 1024
 
 
-def can_be_screened(operator: SymmetricOperator) -> bool:
-    """Whether a part of the data tells about all of them, and is worth looking at."""
+def can_be_subsampled(operator: SymmetricOperator) -> bool:
+    """Whether a subsample of the data gives a useful warm start."""
     if type(operator) is not HessianOperator:
         return False
     risk = operator.risk
@@ -26,7 +26,7 @@ def can_be_screened(operator: SymmetricOperator) -> bool:
     return here and risk.checked and not coupled and risk.num_examples >= MIN_EXAMPLES
 
 
-def part_of_the_data(
+def subsampled_hessian(
     operator: SymmetricOperator, generator: torch.Generator
 ) -> HessianOperator | None:
     """Return the Hessian over a random eighth of the examples, all batches alike.
@@ -39,7 +39,7 @@ def part_of_the_data(
         where data are read anew on each pass, examples cannot be taken apart, the
         loss couples them through BatchNorm, or other ranks hold more of them.
     """
-    if not can_be_screened(operator):
+    if not can_be_subsampled(operator):
         return None
     assert isinstance(operator, HessianOperator)
     risk = operator.risk

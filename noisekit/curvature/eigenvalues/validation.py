@@ -1,4 +1,4 @@
-"""Checks of what an eigenvalue solver is asked for."""
+"""Validation of an eigenvalue solver's arguments."""
 
 from typing import get_args
 

@@ -109,7 +109,7 @@ class FisherOperator(OutputSpaceOperator):
 
         Args:
             model: This, and what is not described here, as in :class:`RiskOperator`.
-            loss_fn: ``loss_fn(outputs, targets)``; says how targets count.
+            loss_fn: ``loss_fn(outputs, targets)``; its normaliser weights the targets.
             batches: Pairs ``(inputs, targets)``.
             kind: ``"true"`` takes the expectation over the model's distribution
                 exactly, ``"monte_carlo"`` by drawing targets once, so that the
@@ -121,8 +121,7 @@ class FisherOperator(OutputSpaceOperator):
             normaliser: What ``loss_fn`` divides by, where it is not the example count.
             params: Names or patterns of parameters; gives a diagonal block.
             memory_budget: Most memory for the data, and again for kept graphs [bytes].
-            weight_decay: Adds the curvature of the penalty that weight decay stands
-                for.
+            weight_decay: Adds the curvature of the weight decay penalty.
 
         Raises:
             UsageError: If ``kind`` or ``likelihood`` is none of these.

@@ -1,4 +1,4 @@
-"""Keeping graphs: the memory they take, and whether the model is still theirs."""
+"""Autograd-graph cache: memory estimate, and invalidation when the model changes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ def graph_bytes(build: Callable[[], object], model: nn.Module) -> int:
 
 
 def model_state(model: nn.Module, vector: Tensor) -> tuple[object, ...]:
-    """Return what changes when parameters or buffers do, also through ``.data``.
+    """Return a fingerprint of parameters and buffers, which also moves with ``.data``.
 
     Args:
         model: Whose state.
@@ -43,8 +43,8 @@ def model_state(model: nn.Module, vector: Tensor) -> tuple[object, ...]:
 
 
 @contextmanager
-def second_derivatives_explained() -> Iterator[None]:
-    """Say what it means when PyTorch has no second derivative of an operation.
+def explain_missing_derivatives() -> Iterator[None]:
+    """Raise PyTorch's missing second derivatives as an error with the way out.
 
     Raises:
         UsageError: In its place.
@@ -63,7 +63,7 @@ def second_derivatives_explained() -> Iterator[None]:
         raise
 
 
-def refuse_once_differentiable(outputs: Iterable[Tensor]) -> None:
+def check_twice_differentiable(outputs: Iterable[Tensor]) -> None:
     """Raise where autograd would leave a part of a second derivative out silently.
 
     Behind a kernel without a second derivative it puts a node that raises, but runs it

@@ -23,7 +23,7 @@ from noisekit.curvature.operators.hvp_selection import (
     Trial,
     difference_error,
     difference_step,
-    try_form,
+    select_form,
 )
 from noisekit.curvature.operators.risk_operator import Product, RiskOperator
 from noisekit.curvature.operators.weight_decay import WeightDecay
@@ -58,11 +58,11 @@ class HessianOperator(RiskOperator):
     kept for as many batches as the memory budget allows, which makes a product cost
     about two gradients, and built anew for the rest, about three to four.
 
-    Forms other than these are used where asked for, and only if a product of theirs
-    agrees with the reverse over the reverse; ``trial`` says what was found.
+    Other forms are used on request, and only if a trial product agrees with reverse
+    over reverse; ``trial`` has the result.
 
     Attributes:
-        trial: How the form asked for compared, once a product was made; ``None``
+        trial: How the requested form compared, after the first product; ``None``
             where there was nothing to compare.
     """
 
@@ -91,7 +91,7 @@ class HessianOperator(RiskOperator):
                 clock, so that bits repeat. ``"kept"`` keeps the graph of all batches
                 whatever the budget, ``"rebuilt"`` that of none. ``"linearised"``
                 traces the gradient's derivative once, ``"forward_over_reverse"`` takes
-                the least memory, ``"fastest"`` takes what a stopwatch says on one
+                the least memory, ``"fastest"`` takes what is faster on one
                 batch. ``"finite_difference"`` is for models without second
                 derivatives: central differences of gradients in double precision,
                 whose error ``trial`` states.
@@ -99,8 +99,7 @@ class HessianOperator(RiskOperator):
             normaliser: What ``loss_fn`` divides by, where it is not the example count.
             params: Names or patterns of parameters; gives a diagonal block.
             memory_budget: Most memory for the data, and again for kept graphs [bytes].
-            weight_decay: Adds the curvature of the penalty that weight decay stands
-                for.
+            weight_decay: Adds the curvature of the weight decay penalty.
 
         Raises:
             UsageError: If ``form`` is none of these, or all data cannot be kept.
@@ -169,7 +168,7 @@ class HessianOperator(RiskOperator):
                 self.trial = difference_error(self.risk, weight, batch)
             else:
                 keeps = self._room() >= count_examples(batch)
-                self.trial, self._form = try_form(
+                self.trial, self._form = select_form(
                     asked, self.risk, weight, batch, keeps=keeps
                 )
 

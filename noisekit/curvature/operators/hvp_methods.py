@@ -1,4 +1,4 @@
-"""Hessian products of one batch's loss, in each form that autograd has for them."""
+"""Hessian-vector products (HVP) of one batch's loss, in each form of autograd."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from torch.func import grad, jvp, linearize
 from noisekit.core.batches import Batch
 from noisekit.core.params import flatten
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.curvature.operators.graph_cache import refuse_once_differentiable
+from noisekit.curvature.operators.graph_cache import check_twice_differentiable
 
 Product = Callable[[Tensor], Tensor]
 Form = Callable[[EmpiricalRisk, float, Batch], Product]
@@ -23,8 +23,9 @@ def reverse_over_reverse(risk: EmpiricalRisk, weight: float, batch: Batch) -> Pr
     About two gradient evaluations each, and two to build the graph.
     """
     leaves = risk.leaves
+    # grad L as a function of the weights, with its graph.
     gradient = risk.gradients(weight * risk.loss_of(batch), create_graph=True)
-    refuse_once_differentiable(gradient)
+    check_twice_differentiable(gradient)
     return transposed_jacobian_product(gradient, leaves, risk)
 
 
@@ -43,6 +44,7 @@ def transposed_jacobian_product(
         if not used:
             return torch.zeros_like(vector)
         parts = split(vector)
+        # d<outputs, v>/dw, without the sum: cotangents go in as they are.
         products = torch.autograd.grad(
             attached,
             leaves,
@@ -119,6 +121,7 @@ def finite_difference(step: float) -> Form:
             if length == 0.0:
                 return torch.zeros_like(vector)
             move = vector.to(start.dtype) * (step / length)
+            # H v = |v| H u for the unit vector u, so that the move has one length.
             difference = slope(start + move) - slope(start - move)
             return (difference * (length / (2 * step))).to(vector.dtype)
 

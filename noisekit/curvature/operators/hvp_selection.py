@@ -1,4 +1,4 @@
-"""A trial product, which a form of the Hessian product has to pass to be used."""
+"""Selection of a Hessian-vector product (HVP) method, by a trial product."""
 
 import math
 import time
@@ -31,14 +31,14 @@ _FORMS: dict[TriedForm, Form] = {
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a trial product said.
+    """The result of a trial product.
 
     Attributes:
         form: The form that is used.
         error: Its relative difference from what it was compared with: from the
             reverse over the reverse, or from differences with twice the step. NaN
             where it could not be compared.
-        reason: Why it is not the one asked for; empty where it is.
+        reason: Why it is not the requested one; empty where it is.
     """
 
     form: TriedForm
@@ -46,7 +46,7 @@ class Trial:
     reason: str = ""
 
 
-def try_form(
+def select_form(
     asked: Literal["linearised", "forward_over_reverse", "fastest"],
     risk: EmpiricalRisk,
     weight: float,
@@ -54,7 +54,7 @@ def try_form(
     *,
     keeps: bool,
 ) -> tuple[Trial, Form]:
-    """Return what to use: what was asked for if it agrees, else the reverse form.
+    """Return the requested form if a trial product agrees, else reverse over reverse.
 
     Args:
         asked: A form, or ``"fastest"`` for the quicker one of reverse over reverse

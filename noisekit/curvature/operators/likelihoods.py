@@ -1,4 +1,4 @@
-"""The likelihoods that a Fisher matrix is of, in the space of a model's outputs."""
+"""Likelihoods of Fisher matrices, in the space of a model's outputs."""
 
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ _NO_SLOPE = 1e-3
 
 
 def likelihood_of(loss_fn: object) -> Likelihood | None:
-    """Return the likelihood that a loss of PyTorch stands for, if it is known."""
+    """Return the likelihood of a PyTorch loss, ``None`` of any other."""
     known = known_loss(loss_fn)
     return None if known is None else known.likelihood
 
@@ -83,8 +83,8 @@ def target_weights(
 ) -> Tensor:
     """Return the weight of each target of a categorical likelihood, ``(n, ...)``.
 
-    What the loss divides by tells how each target counts: not at all where ignored,
-    with its class weight where there are any. Without a normaliser each example
+    A target's weight is what the loss divides by for it alone: 0 where it is ignored,
+    its class weight where there are any. Without a normaliser each example
     counts 1, spread over its targets.
 
     Raises:

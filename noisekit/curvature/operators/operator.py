@@ -1,4 +1,4 @@
-"""Symmetric matrices that are known by their products with vectors."""
+"""Symmetric linear operators: matrices given by matrix-vector products."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ class MatrixLike(Protocol):
 
     @property
     def dtype(self) -> object:
-        """A NumPy or a PyTorch type; it tells which vectors are understood."""
+        """A NumPy or a PyTorch type, that of the vectors it multiplies."""
 
     # The vector is an array or a tensor, as the type says.
     def __matmul__(self, vector, /):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.params import flatten
 from noisekit.curvature.operators.derivative_check import check_jacobian
-from noisekit.curvature.operators.graph_cache import refuse_once_differentiable
+from noisekit.curvature.operators.graph_cache import check_twice_differentiable
 from noisekit.curvature.operators.risk_operator import Product, RiskOperator
 
 OutputProduct = Callable[[Tensor], Tensor]
@@ -51,7 +51,7 @@ class OutputSpaceOperator(RiskOperator):
             allow_unused=True,
             materialize_grads=True,
         )
-        refuse_once_differentiable(pulled)
+        check_twice_differentiable(pulled)
         split = self.risk.layout.split
         used = [i for i, part in enumerate(pulled) if part.requires_grad]
         attached = [pulled[i] for i in used]

@@ -1,4 +1,4 @@
-"""What the operators of an empirical risk share: data, precision, memory, processes."""
+"""Base of the operators of an empirical risk: data, precision, graph cache, ranks."""
 
 import copy
 from abc import abstractmethod
@@ -21,9 +21,9 @@ from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
 from noisekit.curvature.operators.derivative_check import MEASURED_EXAMPLES
 from noisekit.curvature.operators.graph_cache import (
+    explain_missing_derivatives,
     graph_bytes,
     model_state,
-    second_derivatives_explained,
 )
 from noisekit.curvature.operators.operator import SymmetricOperator
 from noisekit.curvature.operators.weight_decay import (
@@ -275,7 +275,7 @@ class RiskOperator(SymmetricOperator):
         return dtype
 
     def _passing_share(self, index: int, weight: float, batch: Batch) -> Product:
-        """Return the share for one pass; its graph tells what keeping one takes."""
+        """Return the share for one pass; its graph is as large as a kept one."""
         return self._share(index, weight, batch)
 
     def _check_derivatives(self) -> None:
@@ -295,26 +295,27 @@ class RiskOperator(SymmetricOperator):
         """Products with each of the columns, by one graph per batch."""
         # Each with memory of its own: kernels round by how their operands lie.
         columns = [c.clone(memory_format=torch.contiguous_format) for c in block.T]
-        rows = torch.stack(columns)
+        rows = torch.stack(columns)  # (k, P)
         total = torch.zeros_like(rows)
 
         noted: list[list[Tensor]] = [[] for _ in columns]
 
         def add(part: float, share: Product) -> None:
             for i, column in enumerate(columns):
-                piece = share(column)
+                piece = share(column)  # (P,), c_b H_b v / sum c
                 total[i] += piece
                 if self._note is not None:
                     noted[i].append(self._note(column, piece))
 
         self._visit(add)
         self._noted.extend(torch.stack(parts) for parts in noted if parts)
+        # One all-reduce for the whole block, then what is no sum over batches.
         product = self._completed(sum_over_ranks(total, self.risk.ranks), rows)
         return (product if self._decay is None else product + self._decay * rows).T
 
     def _visit(self, use: Callable[[float, Product], None]) -> None:
         """Call ``use`` with each batch's part of the data and its product."""
-        with second_derivatives_explained(), self.risk.without_hooks():
+        with explain_missing_derivatives(), self.risk.without_hooks():
             self._follow_model()
             for part, share in self._kept:
                 use(part, share)

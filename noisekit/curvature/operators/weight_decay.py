@@ -20,7 +20,7 @@ def decay_by_parameter(decay: WeightDecay, risk: EmpiricalRisk) -> dict[str, flo
 
     Raises:
         UsageError: If a factor is negative, the optimiser misses a parameter, or its
-            decay is decoupled from the gradient, so that no penalty stands for it.
+            decay is decoupled from the gradient, so that it is no penalty.
     """
     if not isinstance(decay, Optimizer):
         if not decay >= 0.0:

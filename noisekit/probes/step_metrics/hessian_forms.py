@@ -18,7 +18,7 @@ from noisekit.core.layers.per_example import coupling
 from noisekit.core.model_copies import copied_parameters, copy_module, copy_value
 from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.results import Unavailable
-from noisekit.curvature.operators.graph_cache import refuse_once_differentiable
+from noisekit.curvature.operators.graph_cache import check_twice_differentiable
 from noisekit.noise.step_quantity import HessianForms
 from noisekit.probes.capture.hooks import suspend_recording
 from noisekit.probes.capture.recorder import Recorder
@@ -226,7 +226,7 @@ def _curvatures(
         mean, list(parameters), create_graph=True, materialize_grads=True
     )
     flat = torch.cat([grad.reshape(-1) for grad in gradient])
-    refuse_once_differentiable([flat])
+    check_twice_differentiable([flat])
     if not flat.requires_grad:
         return vectors.new_zeros(len(vectors), len(vectors))  # linear in everything
     return torch.stack(

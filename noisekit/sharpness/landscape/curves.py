@@ -24,7 +24,7 @@ from noisekit.sharpness.landscape.points import (
     chosen_names,
     load_state,
     own_state,
-    preserve_state,
+    preserve_tensors,
     values_at,
     wide,
 )
@@ -122,7 +122,7 @@ def connecting_curve(
 
     Args:
         model: A model that both state dicts fit, or an :class:`EmpiricalRisk` of it;
-            it is given back bit for bit.
+            it is restored bit for bit.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         start: State dict at ``t = 0``.
@@ -253,7 +253,7 @@ def _train(
     bend = path.bend.add_(_FIRST_NUDGE * unit * noise.to(gap.device))
     optimizer = torch.optim.Adam([bend], lr=training.learning_rate * unit)
     drawn = torch.rand(training.num_steps, generator=generator, device=generator.device)
-    with preserve_state(own):
+    with preserve_tensors(own):
         for t in drawn.tolist():
             load_state(own, path.state_at(t))
             _, gradient = path.risk.value_and_grad()

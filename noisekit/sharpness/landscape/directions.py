@@ -1,4 +1,4 @@
-"""Directions in which a slice of the loss is taken, and how they are scaled."""
+"""Directions of loss slices: filter-normalised, random, or eigenvectors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -232,7 +232,7 @@ def _channels(owner: nn.Module | None, shape: torch.Size) -> Tensor:
 
 
 class _FilterSums:
-    """Sums over each filter, given back at each of its weights."""
+    """Sums over each filter, broadcast to its weights."""
 
     def __init__(self, filters: Tensor, moved: Tensor) -> None:
         self._filters = filters

@@ -186,7 +186,7 @@ def interpolate(
 
     Args:
         model: A model that both state dicts fit, or an :class:`EmpiricalRisk` of it,
-            all of whose weights move; it is given back bit for bit.
+            all of whose weights move; it is restored bit for bit.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         start: State dict at ``alpha = 0`` (the paper's small batch).

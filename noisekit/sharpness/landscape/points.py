@@ -1,4 +1,4 @@
-"""The loss at many sets of weights, many at a time where PyTorch can."""
+"""The loss at many points of weight space, batched with ``vmap`` where possible."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -125,7 +125,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def preserve_state(own: Mapping[str, Tensor]) -> Iterator[None]:
+def preserve_tensors(own: Mapping[str, Tensor]) -> Iterator[None]:
     """Restore parameters and buffers on exit, bit for bit."""
     copies = {key: value.clone() for key, value in own.items()}
     try:
@@ -141,7 +141,7 @@ def _one_by_one(
 ) -> list[tuple[float, float]]:
     own = own_state(risk.model)
     values = []
-    with preserve_state(own):
+    with preserve_tensors(own):
         for i in indices:
             load_state(own, state_at(i))
             point = risk.evaluate()

@@ -1,4 +1,4 @@
-"""Twins of a network: the same function, other weights, and another sharpness."""
+"""Reparametrised twins of a network: the same function with another sharpness."""
 
 import math
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ def rescale_layers(model: nn.Module, factor: float, *, batch: Batch) -> nn.Modul
     Source:
         Dinh et al. 2017, arXiv:1703.04933, section 3.
     """
-    _refuse_factor(factor)
+    _check_factor(factor)
     return rescaled_copy(model, _by_layer(model, factor), batch=batch)[0]
 
 
@@ -70,7 +70,7 @@ def rescale_neurons(
     Source:
         Neyshabur et al. 2015, arXiv:1506.02617, section 2.
     """
-    _refuse_factor(spread)
+    _check_factor(spread)
     generator = entropy_generator(generator)
     like = next(model.parameters())
     rescaling = Rescaling({})
@@ -322,7 +322,7 @@ def _by_layer(model: nn.Module, factor: float) -> Rescaling:
     return rescaling
 
 
-def _refuse_factor(factor: float) -> None:
+def _check_factor(factor: float) -> None:
     if not 0 < factor < math.inf:
         raise UsageError(
             f"a rescaling needs a positive and finite factor, got {factor}; ReLU "
