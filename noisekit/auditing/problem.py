@@ -23,9 +23,11 @@ Weighting = Literal["true", "examples", "equal", "undivided"]
 
 _TOL = 1e-5
 _NUM_PROBES = 100
-# In double precision a gradient rounds to 1e-7 of itself per this length; farther, a
-# ReLU changes sides for one weight or another of some thousand.
-_STEP = 1e-9
+# Moves of a weight: the first makes rounding and truncation of about 1e-11. Where a
+# ReLU changes sides on the way, both sides bend away from the middle by more than this
+# part, and the second, smaller one is taken.
+_STEPS = (1e-5, 1e-9)
+_KINK = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,14 +223,24 @@ def _by_differences(question: Question) -> Tensor:
     point = risk.vector()
     rows = []
     with risk.evaluating():
-        for i, middle in enumerate(point.tolist()):
-            step = _STEP * max(1.0, abs(middle))
-            slopes = []
-            for moved in (middle + step, middle - step):
-                point[i] = moved
-                slopes.append(risk.value_and_grad(point)[1])
-            point[i] = middle
-            rows.append((slopes[0] - slopes[1]) / (2 * step))
+        middle = risk.value_and_grad()[1]
+
+        def slope_at(index: int, moved: float) -> Tensor:
+            kept = point[index].clone()
+            point[index] += moved
+            slope = risk.value_and_grad(point)[1]
+            point[index] = kept
+            return slope
+
+        for index in range(len(point)):
+            for step in _STEPS:
+                step *= max(1.0, abs(float(point[index])))
+                ahead, behind = slope_at(index, step), slope_at(index, -step)
+                row = (ahead - behind) / (2 * step)
+                bend = (ahead + behind - 2 * middle).norm() / (2 * step)
+                if bool(bend <= _KINK * row.norm()):
+                    break
+            rows.append(row)
     return torch.stack(rows)
 
 

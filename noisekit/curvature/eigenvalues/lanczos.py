@@ -206,7 +206,8 @@ def _with_copies(
     limit = tol * float(pairs.values.abs().max())
     for first, end in enumerate(ends):
         mine = slice(first, None, len(ends))
-        while True:
+        # A copy of an end's only value would change nothing.
+        while len(pairs.values[mine]) > 1:
             rest = DeflatedOperator(operator, known, end, 2 * limit / tol)
             worst = float(pairs.values[mine][-1])
             near: Tensor | Literal["random"] = "random"
