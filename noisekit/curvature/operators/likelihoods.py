@@ -42,6 +42,7 @@ def class_axis(risk: EmpiricalRisk, outputs: Tensor, batch: Batch) -> int:
         UsageError: If no axis, or more than one, is that of classes.
     """
     if outputs.ndim < 3 or likelihood_of(risk.loss_fn) == "categorical":
+        check_outputs(outputs, "categorical")
         return 1
     drawn = torch.randn(outputs.shape, generator=stream(0, "class axis"))
     point = (outputs.detach() + drawn.to(outputs)).requires_grad_()
