@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import as_patterns
 from noisekit.core.errors import (
     DeviceMismatchError,
     NoParametersError,
@@ -96,7 +97,7 @@ def select_parameters(
         )
     if params is None:
         return {names[0]: parameter for names, parameter in aliases}
-    patterns = (params,) if isinstance(params, str) else tuple(params)
+    patterns = as_patterns(params)
     for pattern in patterns:
         if not any(_matches(names, pattern) for names, _ in aliases):
             raise NoParametersError(_nothing_matches(pattern, aliases))

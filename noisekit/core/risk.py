@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import check_function
 from noisekit.core.batches import Batch, ModelBatches
 from noisekit.core.data import MEMORY_BUDGET, DataRules, HeldBatches
 from noisekit.core.distributed import (
@@ -136,6 +137,7 @@ class EmpiricalRisk:
         whole = loss_fn == "model"
         loss_fn = ModelLoss() if loss_fn == "model" else loss_fn
         check_arguments(model, loss_fn, batches)
+        check_function("normaliser", normaliser)
         batches = ModelBatches(batches) if whole else batches
         candidates = [normaliser or known_normaliser(loss_fn)]
         if isinstance(loss_fn, ModelLoss) and normaliser is None:
