@@ -1,7 +1,6 @@
 """Some rows of a captured call, and sums over chunks of them, layer by layer."""
 
 from collections.abc import Callable
-from copy import deepcopy
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def captured(name: str) -> tuple[Site, LayerCall, dict[str, Tensor]]:
             shape, 9, among=site.rule.example_axes(layer, inputs.shape), where=name
         ),
     )
-    call = LayerCall(layer, (inputs,), {}, axes, 9, grads, before=deepcopy(layer))
+    call = LayerCall(layer, (inputs,), {}, axes, 9, grads)
     call.statistics = site.rule.statistics(single)
     rows: dict[str, list[Tensor]] = {n: [] for n, _ in layer.named_parameters()}
     for i in range(9):

@@ -141,10 +141,9 @@ class _Replay:
 
     @classmethod
     def of(cls, call: LayerCall, names: Sequence[str]) -> "_Replay":
-        assert call.before is not None
         originals: dict[str, Tensor] = {
             # What torch.compile has wrapped is copied as it was written.
-            name: call.before.get_parameter(name.replace("_orig_mod.", ""))
+            name: call.original.get_parameter(name.replace("_orig_mod.", ""))
             for name in names
         }
         params = {
@@ -167,9 +166,8 @@ class _Replay:
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         # A copy for every run: a replay may write to whatever its module holds.
-        assert self.call.before is not None
         replaced = {self.originals[name]: leaf for name, leaf in params.items()}
-        module = copy_module(self.call.before, replaced)
+        module = copy_module(self.call.original, replaced)
         with uncached_parametrizations(), autocast_as(self.call.autocast, tensors):
             outputs = module(*args, **kwargs)
         found = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]

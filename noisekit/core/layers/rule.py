@@ -38,7 +38,8 @@ class LayerCall:
         output_order: Axis of the examples per tensor among the outputs, where it has
             been established; ``MIXED`` where there is none.
         statistics: What a normalisation layer's backward pass keeps of its input.
-        before: A copy of the module as it was before the call, for a replay.
+        before: A copy of the module as it was before the call, for a replay; ``None``
+            where the call has left the module as it was.
         autocast: The lower precision that operations were cast to, if any.
     """
 
@@ -54,6 +55,11 @@ class LayerCall:
     statistics: tuple[Tensor, ...] = ()
     before: nn.Module | None = None
     autocast: torch.dtype | None = None
+
+    @property
+    def original(self) -> nn.Module:
+        """The module as it was before the call."""
+        return self.module if self.before is None else self.before
 
     @property
     def input(self) -> Tensor:
