@@ -391,7 +391,11 @@ class EmpiricalRisk:
                 self._held.needs_graph = True
         if follow and not self._followed:
             self._followed = True  # first, since the check evaluates the loss too
-            check_followed(self, batch, outputs, loss)
+            try:
+                check_followed(self, batch, outputs, loss)
+            except UsageError:  # as it is the next time
+                self._followed = False
+                raise
         return outputs, loss
 
     def value(self, vector: Tensor | None = None) -> float:

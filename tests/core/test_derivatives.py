@@ -125,13 +125,16 @@ CUT: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 def test_a_loss_cut_from_its_parameters_is_refused(where: str) -> None:
     """By the gradient, the Hessian and the Gauss-Newton matrix; its value is not.
 
-    Catches: a curvature of 0, which is what autograd makes of a cut.
+    Catches: a curvature of 0, which is what autograd makes of a cut; a refusal that
+    a second call of the same risk forgets.
     """
     build, loss, names = CUT[where]
     model = seeded(build)()
     assert EmpiricalRisk(model, loss, RAGGED).value() > 0.0
+    risk = EmpiricalRisk(model, loss, RAGGED)
     calls: list[Callable[[], object]] = [
-        EmpiricalRisk(model, loss, RAGGED).value_and_grad,
+        risk.value_and_grad,
+        risk.value_and_grad,
         lambda: nk.lambda_max(model, loss, RAGGED),
         lambda: nk.GGNOperator(model, loss, RAGGED) @ torch.ones(43),
     ]

@@ -529,6 +529,8 @@ def test_measures_by_their_names() -> None:
     with pytest.raises(UsageError, match="got sharpest; there are: lambda_max"):
         check("sharpest")
     with pytest.raises(
-        UsageError, match="gauge_fixed_lambda_max cannot be had of this"
+        UsageError,
+        match="gauge_fixed_lambda_max needs weights whose output goes straight into a "
+        "BatchNorm, got none in Sequential; use lambda_max",
     ):
         check("gauge_fixed_lambda_max")

@@ -27,7 +27,7 @@ from noisekit.sharpness import (
     lambda_max,
     worst_case_sharpness,
 )
-from noisekit.sharpness.landscape.directions import directions_for
+from noisekit.sharpness.landscape.directions import DirectionSpec, directions_for
 from tests.reference import sharpness as reference
 
 LOSS = nn.CrossEntropyLoss()
@@ -239,9 +239,9 @@ def test_filter_normalised_directions_have_the_closed_form() -> None:
     model = network()
     matrix = hessian(model)
     risk = EmpiricalRisk(model, LOSS, [data()])
-    generator, draws = seeded(7), []
+    spec, draws = DirectionSpec("filter_normalised", generator=seeded(7)), []
     for _ in range(200):
-        d = directions_for(risk, "filter_normalised", 1, generator=generator).vectors
+        d = directions_for(risk, spec, 1).vectors
         draws.append(float(d[:, 0] @ matrix @ d[:, 0]))
     values = torch.tensor(draws, dtype=torch.float64)
     stderr = float(values.std()) / math.sqrt(len(values))
