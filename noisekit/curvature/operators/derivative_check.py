@@ -26,6 +26,7 @@ from noisekit.core.errors import UsageError
 from noisekit.core.params import flatten
 from noisekit.core.randomness import stream
 from noisekit.core.risk import EmpiricalRisk
+from noisekit.curvature.operators.graph_cache import check_twice_differentiable
 
 MEASURED_EXAMPLES = 8
 
@@ -63,8 +64,9 @@ def check_second_derivatives(risk: EmpiricalRisk, *, what: str = "a Hessian") ->
         point = held.vector()
         unit = max(1.0, float(point.norm())) / float(vector.norm())
         loss = held.loss_of(batch)
-        _note_functions(loss, functions)
+        hidden.note_functions(loss)
         gradient = held.gradients(loss, create_graph=True)
+        hidden.note_backward(gradient)
         product = _product(gradient, held, vector)
 
         def slope(move: float) -> Tensor:
@@ -73,8 +75,8 @@ def check_second_derivatives(risk: EmpiricalRisk, *, what: str = "a Hessian") ->
 
         return relative_gap(product, slope, steps, unit)
 
-    functions: set[str] = set()
-    _refuse_gap(_measured(risk, gap_in, functions), what, functions)
+    hidden = _Hidden()
+    _refuse_gap(_measured(risk, gap_in, hidden), what, hidden)
 
 
 def check_jacobian(risk: EmpiricalRisk, *, what: str) -> None:
@@ -100,7 +102,8 @@ def check_jacobian(risk: EmpiricalRisk, *, what: str) -> None:
         cotangent = torch.zeros_like(outputs, requires_grad=True)
         # The derivative of J'u in u is J, since J'u is linear in u.
         pulled = held.gradients((outputs * cotangent).sum(), create_graph=True)
-        _note_functions(outputs, functions)
+        hidden.note_functions(outputs)
+        hidden.note_backward(pulled)
         along = [
             (part * piece.to(part.dtype)).sum()
             for part, piece in zip(pulled, held.layout.split(vector), strict=True)
@@ -119,8 +122,8 @@ def check_jacobian(risk: EmpiricalRisk, *, what: str) -> None:
 
         return relative_gap(pushed, moved, steps, unit)
 
-    functions: set[str] = set()
-    _refuse_gap(_measured(risk, gap_in, functions), what, functions)
+    hidden = _Hidden()
+    _refuse_gap(_measured(risk, gap_in, hidden), what, hidden)
 
 
 def check_loss_hessian(risk: EmpiricalRisk, *, what: str) -> None:
@@ -145,7 +148,7 @@ def check_loss_hessian(risk: EmpiricalRisk, *, what: str) -> None:
         def slope(point: Tensor, create_graph: bool = False) -> Tensor:
             point.requires_grad_()
             loss = held.loss_at(point, batch[1])
-            _note_functions(loss, functions)
+            hidden.note_functions(loss)
             (found,) = torch.autograd.grad(loss, point, create_graph=create_graph)
             return found
 
@@ -159,8 +162,8 @@ def check_loss_hessian(risk: EmpiricalRisk, *, what: str) -> None:
             exact, lambda move: slope(outputs + move * unit * vector), steps, unit
         )
 
-    functions: set[str] = set()
-    _refuse_gap(_measured(risk, gap_in, functions), what, functions)
+    hidden = _Hidden()
+    _refuse_gap(_measured(risk, gap_in, hidden), what, hidden)
 
 
 def relative_gap(
@@ -202,10 +205,44 @@ def relative_gap(
     return 0.0
 
 
+class _Hidden:
+    """What of a graph may hide a part of a second derivative.
+
+    Attributes:
+        functions: Names of the nodes of custom functions.
+        once: Whether autograd itself knows of a derivative that has none.
+    """
+
+    def __init__(self) -> None:
+        self.functions: set[str] = set()
+        self.once = False
+
+    def note_functions(self, tensor: Tensor) -> None:
+        """Collect the custom functions behind a tensor."""
+        waiting: list[Any] = [tensor.grad_fn]
+        seen: set[Any] = set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+            if custom or node.name().startswith("CppNode"):
+                self.functions.add(node.name().removesuffix("Backward"))
+            waiting += [following for following, _ in node.next_functions]
+
+    def note_backward(self, gradients: Iterable[Tensor]) -> None:
+        """Look for a derivative that cannot be differentiated in a backward graph."""
+        try:
+            check_twice_differentiable(gradients)
+        except RuntimeError:
+            self.once = True
+
+
 _Gap = Callable[[EmpiricalRisk, Batch, Iterable[float]], float]
 
 
-def _measured(risk: EmpiricalRisk, gap_in: _Gap, functions: set[str]) -> float:
+def _measured(risk: EmpiricalRisk, gap_in: _Gap, hidden: _Hidden) -> float:
     """The gap in double precision; in the risk's own where there is none.
 
     In single precision a network's kinks show as well: a gap counts there only behind
@@ -222,7 +259,7 @@ def _measured(risk: EmpiricalRisk, gap_in: _Gap, functions: set[str]) -> float:
                 gap = gap_in(held, batch, _STEPS if wide else _COARSE_STEPS)
         except Exception:  # a product refuses it in its own words
             continue
-        return gap if wide or functions else 0.0
+        return gap if wide or hidden.functions else 0.0
     return 0.0
 
 
@@ -264,30 +301,20 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm()) / length if length > 0 else 0.0
 
 
-def _note_functions(tensor: Tensor, names: set[str]) -> None:
-    """Collect the custom functions behind a tensor, by the names of their nodes."""
-    waiting: list[Any] = [tensor.grad_fn]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        custom = isinstance(node, torch.autograd.function.BackwardCFunction)
-        if custom or node.name().startswith("CppNode"):
-            names.add(node.name().removesuffix("Backward"))
-        waiting += [following for following, _ in node.next_functions]
-
-
-def _refuse_gap(gap: float, what: str, functions: set[str]) -> None:
+def _refuse_gap(gap: float, what: str, hidden: _Hidden) -> None:
     if gap == 0.0:
         return
-    known = ", ".join(sorted(functions))
-    where = f"the custom function {known} hides" if known else "something hides"
+    known = ", ".join(sorted(hidden.functions))
+    where = f"the custom function {known}" if known else "something"
+    cause = (
+        f"{where} has a derivative that is not differentiable (once_differentiable)"
+        if hidden.once
+        else f"{where} hides a part of it, such as a gradient saved by the forward "
+        "pass, a backward pass under no_grad, or a .detach()"
+    )
     raise UsageError(
         f"{what} needs autograd to differentiate its own backward pass, got a "
         f"derivative {100 * gap:.2g} % away from what differences of first derivatives "
-        f"converge to: {where} a part of it, such as a gradient saved by the forward "
-        "pass, a backward pass under no_grad, or a .detach(). Use a version in plain "
-        "PyTorch operations, or HessianOperator(..., form='finite_difference')."
+        f"converge to: {cause}. Use a version in plain PyTorch operations, or "
+        "HessianOperator(..., form='finite_difference')."
     )
