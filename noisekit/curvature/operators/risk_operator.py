@@ -232,7 +232,7 @@ class RiskOperator(SymmetricOperator):
         wide.risk = as_risk(wide.risk, memory_budget=1)
         try:
             return wide @ block.double()
-        except (RuntimeError, TypeError):  # no double precision here
+        except (RuntimeError, TypeError, UsageError):  # no double precision here
             return None
 
     def _is_nearly_fitted(self) -> bool:
