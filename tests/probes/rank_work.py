@@ -256,9 +256,9 @@ def _refusals(rank: int) -> dict[str, str]:
     note("budget", lambda: attach(wrapped, optimizer, budget=0.03))
     nested = nn.Sequential(wrapped)
     note("nested", lambda: attach(nested, optimizer))
-    with attach(model, optimizer):
+    with attach(model, optimizer, on_error="raise"):
         note("inner", lambda: wrapped(batch(rank, 2)[0]))
-    with attach(wrapped, optimizer), wrapped.join():
+    with attach(wrapped, optimizer, on_error="raise"), wrapped.join():
         note("unjoined", lambda: wrapped(batch(rank, 2)[0]))
     synced = DistributedDataParallel(nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)))
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(synced)

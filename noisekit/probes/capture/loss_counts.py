@@ -18,6 +18,9 @@ _FIRST_CHECKS = 4
 _LARGEST = 2**22
 """Entries of the largest outputs that are looked at: 32 MB in float64."""
 
+_HELD = 2**15
+"""Entries of the outputs that are looked at together: 256 KB in float64."""
+
 _TOLERANCE = 1e-3
 """By how much counts may differ and still be called equal."""
 
@@ -47,28 +50,17 @@ class LossCounts:
         """
         if outputs.dim() < 2 or axis == outputs.dim() - 1 or outputs.shape[-1] < 2:
             return None
-        logits, slopes = (
-            t.movedim(axis, 0).reshape(t.shape[axis], -1, t.shape[-1]).double()
-            for t in (outputs, grad.detach())
-        )  # (n, T, V)
-        shares = logits.softmax(-1)
-        own = slopes.argmin(-1, keepdim=True)  # the class of the target: (n, T, 1)
-        other = slopes.scatter(-1, own, -torch.inf).argmax(-1, keepdim=True)
-        counts = slopes.gather(-1, other) / shares.gather(-1, other)  # (n, T, 1)
-        expected = counts * shares.scatter_add(-1, own, -torch.ones_like(counts))
-        size = slopes.abs().amax(-1)
-        eps = torch.finfo(outputs.dtype).eps
-        tolerance = max(_TOLERANCE, 8 * eps)
-        # p - 1 of a confident target has no digits left in the kernel's own dtype.
-        allowed = tolerance * size + 8 * eps * counts[..., 0].abs()
-        fits = (slopes - expected).abs().amax(-1) <= allowed
-        values = counts.sum((1, 2))  # (n,)
+        logits, slopes = _by_example(outputs, axis), _by_example(grad.detach(), axis)
+        step = max(1, _HELD // logits[0].numel())
+        parts = zip(logits.split(step), slopes.split(step), strict=True)
+        counted, fitting = zip(*(_counts_of_rows(*part) for part in parts), strict=True)
+        values, fits = torch.cat(counted), torch.stack(fitting)
         known, least, most, total = torch.stack(
             [fits.all().double(), values.amin(), values.amax(), values.sum()]
         ).tolist()
         if not known or least < 0 or total <= 0:
             return None
-        return cls(values, total, most - least <= tolerance * most)
+        return cls(values, total, most - least <= tolerance_of(outputs) * most)
 
     def is_of_mean(self, num_passes: int, *, by_size: bool) -> bool:
         """Whether the counts are those of a mean.
@@ -87,6 +79,38 @@ class LossCounts:
         shares = weights / weights.sum()
         difference = (shares - self.values / self.total).abs().amax()
         return bool(difference <= _TOLERANCE * shares.amax())
+
+
+def _by_example(tensor: Tensor, axis: int) -> Tensor:
+    """Examples, targets, classes: ``(n, T, V)``."""
+    rows = tensor.movedim(axis, 0)
+    return rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+def tolerance_of(outputs: Tensor) -> float:
+    """By how much counts may differ and still be called equal."""
+    return max(_TOLERANCE, 8 * torch.finfo(outputs.dtype).eps)
+
+
+def _counts_of_rows(logits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """What some examples count ``(b,)``, and whether their gradient is of this form.
+
+    Args:
+        logits: ``(b, T, V)``.
+        slopes: The gradient that arrives at them, the same shape.
+    """
+    eps = torch.finfo(logits.dtype).eps
+    slopes = slopes.double()
+    shares = logits.double().softmax(-1)
+    own = slopes.argmin(-1, keepdim=True)  # the class of the target: (b, T, 1)
+    other = slopes.scatter(-1, own, -torch.inf).argmax(-1, keepdim=True)
+    counts = slopes.gather(-1, other) / shares.gather(-1, other)  # (b, T, 1)
+    expected = counts * shares.scatter_add_(-1, own, -torch.ones_like(counts))
+    # p - 1 of a confident target has no digits left in the kernel's own dtype.
+    size = slopes.abs().amax(-1)
+    allowed = tolerance_of(logits) * size + 8 * eps * counts[..., 0].abs()
+    fits = expected.sub_(slopes).abs().amax(-1) <= allowed
+    return counts.sum((1, 2)), fits.all()
 
 
 class CountSchedule:

@@ -54,7 +54,8 @@ def _own_sq_norms(contributions: Tensor, share: Number) -> Tensor:
     """``|g_i|²`` from ``|u_i|²``; zero for examples that the loss does not count."""
     if not isinstance(share, Tensor):
         return contributions / share**2
-    return torch.where(share > 0, contributions / share.square(), 0.0)
+    norms = torch.where(share > 0, contributions / share.square(), 0.0)
+    return norms.to(contributions.dtype)  # weights are wider
 
 
 class Rows(NoiseEstimator):
