@@ -84,7 +84,7 @@ class ProbeOptions:
             is missing is in the coverage. ``"gsnr"``, ``"evidence_stopping"``,
             ``"update_size"`` and ``"distance_from_start"`` hold one more copy of the
             parameters each, ``"gradient_cosine"`` two, ``"hessian_noise_scale"``
-            ``num_chunks + 5``.
+            ``num_chunks + 6``.
         hessian_every: Readings between two with ``"hessian_noise_scale"``.
         budget: Share of the training time that readings may cost, such as 0.03. The
             probe times itself and picks the steps; see ``Probe.overhead``.

@@ -62,7 +62,7 @@ def _trained(rank: int, size: int, reduction: str, *, even: bool) -> dict[str, A
         num_chunks=3,
         hessian_every=1,
     )
-    optimizer = probe._steps._optimizer
+    optimizer = probe._steps.optimizer
     for _ in range(2):
         optimizer.zero_grad()
         probe.loss_fn(wrapped(inputs[rows]), targets[rows]).backward()

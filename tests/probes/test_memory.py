@@ -84,7 +84,7 @@ def peak_of_a_step(network: Network, way: Way, *, reads: bool = True) -> int:
             (loss_fn(model(x), y) / len(parts)).backward()
         optimizer.step()
 
-    for _ in range(3):  # beyond the closure checks of the first readings
+    for _ in range(5):  # beyond the checks of the first readings
         step()
     optimizer.zero_grad()
     gc.collect()  # else what earlier tests have left may be given back within the step

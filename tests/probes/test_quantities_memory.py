@@ -19,7 +19,7 @@ COPIES: dict[QuantityName, float] = {
     "update_size": 1.0,
     "distance_from_start": 1.0,
     "gsnr": 2.5,
-    "hessian_noise_scale": 9.0,
+    "hessian_noise_scale": 10.0,  # one of them the model that is replayed
 }
 """Copies of the parameters that a step may hold at its peak beyond a plain step."""
 

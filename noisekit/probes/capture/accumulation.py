@@ -68,7 +68,7 @@ class GradientWatch:
             look: Whether to compare values although no write was counted: writes to
                 ``grad.data`` never are. Once there was one, values are compared always.
         """
-        counted = self.changed()
+        counted, look = self.changed(), look and not before.is_meta  # no values there
         if not (counted or look or self._writes_data):
             return 1.0
         with torch.no_grad():
