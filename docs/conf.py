@@ -54,8 +54,14 @@ nitpick_ignore_regex = [
         r"(Tensor|DataFrame|Figure|Path|Callable|Iterable|Mapping|ProcessGroup)",
     ),
     # What results and probes are made of, without a page of its own.
-    (r"py:.*", r"noisekit\.probes\.capture\.(step_weights|replicas)\.\w+"),
+    (
+        r"py:.*",
+        r"noisekit\.probes\.(capture\.(step_weights|replicas|step_record|recorder|hooks"
+        r"|example_weights|tokens)|context)\.\w+",
+    ),
+    (r"py:class", r"EmpiricalRisk|BaseModel"),
+    (r"py:mod", r"noisekit\.core\.settings"),
     (r"py:.*", r"noisekit\.(auditing\.known_defects|sharpness\.card\.subject)\.\w+"),
     # The sections of a recipe: the starter recipe says what they hold.
-    (r"py:.*", r"noisekit\.train\.[\w.]+\.\w+Spec"),
+    (r"py:.*", r"noisekit\.train\.[\w.]+\.(\w+Spec|\w+Section|Fault)"),
 ]

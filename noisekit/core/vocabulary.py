@@ -213,7 +213,7 @@ QuantityName = Literal[
     "gradient_cosine",
     "hessian_noise_scale",
 ]
-"""Step metrics: what a probe may be asked for beside the noise."""
+"""Names of the step metrics that a probe can compute beside the noise."""
 
 STEP_QUANTITIES = (
     # Whether the batch is large enough.

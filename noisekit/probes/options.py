@@ -28,7 +28,7 @@ Kind = TypeVar("Kind", NoiseEstimator, StepMetric)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeOptions:
-    """How a probe reads a training loop: the options of :func:`noisekit.attach`.
+    """How a probe reads a training loop: the options of ``nk.attach``.
 
     Attributes:
         loss_fn: The loss. Needed by ``estimator="ghost"``, by ``Probe.measure`` and by

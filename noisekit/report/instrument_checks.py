@@ -144,7 +144,7 @@ def norm_deviations(
 def expected_sq_norm(
     grad_sq_norm: float, variance_trace: float, batch_size: int, num_examples: int
 ) -> float:
-    """Return E|g_B|² = |g|² + (1 - B/N) tr Σ/B of a batch without replacement."""
+    """Return ``E|g_B|² = |g|² + (1 - B/N) tr Σ/B``, drawn without replacement."""
     left = 1 - batch_size / num_examples
     return float(grad_sq_norm + variance_trace * left / batch_size)
 

@@ -52,8 +52,9 @@ class LossCounts:
             return None
         logits, slopes = _by_example(outputs, axis), _by_example(grad.detach(), axis)
         step = max(1, _HELD // logits[0].numel())
-        parts = zip(logits.split(step), slopes.split(step), strict=True)
-        counted, fitting = zip(*(_counts_of_rows(*part) for part in parts), strict=True)
+        rows = [slice(i, i + step) for i in range(0, len(logits), step)]
+        parts = [_counts_of_rows(logits[row], slopes[row]) for row in rows]
+        counted, fitting = zip(*parts, strict=True)
         values, fits = torch.cat(counted), torch.stack(fitting)
         known, least, most, total = torch.stack(
             [fits.all().double(), values.amin(), values.amax(), values.sum()]
