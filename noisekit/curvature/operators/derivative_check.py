@@ -60,9 +60,7 @@ def check_second_derivatives(risk: EmpiricalRisk, *, what: str = "a Hessian") ->
         return
 
     def gap_in(held: EmpiricalRisk, batch: Batch, steps: Iterable[float]) -> float:
-        vector = _trial_vector(held)
-        point = held.vector()
-        unit = max(1.0, float(point.norm())) / float(vector.norm())
+        vector, point, unit = _trial(held)
         loss = held.loss_of(batch)
         hidden.note_functions(loss)
         gradient = held.gradients(loss, create_graph=True)
@@ -96,9 +94,7 @@ def check_jacobian(risk: EmpiricalRisk, *, what: str) -> None:
         return
 
     def gap_in(held: EmpiricalRisk, batch: Batch, steps: Iterable[float]) -> float:
-        vector = _trial_vector(held)
-        point = held.vector()
-        unit = max(1.0, float(point.norm())) / float(vector.norm())
+        vector, point, unit = _trial(held)
         outputs = held.outputs_of(batch)
         cotangent = torch.zeros_like(outputs, requires_grad=True)
         # The derivative of J'u in u is J, since J'u is linear in u.
@@ -274,9 +270,11 @@ def _few_examples(risk: EmpiricalRisk) -> Batch | None:
     return take_examples(batch, rows)
 
 
-def _trial_vector(risk: EmpiricalRisk) -> Tensor:
+def _trial(risk: EmpiricalRisk) -> tuple[Tensor, Tensor, float]:
+    """A fixed random direction, the weights, and the length of a unit step along it."""
     drawn = torch.randn(risk.layout.num_params, generator=stream(0, "derivative"))
-    return drawn.to(risk.layout.device, risk.layout.dtype)
+    vector, point = drawn.to(risk.layout.device, risk.layout.dtype), risk.vector()
+    return vector, point, max(1.0, float(point.norm())) / float(vector.norm())
 
 
 def _product(
