@@ -27,6 +27,15 @@ from noisekit.curvature import top_eigenpairs as top_eigenpairs
 from noisekit.curvature import trace as trace
 from noisekit.curvature import weight_scaled as weight_scaled
 from noisekit.integrations import attach as attach
+from noisekit.policies import AdaBatch as AdaBatch
+from noisekit.policies import At as At
+from noisekit.policies import Constant as Constant
+from noisekit.policies import Decision as Decision
+from noisekit.policies import GrowInsteadOfDecay as GrowInsteadOfDecay
+from noisekit.policies import Growth as Growth
+from noisekit.policies import Observation as Observation
+from noisekit.policies import Policy as Policy
+from noisekit.policies import Table as Table
 from noisekit.probes import Probe as Probe
 from noisekit.probes import Reading as Reading
 from noisekit.probes import example_sq_norms as example_sq_norms

@@ -102,6 +102,24 @@ CITATIONS: Mapping[str, Citation] = MappingProxyType(
                 "1612.05086",
             ),
             Citation(
+                "devarakonda2017adabatch",
+                "Devarakonda et al. 2017",
+                "Devarakonda, Aditya and Naumov, Maxim and Garland, Michael",
+                "AdaBatch: Adaptive Batch Sizes for Training Deep Neural Networks",
+                2017,
+                arxiv="1712.02029",
+            ),
+            Citation(
+                "smith2018dont",
+                "Smith et al. 2018",
+                "Smith, Samuel L. and Kindermans, Pieter-Jan and Ying, Chris and Le, "
+                "Quoc V.",
+                "Don't Decay the Learning Rate, Increase the Batch Size",
+                2018,
+                _ICLR,
+                "1711.00489",
+            ),
+            Citation(
                 "foret2021sharpness",
                 "Foret et al. 2021",
                 "Foret, Pierre and Kleiner, Ariel and Mobahi, Hossein and Neyshabur, "
