@@ -12,7 +12,9 @@ from noisekit.curvature.random_vectors import Probe, probe_block, shared_generat
 
 # Products of a block share a pass over the data; more of them only take memory.
 _BLOCK = 4
+# Probes of a first round, whose standard deviation decides how many follow.
 _PILOT = 12
+# Relative rounding error of a trace, in units of eps.
 _ROUNDINGS = 50
 
 
@@ -20,8 +22,8 @@ class Probes:
     """Independent random vectors ``z`` of covariance one, and their products.
 
     Attributes:
-        wide: Type that sums are made in.
-        eps: What rounding may make of a trace, relative.
+        wide: Type that sums are accumulated in.
+        eps: Relative rounding error of a trace.
         num_matvecs: Products spent.
     """
 
@@ -73,11 +75,11 @@ class Probes:
 
     def sums(self, count: int, terms: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Return the sums over parameters of ``terms(z, H z)``, one per probe."""
-        found = [
+        samples = [
             terms(block.double(), products.double()).sum(0)
             for block, products in self.blocks(count)
         ]
-        return torch.cat(found).cpu()
+        return torch.cat(samples).cpu()
 
 
 def mean_estimate(
@@ -85,8 +87,8 @@ def mean_estimate(
 ) -> Estimate:
     """Return ``exact`` plus the mean of the samples, with its standard error.
 
-    That is at least the rounding of products, ``eps`` of the exact part, which is all
-    that is left where the dominant directions are the whole matrix.
+    The error includes the rounding of the exact part, ``eps`` of it, which is all that
+    remains where the dominant directions are the whole matrix.
     """
     mean, count = exact + float(samples.mean()), len(samples)
     return Estimate(
@@ -105,6 +107,15 @@ def two_stage_estimate(
 ) -> Estimate:
     """Return the mean of as many probes as a pilot round shows to be needed.
 
+    Stein's two-stage procedure: with ``s`` the standard deviation of the pilot round,
+    ``n = (s / target)²`` probes in all, and the error ``s / sqrt(n)`` with the degrees
+    of freedom of the pilot. The spread of later probes is not used, so that the
+    stopping rule does not bias the error.
+
+    Source:
+        Stein 1945, "A two-sample test for a linear hypothesis whose power is
+        independent of the variance".
+
     Args:
         probes: Where samples come from.
         exact: What is added to their mean.
@@ -118,7 +129,7 @@ def two_stage_estimate(
     wanted *= scale
     if not math.isfinite(wanted + spread):
         return mean_estimate(pilot, probes.num_matvecs, exact=exact)
-    # No spread, no more probes; without a scale no number of them is enough.
+    # Without spread the pilot suffices; relative to a value of zero nothing does.
     needed = len(pilot)
     if spread > 0.0:
         needed = most + 1 if wanted == 0.0 else math.ceil((spread / wanted) ** 2)

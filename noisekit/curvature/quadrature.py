@@ -1,4 +1,4 @@
-"""Gauss quadrature of a spectrum, out of Lanczos from random vectors."""
+"""Gauss quadrature of a spectrum by Lanczos from random vectors."""
 
 from dataclasses import dataclass, field
 
@@ -16,19 +16,19 @@ from noisekit.curvature.operators.operator import (
 )
 from noisekit.curvature.random_vectors import shared_generator
 
-# Parts of the largest magnitude below which a node is zero, and of a node's own below
-# which its residual has to be for its sign to be known.
+# A node below 1e-6 of the largest magnitude counts as zero, and the sign of a node is
+# known where its residual is below a tenth of its own magnitude.
 _ZERO = 1e-6
 _KNOWN_SIGN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Quadrature:
-    """Nodes and weights that stand for a spectrum, a set for each random vector.
+    """Nodes and weights of Gauss quadratures of a spectrum, one per random vector.
 
-    The weighted sum of ``f`` over the nodes of a probe is an unbiased estimate of the
-    mean of ``f`` over all eigenvalues, exact for polynomials of degree ``2 m - 1`` up
-    to the probe's own chance.
+    For a probe ``z`` with ``|z| = 1`` the weighted sum of ``f`` over its ``m`` nodes
+    approximates ``z' f(H) z``, exactly for polynomials of degree ``2 m - 1``; and the
+    mean of ``z' f(H) z`` over random ``z`` is the mean of ``f`` over all eigenvalues.
 
     Attributes:
         nodes: ``(probes, m)``, ascending. Where the Krylov space ended earlier, the
@@ -54,9 +54,10 @@ class Quadrature:
     def about_zero(self) -> np.ndarray:
         """Mask of the nodes not resolved from zero, ``(probes, m)``.
 
-        A quadrature bounds the share of eigenvalues below a point up to the weights of
-        the nodes on either side of it. So those beside zero belong to no sign, unless a
-        residual far below the magnitude shows that they are eigenvalues.
+        A quadrature determines the share of eigenvalues below a point only up to the
+        weights of the nodes on either side of it. The two nodes beside zero are
+        therefore of unknown sign, unless a residual far below their magnitude shows
+        that they are eigenvalues.
 
         Source:
             Szegő 1939, "Orthogonal polynomials", theorem 3.41.1.
@@ -107,8 +108,8 @@ def spectral_quadrature(
 ) -> Quadrature:
     """Return nodes and weights of the spectrum by stochastic Lanczos quadrature.
 
-    Lanczos is orthogonalised in full and ends where the space does: a ghost would be
-    an eigenvalue counted twice. One probe's basis is held at a time, ``num_steps``
+    Lanczos is fully reorthogonalized and ends with its Krylov space: a ghost would be
+    an eigenvalue counted twice. Memory is the basis of one probe, ``num_steps``
     vectors.
 
     Args:
@@ -123,6 +124,15 @@ def spectral_quadrature(
     Source:
         Golub and Meurant 2010, "Matrices, moments and quadrature", chapter 4; Ghorbani
         et al. 2019, arXiv:1901.10159, section 2.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> H = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))
+        >>> quadrature = spectral_quadrature(H, num_probes=2, generator=generator)
+        >>> quadrature.nodes[0].round(6).tolist()
+        [1.0, 2.0, 3.0, 4.0, 5.0]
+        >>> quadrature.weights.sum(axis=1).round(6).tolist()
+        [1.0, 1.0]
     """
     operator = as_operator(H)
     if num_probes < 2 or num_steps < 1:
@@ -160,13 +170,14 @@ def _run(
     while not basis.ended and basis.num_matvecs < steps:
         basis.extend()
         basis.step()
-    # Gauss quadrature for the probe's spectral measure: nodes are the eigenvalues of
-    # the projected matrix T, weights the squared first entries of its eigenvectors.
+    # Golub and Welsch 1969: Gauss quadrature of the measure sum_i (u_i' z)^2 at
+    # lambda_i has the eigenvalues of the projected matrix T as its nodes, and the
+    # squared first entries of T's eigenvectors as its weights.
     ritz = basis.ritz()
     if not ritz.finite:
         nothing = np.full(1, np.nan)
         return nothing, np.ones(1), nothing
-    # The first basis vector is the probe: a pair's weight is its share in it.
+    # The first basis vector is the probe z, so that (y' e_1)^2 = (x' z)^2 of x = Q y.
     return ritz.values, ritz.coefficients[0] ** 2, ritz.residuals
 
 

@@ -25,7 +25,10 @@ from noisekit.curvature.xtrace import exchangeable_trace
 
 TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
 
+# Two samples give an error; Hutch++ spends a third on each of its parts, and XTrace a
+# half on three probes or more.
 _MIN_MATVECS = {"hutchinson": 2, "hutch++": 6, "xtrace": 6}
+# Directions of Hutch++ where the number of products is not known beforehand.
 _TARGET_SKETCH = 10
 
 
@@ -118,16 +121,16 @@ def trace(
     probes = Probes(operator, generator, probe=probe)
     if method == "xtrace":
         return _xtrace(probes, num_matvecs)
-    found = 0.0
+    exact = 0.0
     if method == "hutch++":
         sketch = num_matvecs // 3 if target is None else _TARGET_SKETCH
-        found = _dominant_trace(probes, min(sketch, num_matvecs // 3))
+        exact = _dominant_trace(probes, min(sketch, num_matvecs // 3))
     left = num_matvecs - probes.num_matvecs
     if target is None:
         return mean_estimate(
-            probes.forms(left), num_matvecs, exact=found, eps=probes.eps
+            probes.forms(left), num_matvecs, exact=exact, eps=probes.eps
         )
-    return two_stage_estimate(probes, found, left, (target.stderr, target.relative))
+    return two_stage_estimate(probes, exact, left, (target.stderr, target.relative))
 
 
 def weighted_trace(
@@ -137,7 +140,7 @@ def weighted_trace(
     num_matvecs: int = 32,
     generator: torch.Generator | None = None,
 ) -> Estimate:
-    r"""Estimate :math:`\sum_i w_i^2 H_{ii}`, which rescaling of layers leaves alone.
+    r"""Estimate :math:`\sum_i w_i^2 H_{ii}`, invariant to rescaling of layers.
 
     Where one layer's weights are multiplied by a factor and the next layer's divided
     by it, so that the function stays, ``H_ii`` changes by the inverse square of
@@ -209,9 +212,10 @@ def check_probes(num_matvecs: int) -> None:
 
 
 def _dominant_trace(probes: Probes, rank: int) -> float:
-    """Trace on the directions that ``H`` stretches most, which probes then leave out.
+    """Exact trace on the range ``Q`` of a sketch ``H Ω``; later probes leave it out.
 
-    They are ``H`` times random vectors, so the trace on what remains is small.
+    ``tr H = tr(Q' H Q) + tr((I - Q Q') H (I - Q Q'))``, and ``H Ω`` is dominated by the
+    eigenvectors of the largest magnitudes, so that the second term varies little.
     """
     # S = H Omega, (P, rank)
     sketch = torch.cat([products for _, products in probes.blocks(rank)], 1)

@@ -1,7 +1,7 @@
 """Whether a batch is large enough, by the rules of the literature.
 
 Each rule compares the sampling error of the mean gradient with its length. The
-statistic is what the rule's constant would have to be for the batch to pass just so.
+statistic is the value of the rule's constant at which the batch just passes.
 """
 
 import math
@@ -99,7 +99,7 @@ def norm_test(
     """
     _check(num_examples, limit, population_size)
     variance = num_examples / (num_examples - 1) * (mean_sq_norm - grad_sq_norm)
-    variance = max(0.0, variance)  # below zero by rounding only
+    variance = max(0.0, variance)  # negative by rounding only
     wanted = _ratio(variance, limit**2 * grad_sq_norm)
     left = 1.0
     if population_size is not None:
@@ -140,7 +140,7 @@ def inner_product_test(
 def orthogonality_test(
     sq_norms: Tensor, inner_products: Tensor, *, limit: float = ORTHOGONALITY_LIMIT
 ) -> SampleTest:
-    r"""Test whether single gradients stray little from the mean gradient's line.
+    r"""Test whether components orthogonal to the mean gradient are small.
 
     .. math:: \frac{1}{n (n - 1)} \sum_i \Big| g_i -
               \frac{\langle g_i, \bar g \rangle}{|\bar g|^2} \bar g \Big|^2
@@ -166,7 +166,7 @@ def orthogonality_test(
             f"got {n} and {len(inner_products)}."
         )
     norms, products = sq_norms.double(), inner_products.double()
-    if float(products.sum()) <= 0:  # n |ḡ|²: there is no line to stray from
+    if float(products.sum()) <= 0:  # n |ḡ|² = 0: no direction to be orthogonal to
         statistic = math.inf if norms.any() else 0.0
     else:
         share = 1 / n  # of an example in the batch's mean: u_i = g_i / n
@@ -199,7 +199,7 @@ def gradient_diversity(mean_sq_norm: float, grad_sq_norm: float, n: int) -> floa
 
 
 def _finite_population(wanted: float, population_size: int) -> float:
-    """The sample without replacement that errs as ``wanted`` with replacement."""
+    """Size of a sample without replacement with the error of ``wanted`` with."""
     if math.isinf(wanted):
         return float(population_size)
     return wanted * population_size / (population_size - 1 + wanted)
@@ -215,7 +215,7 @@ def _check(num_examples: int, limit: float, population_size: int | None) -> None
     if num_examples < 2:
         raise BatchSizeError(
             f"a test of the batch size needs 2 examples, got {num_examples}; their "
-            "variance is not to be had from fewer."
+            "variance is not defined for fewer."
         )
     if not limit > 0:
         raise UsageError(f"a test of the batch size needs limit > 0, got {limit}.")

@@ -14,8 +14,8 @@ from noisekit.core.errors import UsageError
 class LogHistogram:
     """Counts in bins of equal ratio; mergeable, of bounded size, on any device.
 
-    Every value falls into a bin: those below the first and above the last edge,
-    and zeros, are counted at the ends. Quantiles are right up to one bin's ratio.
+    Every value falls into a bin: zeros, and values outside the edges, are counted in
+    the two outer bins. Quantiles are exact up to one bin's ratio.
 
     Attributes:
         low: First edge; positive.
@@ -67,7 +67,7 @@ class LogHistogram:
         )
 
     def add(self, values: Tensor) -> Self:
-        """Return the histogram with ``values`` counted; nothing is synchronised."""
+        """Return the histogram with ``values`` added, without synchronization."""
         values = values.detach().flatten()
         valid = values.isfinite() & (values >= 0)
         wide = torch.promote_types(values.dtype, torch.float32)

@@ -24,7 +24,7 @@ class ElementMoments:
     square_mean: Tensor = field(repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what no variance can be had from."""
+        """Check the number of examples and the shapes."""
         if self.num_examples < 2:
             raise BatchSizeError(
                 f"a variance per parameter needs 2 examples, got {self.num_examples}."
@@ -49,8 +49,8 @@ class ElementMoments:
         """Write how much was read, the squared mean and the variance in all."""
         return (
             f"gradients of {self.num_examples} examples over {self.mean.numel()} "
-            f"parameters: |mean|² {float(self.mean.square().sum()):.4g}, variances "
-            f"of {float(self.variance.sum()):.4g} in all"
+            f"parameters: |mean|² {float(self.mean.square().sum()):.4g}, "
+            f"total variance {float(self.variance.sum()):.4g}"
         )
 
     def _spread(self) -> Tensor:
@@ -64,8 +64,8 @@ class SignalToNoise:
 
     Attributes:
         mean: Average over parameters, plug-in; about ``1 / n`` of it is noise.
-        debiased_mean: The same without what noise adds; may be negative; NaN of
-            fewer than 4 examples.
+        debiased_mean: The same, unbiased for Gaussian gradients; may be negative; NaN
+            of fewer than 4 examples.
         num_params: Parameters averaged over.
         num_constant: Parameters left out, whose gradient does not vary.
     """
@@ -79,9 +79,9 @@ class SignalToNoise:
 def gradient_signal_to_noise(moments: ElementMoments) -> SignalToNoise:
     r"""Return the mean of ``r_j = ḡ_j² / Var(g_j)`` over parameters.
 
-    The mean of a batch contains noise, so that of Gaussian gradients without any
-    signal the plug-in is ``(n-1) / (n (n-3))`` on average; ``debiased_mean`` takes
-    out that factor and offset: ``r (n-3)/(n-1) - 1/n``.
+    The mean of a batch contains noise, so that for Gaussian gradients without signal
+    the plug-in is ``(n-1) / (n (n-3))`` on average; ``debiased_mean`` corrects factor
+    and offset: ``r (n-3)/(n-1) - 1/n``.
 
     Source:
         Liu et al. 2020, arXiv:2001.07384.
@@ -89,6 +89,8 @@ def gradient_signal_to_noise(moments: ElementMoments) -> SignalToNoise:
     n = moments.num_examples
     total, count = _sum_of_ratios(moments)
     mean = total / count
+    # n mean^2 / Var is F(1, n - 1) distributed, noncentral by n mu^2 / sigma^2, of mean
+    # (n - 1) / (n - 3) times (1 + the noncentrality).
     debiased = mean * ((n - 3) / (n - 1)) - 1 / n if n > 3 else mean * math.nan
     return SignalToNoise(mean, debiased, count, moments.mean.numel() - count)
 
@@ -113,7 +115,7 @@ def cabs_batch_size(
 ) -> float:
     r"""Return the batch size that CABS asks for, ``η ξ / F``, not rounded [examples].
 
-    The rule supposes that the loss can fall to zero.
+    The rule assumes that the loss can fall to zero.
 
     Args:
         biased_variance_trace: ``ξ``, with the denominator ``n`` [loss²/param²].
@@ -129,7 +131,7 @@ def cabs_batch_size(
     if loss < 0 or learning_rate < 0:
         raise UsageError(
             "CABS needs a loss and a learning rate that are not negative, got "
-            f"{loss} and {learning_rate}; add what the loss's lower bound is."
+            f"{loss} and {learning_rate}; subtract the loss's lower bound from it."
         )
     if loss == 0:
         return math.inf if biased_variance_trace > 0 else 0.0

@@ -80,7 +80,8 @@ def hessian_noise_of_sums(
     rows, diagonal = row_sums.double(), diagonal.double()
     total = rows.sum()
     noise, signal = _parts(total, diagonal.sum(), count, chunk_size)
-    # Leaving chunk k out takes its row, its column and its diagonal element away.
+    # Leaving chunk k out removes its row and its column, which share A_kk; all K
+    # leave-one-out statistics at once, (K,).
     left = total - 2 * rows + diagonal
     spread = torch.cov(
         torch.stack(_parts(left, diagonal.sum() - diagonal, count - 1, chunk_size)),
@@ -100,6 +101,8 @@ def _check(count: int, chunk_size: int) -> None:
 def _parts(
     total: Tensor, trace: Tensor, count: int, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
+    # Pairs of different chunks are independent: E c_k' H c_l = G' H G. On the diagonal
+    # E c_k' H c_k = G' H G + tr(H Sigma) / b.
     signal = (total - trace) / (count * (count - 1))
     return chunk_size * (trace / count - signal), signal
 

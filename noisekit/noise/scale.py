@@ -14,6 +14,8 @@ from torch import Tensor
 from noisekit.core.errors import BatchSizeError, UsageError
 from noisekit.core.results import ErrorSource, Estimate, Ratio, Status
 
+# Of a jackknife over steps. 19 degrees of freedom cost little (t = 2.09 against 1.96),
+# and blocks are best long, since correlation within them does no harm.
 DEFAULT_BLOCKS = 20
 
 
@@ -65,12 +67,12 @@ class NoiseParts:
         """Return both parts and their ratio, with Fieller's confidence set.
 
         Args:
-            counted: What an example counts in the ratio, such as the tokens of a
-                sequence; the parts stay those of examples.
+            counted: Weight of an example in the ratio, such as the tokens of a
+                sequence; the parts remain those of examples.
 
         Where ``|G|²`` is not positive the ratio is NaN with ``Status.NO_SIGNAL``;
-        where the set is unbounded, ``Status.NOT_RESOLVED``. The set is there in both
-        cases: it then reads "more than".
+        where the set is unbounded, ``Status.NOT_RESOLVED``. The set exists in both
+        cases, and prints as "more than".
         """
         signal = self.debiased_grad_sq_norm > 0
         value = math.nan
@@ -164,6 +166,8 @@ def two_batch_noise_scale(
             "a two-batch noise scale needs 1 <= small_batch < big_batch, got "
             f"small_batch={small_batch}, big_batch={big_batch}."
         )
+    # E |g_B|^2 = |G|^2 + tr Sigma / B at both sizes: two linear equations per step. In
+    # double precision, since they subtract nearly equal norms where noise is small.
     small, big = small_sq_norm.double(), big_sq_norm.double()
     norms = (big_batch * big - small_batch * small) / (big_batch - small_batch)
     traces = (small - big) / (1 / small_batch - 1 / big_batch)
@@ -184,7 +188,7 @@ def per_example_noise_scale(
     Args:
         sq_norms: ``|g_i|²`` of each example's own gradient [loss²/param²].
         inner_products: ``<g_i, ḡ>`` with the mean gradient [loss²/param²].
-        counted: What an example counts in the scale, such as a sequence's tokens.
+        counted: Weight of an example in the scale, such as a sequence's tokens.
 
     Raises:
         BatchSizeError: If there are fewer than 3 examples.
@@ -192,6 +196,12 @@ def per_example_noise_scale(
     Source:
         McCandlish et al. 2018, arXiv:1812.06162, appendix A.1, at a small batch of 1;
         Efron and Stein 1981 for the jackknife.
+
+    Example:
+        >>> g = torch.tensor([[1.0, 0.0], [1.0, 2.0], [1.0, -2.0], [1.0, 0.0]])
+        >>> est = per_example_noise_scale(g.square().sum(1), g @ g.mean(0))
+        >>> round(est.variance_trace.value, 4), round(est.simple_noise_scale.value, 4)
+        (2.6667, 8.0)
     """
     n = len(sq_norms)
     if n < 3:
@@ -200,10 +210,14 @@ def per_example_noise_scale(
         )
     s, h = sq_norms.double(), inner_products.double()
     mean_sq, sq_mean = s.mean(), h.mean()
-    left_sq = (n * mean_sq - s) / (n - 1)  # each example left out in turn
-    left_mean = (n * n * sq_mean - 2 * n * h + s) / (n - 1) ** 2
+    # All n leave-one-out statistics at once: without example i the mean of |g|^2 is
+    # (n S_1 - s_i) / (n - 1), and the mean gradient (n mean - g_i) / (n - 1), whose
+    # squared norm expands into |mean|^2, h_i and s_i.
+    left_sq = (n * mean_sq - s) / (n - 1)  # (n,)
+    left_mean = (n * n * sq_mean - 2 * n * h + s) / (n - 1) ** 2  # (n,)
     traces = (n - 1) * (left_sq - left_mean) / (n - 2)
     norms = ((n - 1) * left_mean - left_sq) / (n - 2)
+    # Jackknife covariance (n - 1)/n sum (x_(i) - mean)(y_(i) - mean).
     spread = torch.cov(torch.stack([traces, norms]), correction=0) * (n - 1)
     return NoiseParts(
         float(n * (mean_sq - sq_mean) / (n - 1)),
@@ -226,7 +240,7 @@ def ratio_of_averages(
     """Average both parts over steps, then divide; errors by a block jackknife.
 
     Blocks are consecutive steps, so that correlation between neighbours counts; the
-    interval supposes that blocks are independent of each other.
+    interval assumes that blocks are independent of each other.
 
     Args:
         variance_traces: Unbiased ``tr Σ`` per step [loss²/param²].
@@ -241,6 +255,12 @@ def ratio_of_averages(
     Source:
         McCandlish et al. 2018, arXiv:1812.06162, appendix A.1; Künsch 1989 for
         the block jackknife.
+
+    Example:
+        >>> traces = torch.tensor([8.0, 12.0, 10.0, 10.0])
+        >>> norms = torch.tensor([1.1, 0.9, 1.0, 1.0])
+        >>> print(ratio_of_averages(traces, norms).simple_noise_scale)
+        10 [7.054, 13.58]
     """
     steps = len(variance_traces)
     if steps < 2 or len(grad_sq_norms) != steps:
@@ -251,13 +271,15 @@ def ratio_of_averages(
     parts = torch.stack([variance_traces.double(), grad_sq_norms.double()])
     weight = torch.ones(steps) if weights is None else weights
     weight = weight.to(parts)
+    # Block of each step; sizes differ by one step at most.
     blocks = torch.arange(steps, device=parts.device) * min(num_blocks, steps) // steps
     count = int(blocks[-1]) + 1
     sums = parts.new_zeros(2, count).index_add_(1, blocks, parts * weight)
     totals = parts.new_zeros(count).index_add_(0, blocks, weight)
-    mean = sums.sum(1) / totals.sum()
+    mean = sums.sum(1) / totals.sum()  # (2,)
+    # Delete-one-block jackknife: averages without each block, (2, count).
     left_out = (sums.sum(1, keepdim=True) - sums) / (totals.sum() - totals)
-    spread = torch.cov(left_out, correction=0) * (count - 1)
+    spread = torch.cov(left_out, correction=0) * (count - 1)  # (2, 2)
     return NoiseParts(
         float(mean[0]),
         float(mean[1]),

@@ -1,4 +1,4 @@
-"""What a reading holds beside the noise: one quantity of one step."""
+"""Optional quantities of one optimizer step, as a reading holds them."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ class StepQuantity:
 
     Attributes:
         values: The total first, then one entry per parameter, if there are such; on
-            the training device until somebody asks.
+            the training device until read.
     """
 
     values: Tensor
@@ -34,7 +34,7 @@ class StepQuantity:
 
     @property
     def estimate(self) -> Estimate:
-        """The same as an estimate; one step does not tell its error."""
+        """The same as an estimate, without an error: a single step has no spread."""
         return Estimate(self.value)
 
     @property
@@ -43,7 +43,7 @@ class StepQuantity:
         return tuple(Estimate(value) for value in self.values[1:].tolist())
 
     def columns(self, name: str) -> dict[str, float]:
-        """Return what a table holds of it."""
+        """Return its columns of a table."""
         return {name: self.value}
 
 
@@ -65,7 +65,7 @@ class HessianForms:
 
     @property
     def noise(self) -> HessianNoiseScale:
-        """The noise scale and its parts; errors are given the Hessian."""
+        """The noise scale and its parts; errors are conditional on the Hessian."""
         return hessian_noise_scale(self.values, chunk_size=self.chunk_size)
 
     @property
@@ -74,7 +74,7 @@ class HessianForms:
         return self.noise.hessian_noise_scale
 
     def columns(self, name: str) -> dict[str, float]:
-        """Return what a table holds of it; the parts can be averaged over steps."""
+        """Return its columns of a table; the parts can be averaged over steps."""
         noise = self.noise
         return {
             name: noise.hessian_noise_scale.value,

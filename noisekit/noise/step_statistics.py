@@ -1,9 +1,9 @@
-"""The field's criteria from one step's sums, on their device and layer by layer.
+"""Statistics of batch-size criteria from one step's sums, in total or per layer.
 
 With ``u_i`` the contribution of example i to the gradient ``u = sum u_i`` that is
 applied and ``w_i`` its weight in the mean, ``sum w_i = 1``: all functions take
-``q = sum w_i²``, which is ``1/n`` where all weigh the same. Whatever multiplies all
-``u_i``, such as a loss scale, cancels. Nothing is synchronised.
+``q = sum w_i²``, which is ``1/n`` for equal weights. A factor common to all ``u_i``,
+such as a loss scale, cancels. Tensors stay on their device; nothing is synchronized.
 """
 
 import torch
@@ -13,7 +13,7 @@ Number = float | Tensor
 
 
 def norm_statistic(sum_sq_norm: Tensor, grad_sq_norm: Tensor, q: Number) -> Tensor:
-    r"""Return the ``θ`` with which a batch passes the norm test just so.
+    r"""Return the smallest ``θ`` with which a batch passes the norm test.
 
     .. math:: \theta^2 = \frac{\sum_i |u_i|^2 - q |u|^2}{(1 - q) |u|^2}
 
@@ -30,7 +30,7 @@ def norm_statistic(sum_sq_norm: Tensor, grad_sq_norm: Tensor, q: Number) -> Tens
 
 
 def inner_product_statistic(products: Tensor, q: Number) -> Tensor:
-    r"""Return the ``θ`` with which a batch passes the inner-product test just so.
+    r"""Return the smallest ``θ`` with which a batch passes the inner-product test.
 
     .. math:: \theta^2 = \frac{\sum_i x_i^2 - q x^2}{(1 - q) x^2}, \quad
               x_i = \langle u_i, u \rangle, \; x = \sum_i x_i = |u|^2
@@ -45,7 +45,7 @@ def inner_product_statistic(products: Tensor, q: Number) -> Tensor:
 
 
 def orthogonality_statistic(sum_sq_norm: Tensor, products: Tensor, q: Number) -> Tensor:
-    r"""Return the ``ν`` with which a batch passes the orthogonality test just so.
+    r"""Return the smallest ``ν`` with which a batch passes the orthogonality test.
 
     .. math:: \nu^2 = \frac{\sum_i |u_i|^2 - \sum_i x_i^2 / |u|^2}{(1 - q) |u|^2}
 
@@ -55,6 +55,7 @@ def orthogonality_statistic(sum_sq_norm: Tensor, products: Tensor, q: Number) ->
         q: ``sum w_i²``.
     """
     whole = products.sum(-1)
+    # |u_i|^2 less the square of its component along u, x_i^2 / |u|^2.
     across = (sum_sq_norm - products.square().sum(-1) / whole).clamp_min(0)
     return (across / ((1 - q) * whole)).sqrt()
 
@@ -80,4 +81,4 @@ def signal_ratios(mean: Tensor, square_sum: Tensor, q: Number) -> tuple[Tensor, 
 
 
 _ROUNDING = 8
-"""Steps of rounding by which a sum of squares and a squared sum may differ."""
+"""Rounding error of a difference of squares, in units of ``eps``."""

@@ -102,9 +102,11 @@ def paired_effect(
         raise UsageError(fault)
     if scale == "ratio":
         first, second = np.log(first), np.log(second)
-    differences = first - second
+    differences = first - second  # (n,), in logs for a ratio
     num_pairs = differences.size
     spread = float(differences.std(ddof=1))
+    # Rounding of a difference is a few eps of its values, and of a log at least eps,
+    # since log(x (1 + eps)) = log(x) + eps.
     largest = max(1.0 if scale == "ratio" else 0.0, *np.abs([first, second]).ravel())
     resolved = spread > 4.0 * np.finfo(np.float64).eps * largest
     return PairedEffect(

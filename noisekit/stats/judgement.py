@@ -92,7 +92,7 @@ def _judge_one(
     claims: bool,
     allow_missing: bool,
 ) -> ContrastResult:
-    alpha = ALPHA / num_tests
+    alpha = ALPHA / num_tests  # Bonferroni
     num_missing = len(sample.seeds) - sample.complete()[0].size
     effect, fault = _measure(sample, contrast.scale, 1.0 - alpha)
     interval = _interval(effect, contrast.scale, 1.0 - alpha)
@@ -103,7 +103,7 @@ def _judge_one(
     elif effect is None or fault:
         verdict, reason = Verdict.NOT_RESOLVED, fault
     else:
-        p_value = min(1.0, num_tests * effect.p_value)
+        p_value = min(1.0, num_tests * effect.p_value)  # adjusted like alpha
         verdict, interval = _decide(contrast, effect, alpha)
         if verdict is Verdict.NOT_RESOLVED:
             reason = _open_question(contrast, effect, interval, num_tests)
@@ -130,13 +130,19 @@ def _decide(
 ) -> tuple[Verdict, Interval]:
     """Return the verdict and the interval that decides it.
 
-    The narrow interval rejects each side of the margin at ``alpha``, the wide one
-    both at once; a direction, whose null is a single point, needs the wide one.
+    Two one-sided tests at level ``alpha`` reject both sides of the margin where the
+    interval of level ``1 - 2 alpha`` lies inside it (Schuirmann 1987): no multiplicity,
+    since the effect cannot lie on both sides. A direction is a two-sided test of the
+    point null, and so is "beyond the margin" with a side chosen by the data: these need
+    the interval of level ``1 - alpha``.
     """
     wide, narrow = effect.interval(1.0 - alpha), effect.interval(1.0 - 2.0 * alpha)
     verdict = _position(contrast, wide)
     if verdict is Verdict.NOT_RESOLVED:
         inside = _position(contrast, narrow)
+        # 1 or -1 where the wide interval excludes no effect, else 0. The narrow one may
+        # exclude it while the wide one does not; equivalence is then not claimed, since
+        # the verdict would name a direction that was not tested at ``alpha``.
         direction = (wide.low > contrast.null) - (wide.high < contrast.null)
         is_inside = inside.decided and inside.region == 0
         if is_inside and inside.direction == direction:
@@ -164,7 +170,7 @@ def _position(contrast: Contrast, interval: Interval) -> Verdict:
 def _open_question(
     contrast: Contrast, effect: PairedEffect, interval: Interval, num_tests: int
 ) -> str:
-    """Return why the data do not decide."""
+    """Return why the contrast is not resolved."""
     alone, _ = _decide(contrast, effect, ALPHA)
     if alone.decided:
         return (
@@ -208,8 +214,11 @@ def _measure(
                 "no ratio"
             )
     effect = paired_effect(treatment, reference, scale=scale)
+    # A spread of exactly zero gives an interval of no width, which would decide
+    # anything: identical pairs mean that nothing varied between the seeds.
     if effect.estimate.status is not Status.OK:
         return effect, f"all {num_pairs} pairs agree exactly, so no spread is known"
+    # Error rates share their test images, so that seeds alone understate the error.
     if sample.crossed is not None and scale == "difference":
         crossed = PairedEffect(sample.crossed, scale)
         if _width(crossed, level) > _width(effect, level):

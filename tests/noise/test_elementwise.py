@@ -112,6 +112,6 @@ def test_printed_moments_are_a_line() -> None:
     """Catches: every parameter's moments on the screen."""
     moments = moments_of(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
     assert str(moments) == (
-        "gradients of 2 examples over 2 parameters: |mean|² 8, variances of 2 in all"
+        "gradients of 2 examples over 2 parameters: |mean|² 8, total variance 2"
     )
     assert repr(moments) == "ElementMoments(num_examples=2)"

@@ -12,23 +12,23 @@ End = Literal["LA", "SA"]
 
 
 class DeflatedOperator(SymmetricOperator):
-    r"""``(I - V V') A (I - V V') + c V V'``: known vectors ``V`` moved out of the way.
+    r"""``(I - V V') A (I - V V') + c V V'``: eigenvalues of ``V`` moved to ``c``.
 
-    With ``c`` at the far end of the spectrum, the near end is that of what ``V`` leaves
-    out, also where all of it has the other sign: projected out alone, ``V`` would be at
-    zero, and above every negative eigenvalue.
+    With ``c`` at the unwanted end of the spectrum, the wanted end belongs to the
+    orthogonal complement of ``V``. Projection alone (``c = 0``) would not do: where the
+    remaining eigenvalues are negative, the zeros of ``V`` would be the largest.
     """
 
     def __init__(
         self, operator: SymmetricOperator, vectors: Tensor, end: End, scale: float
     ) -> None:
-        """Take orthonormal columns ``(P, j)`` and the end that is to be searched.
+        """Deflate eigenvectors ``(P, j)``.
 
         Args:
             operator: ``A``.
-            vectors: ``V``.
-            end: Which end of the rest is wanted.
-            scale: About the norm of ``A``.
+            vectors: ``V``; its columns are orthonormalized.
+            end: Which end of the remaining spectrum is wanted.
+            scale: At least about the norm of ``A``; ``c`` is plus or minus that.
         """
         self._operator = operator
         self._vectors = torch.linalg.qr(vectors.to(operator.dtype))[0]
@@ -58,8 +58,9 @@ class DeflatedOperator(SymmetricOperator):
         return self._matmat(vector.unsqueeze(1)).squeeze(1)
 
     def _matmat(self, block: Tensor) -> Tensor:
-        inside = self._vectors.T @ block  # (j, k)
-        product = self._operator @ (block - self._vectors @ inside)
+        inside = self._vectors.T @ block  # (j, k), V' X
+        product = self._operator @ (block - self._vectors @ inside)  # A (I - V V') X
+        # (I - V V') Y + c V V' X = Y + V (c V' X - V' Y), with one product by V less.
         along = self._moved_to * inside - self._vectors.T @ product
         moved: Tensor = product + self._vectors @ along
         return moved

@@ -12,6 +12,8 @@ from noisekit.curvature.random_vectors import probe_block
 
 Which = Literal["LA", "SA", "BE"]
 
+# Columns of the basis rotated at a time in a restart: (m, 4096) float32 of m = 40 is
+# 0.6 MB, which stays in the cache.
 _RESTART_COLUMNS = 4096
 
 
@@ -49,16 +51,16 @@ class RitzPairs:
 
 
 class KrylovBasis:
-    """Lanczos vectors, each orthogonalised twice against all that are kept.
+    """Lanczos vectors, fully reorthogonalized, with thick restarts.
 
-    A step multiplies the newest block of vectors; what the products have outside the
-    basis is the next block. The projected matrix is made of inner products with the
-    whole basis, not only of the last two blocks, so that restarts and new directions
-    need no separate formulas.
+    A step multiplies the newest block of vectors; the part of the products that is
+    orthogonal to the basis is the next block. The projected matrix holds the inner
+    products with the whole basis, not only with the last two blocks, so that restarts
+    and new random directions need no separate formulas.
 
     With ``Q`` the basis, ``T`` the projected matrix and ``N`` the orthonormal next
     block, ``H Q = Q T + N F E``: ``F`` is small and triangular, and ``E`` picks the
-    newest block, since what older products had outside is in the basis by now.
+    newest block, since the basis by now contains the rest of all older products.
 
     Source:
         Wu and Simon 2000, "Thick-restart Lanczos method for large symmetric
@@ -105,7 +107,7 @@ class KrylovBasis:
         self.num_matvecs = 0
 
     def begin(self, start: Tensor) -> None:
-        """Set out from random directions, with the start vectors added to them.
+        """Start from random directions, with the start vectors added to them.
 
         The random part is as long as a start vector. It contains every eigenvector,
         and stays visible when a start is one exactly: the first step then splits the
@@ -118,7 +120,7 @@ class KrylovBasis:
         self._append(_orthonormal(block)[0])
 
     def step(self) -> None:
-        """Multiply the newest block and orthogonalise what comes out."""
+        """Multiply the newest block and orthogonalize the product."""
         basis = self._vectors[: self._count]  # (m, P), Q'
         product = self._multiplied(basis[self._newest])  # (b, P), the newest of H Q
         # H q = Q (Q' H q) + N F: inside the basis, and the next block N outside of it.
@@ -129,9 +131,11 @@ class KrylovBasis:
         inner, self._factor = numbers[: self._count], numbers[self._count :]
         self._projected[: self._count, self._newest] = inner
         self._projected[self._newest, : self._count] = inner.T
-        # Rounding leaves the newest block's own square unsymmetric.
+        # T is symmetric in exact arithmetic, so a column is its row as well; only the
+        # diagonal block comes out of rounding slightly unsymmetric.
         square = inner[self._newest]
         self._projected[self._newest, self._newest] = (square + square.T) / 2
+        # |Q' H q| <= |H| for any unit q: a lower bound of the norm from the first step.
         self._norm = max(self._norm, float(np.linalg.norm(inner[:, -1])))
         self._num_steps += 1
         self.num_matvecs += len(product)
@@ -153,8 +157,10 @@ class KrylovBasis:
         order = _best_first(len(values), self._which)
         values, coefficients = values[order], coefficients[:, order]
         self._norm = max(self._norm, float(np.abs(values).max()))
-        # |H x - theta x| = |F (newest rows of y)| for x = Q y: only what the newest
-        # products have outside the basis is not in T.
+        # For x = Q y with T y = theta y: H x - theta x = N F E y, so that its norm is
+        # |F (newest rows of y)| (Parlett 1998, "The symmetric eigenvalue problem",
+        # section 13.2). Rounding of the products themselves is added, which no
+        # projection can show.
         rounding = torch.finfo(self._operator.dtype).eps * self._norm
         outside = self._factor @ coefficients[self._newest]
         return RitzPairs(
@@ -168,15 +174,17 @@ class KrylovBasis:
         )
 
     def advance(self, ritz: RitzPairs) -> None:
-        """Take in the next block, after a restart where there is no room for it."""
+        """Append the next block, after a restart where there is no room for it."""
         if self._count + self._next_width() > self._capacity:
             self._restart(ritz)
         self.extend()
 
     def extend(self) -> None:
-        """Take in the next block; a random one where everything so far is invariant."""
+        """Append the next block; a random one if the basis spans an invariant space."""
         rotation, alive = self._alive()
         width = self._next_width()
+        # F = U S V', so that N U are the directions of the next block, strongest first:
+        # those at rounding level carry no information and are dropped.
         if not alive.any():
             block = self._random_block(width)
             block = _orthogonalised(block, self._vectors[: self._count], 0)[0]
@@ -199,14 +207,15 @@ class KrylovBasis:
 
     def _multiplied(self, block: Tensor) -> Tensor:
         """Products with the rows of ``block``, as rows."""
-        given = block.to(self._operator.dtype)
-        if len(given) == 1:
-            return (self._operator @ given[0]).to(self._dtype)[None]
-        return (self._operator @ given.T).T.to(self._dtype)
+        rows = block.to(self._operator.dtype)
+        if len(rows) == 1:
+            return (self._operator @ rows[0]).to(self._dtype)[None]
+        return (self._operator @ rows.T).T.to(self._dtype)
 
     def _append(self, block: Tensor) -> None:
-        # A product has parts along its own block and the one before, and, the first
-        # time after a restart, along all that were kept.
+        # Three-term recurrence: H q lies in the span of its own block, the one before
+        # and the next. Directly after a restart the one before is replaced by all kept
+        # Ritz vectors, since N F couples to each of them.
         self._neighbours = 0 if self._restarted else self._newest.start
         self._restarted = False
         self._newest = slice(self._count, self._count + len(block))
@@ -221,7 +230,7 @@ class KrylovBasis:
         return torch.nn.functional.normalize(block.T, dim=1)
 
     def _alive(self) -> tuple[np.ndarray, np.ndarray]:
-        """Directions of the next block, strongest first, and which exceed rounding."""
+        """Left singular vectors of ``F``, and a mask of those that exceed rounding."""
         rotation, strengths, _ = np.linalg.svd(self._factor)
         # Two passes of reorthogonalization leave a few roundings of the norm; 50 of
         # them are far below any coupling that matters.
@@ -232,10 +241,12 @@ class KrylovBasis:
         """Keep the best Ritz vectors only, written over the basis piece by piece."""
         kept = min(self._num_kept, self._capacity - self.block_size)
         weights = self._weights(ritz.coefficients[:, :kept])
-        # A piece of columns at a time, so that no second basis is held.
+        # In place, some columns at a time, so that no second basis is allocated.
         for begin in range(0, self._vectors.shape[1], _RESTART_COLUMNS):
             piece = self._vectors[:, begin : begin + _RESTART_COLUMNS]
             piece[:kept] = weights @ piece[: self._count]
+        # Ritz vectors diagonalize T. Their coupling to the next block is measured by
+        # the next step, which orthogonalizes against all of them.
         self._projected[:] = 0.0
         self._projected[range(kept), range(kept)] = ritz.values[:kept]
         self._count = kept
@@ -247,32 +258,37 @@ class KrylovBasis:
 
 
 def _best_first(count: int, which: Which) -> np.ndarray:
-    """Order of ascending values: from the top, the bottom, or both by turns."""
+    """Indices of ascending values, the wanted end first; alternating for both."""
     if which == "SA":
         return np.arange(count)
     downwards = np.arange(count)[::-1]
     if which == "LA":
         return downwards
-    by_turns = np.empty(2 * count, dtype=int)
-    by_turns[0::2], by_turns[1::2] = downwards, np.arange(count)
-    return by_turns[:count]
+    alternating = np.empty(2 * count, dtype=int)
+    alternating[0::2], alternating[1::2] = downwards, np.arange(count)
+    return alternating[:count]
 
 
 def _orthogonalised(
     block: Tensor, basis: Tensor, neighbours: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows of ``block`` outside the basis, and their inner products with the basis.
+    """Component of ``block`` orthogonal to the basis, and its inner products with it.
 
-    Full reorthogonalization by classical Gram-Schmidt in two passes: after one, what
-    rounding leaves grows into copies of eigenvalues. The first needs only those
-    vectors, from ``neighbours`` on, that the block is not orthogonal to but for
-    rounding.
+    Full reorthogonalization by classical Gram-Schmidt in two passes: after one, the
+    rounding error left grows into spurious copies of converged eigenvalues ("ghosts").
+    The first pass is restricted to the vectors from ``neighbours`` on: to all others
+    the block is orthogonal up to rounding, which the second pass removes.
+
+    Source:
+        Giraud et al. 2005, "Rounding error analysis of the classical Gram-Schmidt
+        orthogonalization process": two passes suffice to working precision.
     """
     near = basis[neighbours:]
     first = near @ block.T  # (m, b)
     block = block - first.T @ near
     second = basis @ block.T  # (m, b)
     rest = block - second.T @ basis
+    # Inner products of both passes add up to Q' H q.
     coefficients = second.double()
     coefficients[neighbours:] += first.double()
     return rest, coefficients
@@ -283,6 +299,6 @@ def _orthonormal(block: Tensor) -> tuple[Tensor, Tensor]:
     if len(block) == 1:
         norm = block.norm().reshape(1, 1)
         return block / norm.clamp_min(torch.finfo(block.dtype).tiny), norm
-    # (P, b) = (P, b) (b, b)
+    # Householder QR: (P, b) = (P, b) (b, b), orthonormal also where rank deficient.
     columns, factor = torch.linalg.qr(block.T)
     return columns.T.contiguous(), factor

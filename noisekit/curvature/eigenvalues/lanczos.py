@@ -12,7 +12,7 @@ from noisekit.curvature.eigenvalues.deflation import DeflatedOperator, End
 from noisekit.curvature.eigenvalues.krylov import KrylovBasis, RitzPairs, Which
 from noisekit.curvature.eigenvalues.stopping import (
     SETTLED,
-    SETTLED_SCREENED,
+    SETTLED_SUBSAMPLED,
     StoppingRule,
 )
 from noisekit.curvature.eigenvalues.subsample_start import subsampled_hessian
@@ -30,17 +30,21 @@ from noisekit.curvature.random_vectors import shared_generator
 
 # Fewest steps of the random part of a start.
 _MIN_STEPS = 4
+# The basis holds k + 39 vectors and a restart keeps k + 10 Ritz vectors, so that 29
+# products lie between two restarts.
 _CAPACITY = 39
 _KEPT = 10
+# Accuracy of the warm start: eigenvalues of a subsample differ from the data's by more.
 _SUBSAMPLE_TOL = 0.06
-# Fewest products that show the top of what is left after a deflation.
+# Fewest products that resolve the largest eigenvalue left after a deflation.
 _LEAST_SEARCH = 8
+# A first, rough search for copies: most find none, and end there.
 _SEARCH_TOL = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class EigenPairs:
-    """Eigenvalues, best first, each with a bound on how wrong it may be.
+    """Eigenvalues, the wanted end first, each with an error bound.
 
     Attributes:
         values: ``(k,)``, in double precision, on the CPU. With ``which="BE"`` the
@@ -51,9 +55,9 @@ class EigenPairs:
         statuses: Per pair, whether the tolerance was met.
         start: ``(P, j)``: what to start from after the operator has changed a little,
             the vectors and the next one after them.
-        num_matvecs: Products with the operator. The first look at an eighth of the
-            data is not among them.
-        num_screening_matvecs: Products with the Hessian of that eighth.
+        num_matvecs: Products with the operator, without those of the warm start.
+        num_screening_matvecs: Products with the Hessian over an eighth of the data,
+            for the warm start.
         num_copy_matvecs: Products, among all, that looked for further copies of the
             values, for ``k`` above 1.
         copies_counted: Whether that search ended: if not, a value may occur more often
@@ -114,10 +118,10 @@ def top_eigenpairs(
     the ``k + 1`` returned, however many products are made: 30 eigenvalues of 10 million
     float32 parameters hold 4.2 GB besides the graphs.
 
-    A Krylov space holds one vector of an eigenvalue that occurs several times. Where
-    ``k`` is above 1 the vectors that were found are deflated and the rest is searched,
-    until it holds nothing above the last of them, at about nine to fifteen products for
-    each search.
+    A Krylov space contains one vector of the eigenspace of a multiple eigenvalue. Where
+    ``k`` is above 1 the converged vectors are deflated and the rest is searched for
+    further copies, until it has no eigenvalue above the last of them; a search takes
+    nine to fifteen products.
 
     Args:
         H: A symmetric operator or matrix, or another library's operator.
@@ -132,10 +136,10 @@ def top_eigenpairs(
         max_matvecs: Most products to spend; ``100 + 20 k`` by default.
         generator: Of the random start; fresh entropy by default.
         start: A vector ``(P,)``, or several ``(P, j)``, expected near the wanted
-            ones, such as ``start`` of an earlier result. By default a random eighth of
-            the data is looked at first, where ``H`` is the Hessian over 1,024
-            examples or more that can be taken apart. ``"random"`` does not. Random
-            directions over all data are mixed in always.
+            ones, such as ``start`` of an earlier result. By default, if ``H`` is the
+            Hessian over 1,024 or more examples that can be evaluated separately, the
+            eigenvectors over a random eighth of them; ``"random"`` turns that off.
+            Random directions are always mixed in.
         block_size: Vectors multiplied at a time. More than 1 is for eigenvalues that
             nearly coincide, and takes more products.
 
@@ -144,7 +148,20 @@ def top_eigenpairs(
         product was not finite all are ``DIVERGED`` and NaN.
 
     Raises:
-        UsageError: If an argument is outside what it may be.
+        UsageError: If an argument is out of range.
+
+    Source:
+        Wu and Simon 2000, "Thick-restart Lanczos method for large symmetric eigenvalue
+        problems"; Golub and Underwood 1977 for blocks.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> H = torch.diag(torch.arange(1.0, 101.0))
+        >>> pairs = top_eigenpairs(H, 3, generator=generator)
+        >>> [round(float(value), 2) for value in pairs.values]
+        [100.0, 99.0, 98.0]
+        >>> pairs.converged
+        True
     """
     operator = as_operator(H)
     budget = 100 + 20 * k if max_matvecs is None else max_matvecs
@@ -152,8 +169,8 @@ def top_eigenpairs(
     check_block(block_size, k, budget)
     drawn = shared_generator(generator, operator.ranks, operator.device)
     check_start(start, operator.shape[0], budget)
-    seen = _subsample_start(operator, k, which, drawn) if start is None else None
-    near = _near(start if seen is None else seen.vectors, operator)
+    warm = _subsample_start(operator, k, which, drawn) if start is None else None
+    near = _start_vectors(start if warm is None else warm.vectors, operator)
     basis = KrylovBasis(
         operator,
         which=which,
@@ -166,8 +183,8 @@ def top_eigenpairs(
         k,
         tol,
         num_beyond=2 if which == "BE" else 1,
-        min_steps=_min_steps(near, seen, block_size),
-        settled=SETTLED if seen is None else SETTLED_SCREENED,
+        min_steps=_min_steps(near, warm, block_size),
+        settled=SETTLED if warm is None else SETTLED_SUBSAMPLED,
     )
     rule.to_the_end = k > 1 and operator.shape[0] <= k + _CAPACITY
     ritz = _run(basis, rule, near, budget)
@@ -181,9 +198,9 @@ def top_eigenpairs(
         statuses=rule.statuses(ritz),
         start=vectors,
         num_matvecs=basis.num_matvecs,
-        num_screening_matvecs=0 if seen is None else seen.num_matvecs,
+        num_screening_matvecs=0 if warm is None else warm.num_matvecs,
     )
-    del basis  # its memory serves the next search
+    del basis  # frees its memory for the search for copies
     every_copy_is_there = k == 1 or ritz.exhausted or ritz.invariant
     if every_copy_is_there or not pairs.converged:
         pairs = replace(pairs, copies_counted=every_copy_is_there)
@@ -200,17 +217,24 @@ def _with_copies(
     budget: int,
     drawn: torch.Generator,
 ) -> EigenPairs:
-    """Insert the copies of eigenvalues that one Krylov space cannot hold."""
+    """Insert the copies of multiple eigenvalues that one Krylov space cannot contain.
+
+    Alternates deflation of all known vectors with a search for the largest remaining
+    eigenvalue, until that lies below the last wanted one.
+    """
     ends: tuple[End, ...] = ("LA", "SA") if which == "BE" else (which,)
-    known, residuals = pairs.vectors, pairs.residuals
+    known, residuals = pairs.vectors, pairs.residuals  # (P, j) and (j,)
     limit = tol * float(pairs.values.abs().max())
     for first, end in enumerate(ends):
+        # Of "BE" the even entries are the largest values, the odd ones the smallest.
         mine = slice(first, None, len(ends))
         # A copy of an end's only value would change nothing.
         while len(pairs.values[mine]) > 1:
+            # Moved to twice the norm, so that no estimate of it falls short.
             rest = DeflatedOperator(operator, known, end, 2 * limit / tol)
             worst = float(pairs.values[mine][-1])
             near: Tensor | Literal["random"] = "random"
+            # Rough first; only a value that would be inserted is refined to tol.
             for accuracy in (max(tol, _SEARCH_TOL), tol):
                 left = budget - pairs.num_matvecs
                 if left < _LEAST_SEARCH:
@@ -237,7 +261,9 @@ def _with_copies(
                 return replace(pairs, copies_counted=False)
             if ahead <= limit:
                 break
-            # What the known vectors miss of being eigenvectors is outside of `rest`.
+            # x is orthogonal to V, so that A x = rest x + V V' A x, where the last term
+            # is bounded by the residuals of V: |V' A x| = |(A V - V D)' x|. The two are
+            # orthogonal, and add in squares.
             missed = residuals.square().sum()
             residual = (found.residuals.square() + missed).sqrt()
             known = torch.cat([known, found.vectors], 1)
@@ -247,7 +273,7 @@ def _with_copies(
 
 
 def _inserted(pairs: EigenPairs, mine: slice, end: End, new: EigenPairs) -> EigenPairs:
-    """Put one more pair among those of an end, in place of the last of them."""
+    """Insert a pair among those of one end, in place of the last of them."""
     values = torch.cat([pairs.values[mine], new.values])
     order = values.argsort(descending=end == "LA", stable=True)[:-1]
     whole, vectors = pairs.values.clone(), pairs.vectors.clone()
@@ -271,23 +297,23 @@ def _inserted(pairs: EigenPairs, mine: slice, end: End, new: EigenPairs) -> Eige
 def _in_double_precision(
     operator: SymmetricOperator, pairs: EigenPairs, limit: float
 ) -> EigenPairs:
-    """Bound the residuals by products in double precision, where rounding may matter.
+    """Recompute residuals with products in double precision, where rounding matters.
 
-    The operator decides where. Its own products repeat their rounding, which therefore
-    is in no residual of theirs.
+    The operator decides where. Single-precision products repeat the same rounding
+    errors, so that residuals computed from them do not contain them.
     """
     products = operator.products_in_double(pairs.vectors)
     if products is None:
         return pairs
     vectors = pairs.vectors.double()
     gaps = (products - vectors * pairs.values.to(vectors)).norm(dim=0).cpu()
-    lost = gaps > pairs.residuals + limit
+    too_far = gaps > pairs.residuals + limit
     return replace(
         pairs,
         residuals=torch.maximum(pairs.residuals, gaps),
         statuses=tuple(
             Status.NOT_CONVERGED if beyond else status
-            for beyond, status in zip(lost.tolist(), pairs.statuses, strict=True)
+            for beyond, status in zip(too_far.tolist(), pairs.statuses, strict=True)
         ),
         num_matvecs=pairs.num_matvecs + pairs.vectors.shape[1],
     )
@@ -298,7 +324,7 @@ def _subsample_start(
 ) -> EigenPairs | None:
     """Rough eigenpairs over a subsample of the data, as a warm start.
 
-    One more than wanted, since those next to each other may have changed places.
+    One more than wanted, since neighbours may have changed places.
     """
     part = subsampled_hessian(operator, drawn)
     if part is None:
@@ -316,12 +342,12 @@ def _subsample_start(
     return pairs if bool(pairs.values.isfinite().all()) else None
 
 
-def _min_steps(near: Tensor, seen: EigenPairs | None, block_size: int) -> int:
-    """Fewest steps: each vector known before takes one to be told from the random.
+def _min_steps(near: Tensor, warm: EigenPairs | None, block_size: int) -> int:
+    """Fewest steps: one more per start vector, to separate it from the random part.
 
     A subsampled start replaces these steps: it already mixed in random directions.
     """
-    known = near.shape[1] if seen is None else 0
+    known = near.shape[1] if warm is None else 0
     return _MIN_STEPS + -(-known // block_size)
 
 
@@ -352,8 +378,8 @@ def _diverged(operator: SymmetricOperator, k: int, num_matvecs: int) -> EigenPai
     )
 
 
-def _near(start: Tensor | str | None, operator: SymmetricOperator) -> Tensor:
-    """The vectors to start near, ``(P, j)``."""
+def _start_vectors(start: Tensor | str | None, operator: SymmetricOperator) -> Tensor:
+    """The start vectors as columns ``(P, j)``, none by default."""
     size = operator.shape[0]
     if not isinstance(start, Tensor):
         return torch.empty(size, 0, dtype=operator.dtype, device=operator.device)

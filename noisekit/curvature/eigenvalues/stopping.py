@@ -5,20 +5,20 @@ import numpy as np
 from noisekit.core.results import Status
 from noisekit.curvature.eigenvalues.krylov import RitzPairs
 
-# How well the value after the one wanted must be known, in parts of the gap between
+# Largest residual of the value after the wanted one, as a fraction of the gap between
 # them, so that it does not overtake. Of two values 1 to 5 % apart the lower was
 # taken for the top in 11 to 14 of 100 runs at 0.3, in none at 0.05; and at 0.3 in
-# about one, where a part of the data was looked at before.
+# about one after a warm start from a subsample of the data.
 SETTLED = 0.05
-SETTLED_SCREENED = 0.3
+SETTLED_SUBSAMPLED = 0.3
 
 
 class StoppingRule:
     """Decides when the wanted Ritz values have settled.
 
     Attributes:
-        to_the_end: Whether to go through the whole space, where copies of an
-            eigenvalue show.
+        to_the_end: Whether to exhaust the whole space, which shows every copy of a
+            multiple eigenvalue.
     """
 
     def __init__(
@@ -33,15 +33,17 @@ class StoppingRule:
         self._values_when_invariant: np.ndarray | None = None
 
     def satisfied(self, ritz: RitzPairs) -> bool:
-        """Whether nothing is to be gained by another step."""
+        """Whether the wanted values are final, so that the iteration can stop."""
         if ritz.exhausted:
             return True
         if ritz.invariant:
             return self._nothing_new(ritz)
-        # A chain set out anew from an invariant space runs until it is invariant as
-        # well: its first values say nothing about the directions to come.
-        anew = self._values_when_invariant is not None
-        if anew or self.to_the_end or len(ritz.values) < self._k + self._num_beyond:
+        # After an invariant space the iteration restarts from a random direction and
+        # runs until that space is invariant as well: early Ritz values of the new
+        # chain say nothing about the directions to come.
+        restarted = self._values_when_invariant is not None
+        too_few = len(ritz.values) < self._k + self._num_beyond
+        if restarted or self.to_the_end or too_few:
             return False
         if ritz.num_steps < self._min_steps:
             return False
@@ -58,20 +60,23 @@ class StoppingRule:
         close = [bool(r <= limit) for r in ritz.residuals[: self._k]]
         if self._k > 1 or close[0] or len(ritz.values) < 2:
             return close
+        # Kato-Temple: |lambda - theta| <= r^2 / gap (Parlett 1998, theorem 11.7.1), far
+        # below r. The gap itself is a Ritz gap, so r may exceed the limit tenfold only.
         residual = float(ritz.residuals[0])
         return [residual <= 10 * limit and residual**2 <= limit * ritz.gap]
 
     def _beyond_settled(self, ritz: RitzPairs) -> bool:
-        """Whether the next values, too, are known well enough not to overtake."""
+        """Whether the next values have converged far enough not to overtake."""
         beyond = ritz.residuals[self._k : self._k + self._num_beyond]
         limit = self._tol * ritz.norm
         most = max(self._settled * ritz.gap, limit) if self._k == 1 else 10 * limit
         return bool((beyond <= most).all())
 
     def _nothing_new(self, ritz: RitzPairs) -> bool:
-        """Whether the block grown from one more direction changed nothing.
+        """Whether a further random direction, fully expanded, changed no wanted value.
 
-        The first invariant space holds one vector of each eigenvalue only.
+        The first invariant space contains a single vector of each eigenspace, so that
+        copies of a multiple eigenvalue come only with the directions after it.
         """
         values = ritz.values[: self._k]
         before, self._values_when_invariant = self._values_when_invariant, values

@@ -36,34 +36,37 @@ Product = Callable[[Tensor], Tensor]
 """The product of a matrix with a vector ``(P,)``."""
 
 Note = Callable[[Tensor, Tensor], Tensor]
-"""What to note of a vector and its product with one batch's part."""
+"""Summary of a vector ``v`` and one batch's term of its product."""
 
 Blocks = Literal["layer", "tensor"]
 
-# Below this loss, rounding in single precision may exceed the usual tolerance of 1e-3.
+# 1 - p has an absolute error of eps32 = 1e-7, relative to a loss of 1e-3 about 1e-4:
+# below this loss, rounding of products may exceed the usual tolerance of 1e-3.
 _NEARLY_FITTED = 1e-3
 
 
 class RiskOperator(SymmetricOperator):
     r"""A symmetric matrix that is a sum over the batches of a risk.
 
-    Each batch adds its share. What its products need, graphs of the forward and of
-    the backward pass, is kept for as many batches as the memory budget allows and
-    built anew for the rest, once for all columns of a block.
+    .. math:: H v = \sum_b c_b H_b v \Big/ \sum_b c_b + \lambda v
 
-    The operator follows the model: where parameters or buffers were changed since
-    the last product, everything is built again. ``close()``, or the end of a
-    ``with`` block, frees what is kept. Models narrower than float32 are measured in
-    float32: copies of their weights stand in their place during a product.
+    The autograd graphs that the products of a batch need, of its forward and backward
+    pass, are cached for as many batches as the memory budget allows; for the others
+    they are rebuilt on each pass, once for all columns of a block.
 
-    With data over several processes each has its own share; a product takes one
-    all-reduce, in which all have to take part, and is the same on all.
+    The cache is invalidated when parameters or buffers have changed since the last
+    product. ``close()``, or the end of a ``with`` block, frees it. Models narrower than
+    float32 are measured in float32: widened copies replace their weights during a
+    product.
+
+    With data spread over several processes, a product takes one all-reduce, in which
+    every process has to take part, and is the same on all.
 
     Attributes:
         risk: What is measured, in the precision that it is measured in.
         weight_decay: Factor ``λ`` of the penalty ``λ/2 |w|²`` that is part of the
             operator, by parameter; the loss itself is without.
-        num_kept_batches: Batches whose graphs are kept; 0 before the first product.
+        num_kept_batches: Batches whose graphs are cached; 0 before the first product.
     """
 
     risk: EmpiricalRisk
@@ -92,10 +95,10 @@ class RiskOperator(SymmetricOperator):
             bn: What BatchNorm normalises by; its statistics are held constant.
             normaliser: What ``loss_fn`` divides by, where it is not the example count.
             params: Names or patterns of parameters; gives a diagonal block.
-            memory_budget: Most memory for the data, and again for kept graphs
+            memory_budget: Most memory for the data, and again for cached graphs
                 [bytes]; 1 GiB, or that of the risk.
             weight_decay: Adds ``λ`` to the diagonal: one for all parameters, or those
-                of an optimiser's parameter groups.
+                of an optimizer's parameter groups.
 
         Raises:
             UsageError: If ``weight_decay`` is negative or no term of a risk.
@@ -115,7 +118,7 @@ class RiskOperator(SymmetricOperator):
         self._rebase(risk, torch.promote_types(risk.layout.dtype, torch.float32))
 
     def _rebase(self, risk: EmpiricalRisk, dtype: torch.dtype) -> None:
-        """Measure ``risk`` from now on, with nothing kept of another."""
+        """Measure ``risk`` from now on, with an empty cache."""
         self.weight_decay = decay_by_parameter(self._decay_source, risk)
         self._decay = decay_vector(self.weight_decay, risk.layout, dtype)
         self._dtype = dtype
@@ -148,7 +151,7 @@ class RiskOperator(SymmetricOperator):
         return self.risk.ranks
 
     def close(self) -> None:
-        """Free what is kept; a later product builds it again."""
+        """Free the cached graphs; a later product rebuilds them."""
         self._kept = []
         self._state = ()
         self.num_kept_batches = 0
@@ -163,7 +166,7 @@ class RiskOperator(SymmetricOperator):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Free what is kept."""
+        """Free the cached graphs."""
         self.close()
 
     def restricted_to(self, params: ParameterPatterns) -> Self:
@@ -186,11 +189,11 @@ class RiskOperator(SymmetricOperator):
             yield owner, self.restricted_to(names)
 
     def batch_operators(self) -> Iterator[tuple[float, Self]]:
-        """Yield each batch's weight and its own operator, as of its own loss.
+        """Yield each batch's weight ``c_b / sum c`` and the operator of its own loss.
 
-        Only the data of this process; the operator itself is the sum of all products
-        of weight and operator, where it is linear in the batches, as the Hessian is.
-        BatchNorm statistics, where recalibrated, are those of all data.
+        Of this process's batches only. Where the operator is linear in the batches, as
+        the Hessian is, it is the sum of weight times operator. Recalibrated BatchNorm
+        statistics are those of all data.
         """
         risk = self.risk
         for i, (weight, batch) in enumerate(risk.weighted_batches()):
@@ -211,6 +214,7 @@ class RiskOperator(SymmetricOperator):
 
         def note(part: float, share: Product) -> None:
             weights.append(part)
+            # The share's product includes c_b / sum c, which the form is without.
             forms.append(row.double() @ share(row).double() / part)
 
         self._visit(note)
@@ -220,10 +224,11 @@ class RiskOperator(SymmetricOperator):
     def products_in_double(self, block: Tensor) -> Tensor | None:
         """Return products in double precision where the loss is nearly zero.
 
-        A probability of nearly one is rounded by ``eps``, so that what is missing to
-        it, about the loss, has a relative error of ``eps`` over the loss, and the
-        Hessian as well. It is the same in each product and so shows in no scatter.
-        Costs a forward pass of one batch, and the products where they are made.
+        A probability ``p`` near one is rounded by ``eps``, so that ``1 - p``, about the
+        loss, has a relative error of ``eps`` over the loss, and so has the Hessian of a
+        cross-entropy, ``p (1 - p)`` in the logits. The error is the same in each
+        product, so that their scatter does not show it. Costs a forward pass of one
+        batch, and the products where they are made.
         """
         if self._dtype == torch.float64 or not self._is_nearly_fitted():
             return None
@@ -243,17 +248,17 @@ class RiskOperator(SymmetricOperator):
 
     @contextmanager
     def noting(self, note: Note) -> Iterator[list[Tensor]]:
-        r"""Note something of each batch's part of products, while they are made.
+        r"""Record ``note(v, c_b H_b v / sum c)`` per batch of every product.
 
-        Within the context each product with a vector ``v`` appends one tensor, with
-        ``note(v, c_b H_b v)`` of each of this process's batches as its rows. So
-        quadratic forms by batch cost no more products.
+        Within the context each product with a vector ``v`` appends one tensor, whose
+        rows are the notes of this process's batches. Quadratic forms by batch so cost
+        no further products.
 
         Args:
-            note: Called with the vector and the batch's part of the product.
+            note: Called with the vector and the batch's term of the product.
 
         Yields:
-            The list that grows.
+            The list that the products append to.
         """
         noted: list[Tensor] = []
         before = self._note, self._noted
@@ -265,9 +270,9 @@ class RiskOperator(SymmetricOperator):
 
     @abstractmethod
     def _share(self, index: int, weight: float, batch: Batch) -> Product:
-        """Return what the batch of that index adds to products, for many vectors.
+        """Return the map ``v -> c_b H_b v / sum c`` of one batch, for many vectors.
 
-        Called within ``risk.evaluating()``; what it returns works outside as well.
+        Called within ``risk.evaluating()``; the map can be applied outside as well.
         """
 
     def _precision(self, dtype: torch.dtype) -> torch.dtype:
@@ -275,17 +280,17 @@ class RiskOperator(SymmetricOperator):
         return dtype
 
     def _passing_share(self, index: int, weight: float, batch: Batch) -> Product:
-        """Return the share for one pass; its graph is as large as a kept one."""
+        """Return the share for one pass; its graph is as large as a cached one."""
         return self._share(index, weight, batch)
 
     def _check_derivatives(self) -> None:
         """Check once per risk that autograd can take the derivatives of products."""
 
     def _prepare(self) -> None:
-        """Do what has to be done once at each new state of the model."""
+        """Prepare for a new state of the model, before its graphs are built."""
 
     def _completed(self, product: Tensor, rows: Tensor) -> Tensor:
-        """Return the product after what is not a sum over batches, ``(k, P)`` each."""
+        """Add the terms that are not sums over batches; ``(k, P)`` each."""
         return product
 
     def _matvec(self, vector: Tensor) -> Tensor:
@@ -293,7 +298,8 @@ class RiskOperator(SymmetricOperator):
 
     def _matmat(self, block: Tensor) -> Tensor:
         """Products with each of the columns, by one graph per batch."""
-        # Each with memory of its own: kernels round by how their operands lie.
+        # Contiguous, so that a column of a block has the bits of a single product: the
+        # rounding of a kernel depends on the strides of its operands.
         columns = [c.clone(memory_format=torch.contiguous_format) for c in block.T]
         rows = torch.stack(columns)  # (k, P)
         total = torch.zeros_like(rows)
@@ -309,18 +315,21 @@ class RiskOperator(SymmetricOperator):
 
         self._visit(add)
         self._noted.extend(torch.stack(parts) for parts in noted if parts)
-        # One all-reduce for the whole block, then what is no sum over batches.
+        # One all-reduce for the whole block, then the terms that are no sum over
+        # batches: added before it, every process would contribute them.
         product = self._completed(sum_over_ranks(total, self.risk.ranks), rows)
         return (product if self._decay is None else product + self._decay * rows).T
 
     def _visit(self, use: Callable[[float, Product], None]) -> None:
-        """Call ``use`` with each batch's part of the data and its product."""
+        """Call ``use`` with each batch's weight ``c_b / sum c`` and its product map."""
         with explain_missing_derivatives(), self.risk.without_hooks():
             self._follow_model()
             for part, share in self._kept:
                 use(part, share)
             if self.num_kept_batches == self._num_used_batches:
                 return
+            # The others' graphs live for this pass only. Evaluation mode is entered
+            # just for them: cached graphs no longer depend on the model's state.
             with self._evaluating():
                 for i, (weight, batch) in enumerate(self.risk.weighted_batches()):
                     if i >= self.num_kept_batches:
@@ -334,12 +343,12 @@ class RiskOperator(SymmetricOperator):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Hold the model as measured; a batch of a whole as the whole has it."""
+        """Evaluation mode; a single batch's operator uses that of the whole data."""
         with (self._whole or self.risk).evaluating(), self.risk.evaluating():
             yield
 
     def _follow_model(self) -> None:
-        """Keep what the budget allows, unless that is there and of these weights."""
+        """Rebuild the cache within the budget, unless it is of the present state."""
         state = model_state(self.risk.model, self.risk.vector())
         if self._state == state:
             return
@@ -348,6 +357,9 @@ class RiskOperator(SymmetricOperator):
         self._prepare()
         room = self._room()
         with self._evaluating():
+            # The first batches rather than the smallest: which ones are cached must not
+            # depend on anything but the order of the data, since it decides the order
+            # of summation and so the rounding.
             for i, (weight, batch) in enumerate(self.risk.weighted_batches()):
                 room -= count_examples(batch)
                 if room < 0:
@@ -359,18 +371,19 @@ class RiskOperator(SymmetricOperator):
         self._state = state
 
     def _room(self) -> float:
-        """Number of examples whose graphs fit into the budget."""
+        """Number of examples whose graphs fit into the memory budget."""
         if not isinstance(self.risk.batches, HeldBatches):
-            return 0.0
+            return 0.0  # a loader may group examples differently on each pass
         with self._evaluating():
             weight, batch = next(self.risk.weighted_batches())
             count = count_examples(batch)
-            if self.risk.checked:  # so examples can be taken apart
+            # Graphs grow linearly in the examples, so that a few of them give the size.
+            if self.risk.checked:  # a loss of fewer examples is known to be defined
                 count = min(count, MEASURED_EXAMPLES)
                 batch = take_examples(batch, torch.arange(count))
             size = self._share_bytes(weight, batch)
             if not self.risk.graphs_last:
-                return 0.0
+                return 0.0  # a forward pass writes to tensors that graphs refer to
             return self.risk.memory_budget / max(size / count, 1.0)
 
     def _share_bytes(self, weight: float, batch: Batch) -> int:
