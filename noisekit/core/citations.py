@@ -120,6 +120,34 @@ CITATIONS: Mapping[str, Citation] = MappingProxyType(
                 "1711.00489",
             ),
             Citation(
+                "byrd2012sample",
+                "Byrd et al. 2012",
+                "Byrd, Richard H. and Chin, Gillian M. and Nocedal, Jorge and Wu, "
+                "Yuchen",
+                "Sample Size Selection in Optimization Methods for Machine Learning",
+                2012,
+                "Mathematical Programming 134",
+            ),
+            Citation(
+                "bollapragada2018adaptive",
+                "Bollapragada, Byrd and Nocedal 2018",
+                "Bollapragada, Raghu and Byrd, Richard and Nocedal, Jorge",
+                "Adaptive Sampling Strategies for Stochastic Optimization",
+                2018,
+                "SIAM Journal on Optimization 28",
+                "1710.11258",
+            ),
+            Citation(
+                "umeda2025adaptive",
+                "Umeda and Iiduka 2025",
+                "Umeda, Hikaru and Iiduka, Hideaki",
+                "Adaptive Batch Size and Learning Rate Scheduler for Stochastic "
+                "Gradient Descent Based on Minimization of Stochastic First-order "
+                "Oracle Complexity",
+                2025,
+                arxiv="2508.05302",
+            ),
+            Citation(
                 "foret2021sharpness",
                 "Foret et al. 2021",
                 "Foret, Pierre and Kleiner, Ariel and Mobahi, Hossein and Neyshabur, "

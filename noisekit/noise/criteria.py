@@ -56,7 +56,8 @@ class SampleTest:
             UsageError: If ``limit`` is not positive.
         """
         _check(num_examples, limit, None)
-        wanted = num_examples * (statistic / limit) ** 2
+        ratio = statistic / limit
+        wanted = num_examples * ratio * ratio  # a power would raise where it overflows
         return cls(statistic, limit, statistic <= limit, wanted)
 
 
@@ -99,13 +100,50 @@ def norm_test(
     """
     _check(num_examples, limit, population_size)
     variance = num_examples / (num_examples - 1) * (mean_sq_norm - grad_sq_norm)
-    variance = max(0.0, variance)  # negative by rounding only
-    wanted = _ratio(variance, limit**2 * grad_sq_norm)
+    return norm_test_of_variance(
+        max(0.0, variance),  # negative by rounding only
+        grad_sq_norm,
+        num_examples,
+        limit=limit,
+        population_size=population_size,
+    )
+
+
+def norm_test_of_variance(
+    variance_trace: float,
+    grad_sq_norm: float,
+    num_examples: int,
+    *,
+    limit: float = NORM_LIMIT,
+    population_size: int | None = None,
+) -> SampleTest:
+    """Test the same of a batch whose ``V`` is known, such as a reading's.
+
+    Args:
+        variance_trace: ``V``, ``n - 1`` denominator [loss²/param²].
+        grad_sq_norm: ``|ḡ|²`` of the batch's mean gradient [loss²/param²].
+        num_examples: Examples ``n`` of the batch.
+        limit: ``θ``.
+        population_size: ``N`` of the data set that the batch is drawn from without
+            replacement; unlimited by default.
+
+    Raises:
+        BatchSizeError: If there are fewer than 2 examples, or more than there are.
+        UsageError: If ``limit`` is not positive.
+
+    Example:
+        >>> test = norm_test_of_variance(3.0, 0.1, 50, limit=0.5)
+        >>> test.passed, round(test.batch_size)
+        (False, 120)
+    """
+    _check(num_examples, limit, population_size)
+    wanted = _ratio(variance_trace, limit**2 * grad_sq_norm)
     left = 1.0
     if population_size is not None:
         left = (population_size - num_examples) / (population_size - 1)
         wanted = _finite_population(wanted, population_size)
-    statistic = math.sqrt(left * _ratio(variance, num_examples * grad_sq_norm))
+    error = _ratio(variance_trace, num_examples * grad_sq_norm)
+    statistic = math.sqrt(left * error) if left else 0.0  # all examples: no error
     return SampleTest(statistic, limit, statistic <= limit, wanted)
 
 

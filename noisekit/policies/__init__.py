@@ -1,7 +1,12 @@
 """Batch-size policies: what the next update's batch is, from what was observed."""
 
+from noisekit.policies.adaptive import Adaptive, AtIntervals, Wanted
+from noisekit.policies.cabs import CABS
+from noisekit.policies.kicks import Kicks, Progress, RelativeDecrease, StallCriterion
+from noisekit.policies.noise_scale import GradientThreshold, NoiseScaleTarget
 from noisekit.policies.point import At
 from noisekit.policies.policy import Decision, Need, Observation, Policy, State
+from noisekit.policies.sample_tests import InnerProductTest, NormTest
 from noisekit.policies.scheduled import (
     AdaBatch,
     Constant,
@@ -11,17 +16,45 @@ from noisekit.policies.scheduled import (
     Table,
 )
 
+POLICIES: tuple[type[Policy], ...] = (
+    Constant,
+    Table,
+    Growth,
+    AdaBatch,
+    GrowInsteadOfDecay,
+    CABS,
+    NormTest,
+    InnerProductTest,
+    NoiseScaleTarget,
+    GradientThreshold,
+    Kicks,
+)
+"""All policies; their names are those of recipes."""
+
 __all__ = [
+    "CABS",
+    "POLICIES",
     "AdaBatch",
+    "Adaptive",
     "At",
+    "AtIntervals",
     "Constant",
     "Decision",
+    "GradientThreshold",
     "GrowInsteadOfDecay",
     "Growth",
+    "InnerProductTest",
+    "Kicks",
     "Need",
+    "NoiseScaleTarget",
+    "NormTest",
     "Observation",
     "Policy",
+    "Progress",
+    "RelativeDecrease",
     "Scheduled",
+    "StallCriterion",
     "State",
     "Table",
+    "Wanted",
 ]

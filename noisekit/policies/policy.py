@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
+import torch
+
 from noisekit.core.citations import CITATIONS
 from noisekit.core.settings import Settings, check_settings
 from noisekit.policies.point import At
@@ -45,6 +47,7 @@ class Observation:
             [loss²/param²].
         inner_product_test: Smallest ``θ`` with which the batch passes the
             inner-product test.
+        orthogonality_test: Smallest ``ν`` with which it passes the orthogonality test.
         others: What a policy of your own needs besides, by name.
     """
 
@@ -61,7 +64,15 @@ class Observation:
     grad_sq_norm: float | None = None
     debiased_grad_sq_norm: float | None = None
     inner_product_test: float | None = None
+    orthogonality_test: float | None = None
     others: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def value(self, name: str) -> float | None:
+        """Return one of the values by name, ``others`` included."""
+        if name in self.others:
+            return self.others[name]
+        value: float | None = getattr(self, name, None)
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +133,14 @@ class Policy(ABC):
     def needs(self) -> tuple[Need, ...]:
         """What has to be observed, and how often; nothing but the position here."""
         return ()
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that the rule is not about; none here.
+
+        Raises:
+            UsageError: If it is refused.
+        """
+        return
 
     @abstractmethod
     def bounds(self) -> tuple[int, int]:
