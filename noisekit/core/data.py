@@ -144,6 +144,13 @@ def freeze(
         UsageError: If ``num_examples`` is not positive or not there, or the data
             exceed the budget.
         EmptyDataError: If the loader yields nothing.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.randn(10, 2), torch.zeros(10))
+        >>> loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+        >>> batches = nk.freeze(loader, num_examples=6)
+        >>> [len(inputs) for inputs, _ in batches]
+        [4, 2]
     """
     if num_examples is not None and num_examples < 1:
         raise UsageError(f"num_examples needs to be at least 1, got {num_examples}.")

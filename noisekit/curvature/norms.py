@@ -46,6 +46,12 @@ def frobenius_norm(
 
     Source:
         Hutchinson 1989, applied to the square of the operator.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> H = torch.diag(torch.tensor([3.0, 4.0]))
+        >>> round(float(nk.frobenius_norm(H, num_matvecs=8, generator=generator)), 4)
+        5.0
     """
     check_probes(num_matvecs)
     probes = Probes(as_operator(H), generator, probe=probe)

@@ -115,6 +115,14 @@ def trace(
         "XTrace: making the most of every sample in stochastic trace estimation",
         section 2.1; Stein 1945, "A two-sample test for a linear hypothesis whose
         power is independent of the variance", for the two rounds.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> vectors, _ = torch.linalg.qr(torch.randn(100, 100, generator=generator))
+        >>> H = vectors @ torch.diag(torch.arange(1.0, 101.0)) @ vectors.T
+        >>> estimate = nk.trace(H, num_matvecs=60, generator=generator)
+        >>> estimate.interval().contains(5050.0)
+        True
     """
     operator = as_operator(H)
     _check_trace(num_matvecs, method, probe, target)
@@ -179,6 +187,12 @@ def diagonal(
 
     Source:
         Bekas, Kokiopoulou and Saad 2007, "An estimator for the diagonal of a matrix".
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> H = torch.diag(torch.tensor([1.0, 4.0]))
+        >>> nk.diagonal(H, num_matvecs=8, generator=generator).values
+        tensor([1., 4.])
     """
     operator = as_operator(H)
     check_probes(num_matvecs)

@@ -86,9 +86,9 @@ def attach(  # noqa: D417 - ProbeOptions describes the options
         DeviceMismatchError: If the parameters are on several devices.
 
     Example:
-        >>> model = nn.Linear(3, 1)
+        >>> model = torch.nn.Linear(3, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> with attach(model, optimizer, every=2) as probe:
+        >>> with nk.attach(model, optimizer, every=2) as probe:
         ...     for _ in range(4):
         ...         optimizer.zero_grad()
         ...         model(torch.ones(8, 3)).mean().backward()

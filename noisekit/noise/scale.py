@@ -260,7 +260,7 @@ def ratio_of_averages(
         >>> traces = torch.tensor([8.0, 12.0, 10.0, 10.0])
         >>> norms = torch.tensor([1.1, 0.9, 1.0, 1.0])
         >>> print(ratio_of_averages(traces, norms).simple_noise_scale)
-        10 [7.054, 13.58]
+        10 [6.55, 14.48]
     """
     steps = len(variance_traces)
     if steps < 2 or len(grad_sq_norms) != steps:

@@ -52,6 +52,15 @@ def hessian_weighted_noise(
 
     Source:
         McCandlish et al. 2018, arXiv:1812.06162, section 2.2.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> noise = nk.hessian_weighted_noise(model, loss_fn, batches * 50)
+        >>> print(noise.hessian_noise_scale)
+        1.02 [0.7338, 1.674]
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     _check(risk, chunk_size)

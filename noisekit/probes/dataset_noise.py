@@ -93,6 +93,15 @@ def gradient_noise(
         BatchSizeError: If there are fewer than 3 examples.
         LayerReadError: If some parameter's gradients cannot be told apart.
         UsageError: If it is not known which tokens count.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> noise = nk.gradient_noise(model, loss_fn, batches * 50)
+        >>> round(float(noise.grad_sq_norm), 4), round(float(noise.variance_trace), 2)
+        (17.0, 17.17)
     """
     check_unit(unit)
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
@@ -139,6 +148,14 @@ def example_sq_norms(
     Raises:
         CoupledExamplesError: If examples have no gradients of their own.
         LayerReadError: If some parameter's gradients cannot be told apart.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> nk.example_sq_norms(model, loss_fn, batches)  # |(2, 0)|² and |(0, 8)|²
+        tensor([ 4., 64.])
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     with recording(risk) as recorder:

@@ -90,6 +90,13 @@ def self_check(
     Raises:
         CoupledExamplesError: If examples have no gradients of their own.
         LayerReadError: If some parameter's gradients cannot be told apart.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> nk.self_check(model, loss_fn, batches[0]).passed
+        True
     """
     batches = None if batch is None else [batch]
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)

@@ -93,6 +93,17 @@ def check_invariance(
     Source:
         Dinh et al. 2017, arXiv:1703.04933, sections 3 and 5; Neyshabur et al. 2015,
         arXiv:1506.02617, for single neurons.
+
+    Example:
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3)
+        ... )
+        >>> batches = [(torch.randn(16, 2), torch.randint(3, (16,)))]
+        >>> loss_fn = torch.nn.functional.cross_entropy
+        >>> print(nk.check_invariance(nk.fisher_rao_norm, model, loss_fn, batches))
+        fisher_rao_norm: invariant (ratios at factors 2, 4, 8)
+          layers       1, 1, 1: invariant; ...
+          neurons      1, 1, 1: invariant; ...
     """
     chosen = _checked_factors(factors, tolerance)
     drawn = entropy_generator(generator)

@@ -72,6 +72,24 @@ def measure(
 
     Raises:
         UsageError: If a measure is unknown.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> card = nk.measure(
+        ...     model,
+        ...     loss_fn,
+        ...     batches,
+        ...     measures=["lambda_max", nk.WorstCase(rho=0.1, steps=20)],
+        ...     generator=generator,
+        ... )
+        >>> [row.quantity for row in card.rows]
+        ['lambda_max', 'lambda_min', 'worst_case_sharpness', 'grad_norm']
+        >>> card.rows[2].variant
+        'rho=0.1,steps=20'
     """
     chosen = chosen_measures(measures)
     names = {item.name for item in chosen}

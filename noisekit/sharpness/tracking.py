@@ -279,13 +279,7 @@ def track_sharpness(
     The data are read and checked now, and held; each visit then costs four to five
     products on 1,024 examples or more, or about six on fewer. The model is restored
     bit for bit, and nothing is drawn from the global random state, so that a tracked
-    training takes the same course as another. ::
-
-        tracker = nk.track_sharpness(model, loss_fn, batches, every=50)
-        for step in range(1000):
-            ...
-            tracker(step)
-        tracker.frame()
+    training takes the same course as another.
 
     Args:
         model: The model that is being trained, or its :class:`EmpiricalRisk`.
@@ -303,6 +297,16 @@ def track_sharpness(
     Raises:
         UsageError: If ``every`` is below 1, or the optimiser's threshold of stability
             is unknown.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> tracker = nk.track_sharpness(model, loss_fn, batches, every=10)
+        >>> for step in range(20):
+        ...     reading = tracker(step)  # after optimizer.step(); often None
+        >>> [(r.step, round(r.lambda_max.value, 4)) for r in tracker.readings]
+        [(0, 4.0), (10, 4.0)]
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     return SharpnessTracker(

@@ -38,6 +38,15 @@ class GradientCovarianceOperator(OutputSpaceOperator):
     Attributes:
         per: ``"example"`` or ``"batch"``.
         centred: Whether ``G`` is subtracted; else this is the mean of ``g_i g_i'``.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> nk.GradientCovarianceOperator(model, loss_fn, batches).to_dense()
+        tensor([[ 2., -8.],
+                [-8., 32.]])
     """
 
     per: Per

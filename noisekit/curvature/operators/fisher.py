@@ -84,6 +84,14 @@ class FisherOperator(OutputSpaceOperator):
 
     Source:
         Kunstner, Balles and Hennig 2019, arXiv:1905.12558, section 2.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> nk.FisherOperator(model, loss_fn, batches, kind="true").to_dense()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
     """
 
     kind: FisherKind

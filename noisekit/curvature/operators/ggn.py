@@ -48,6 +48,14 @@ class GGNOperator(OutputSpaceOperator):
     Source:
         Schraudolph 2002, "Fast curvature matrix-vector products for second-order
         gradient descent".
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> nk.GGNOperator(model, loss_fn, batches).to_dense()
+        tensor([[1., 0.],
+                [0., 4.]])
     """
 
     def _output_product(

@@ -64,6 +64,17 @@ class HessianOperator(RiskOperator):
     Attributes:
         trial: How the requested form compared, after the first product; ``None``
             where there was nothing to compare.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> H = nk.HessianOperator(model, loss_fn, batches)
+        >>> H @ torch.tensor([1.0, 1.0])
+        tensor([1., 4.])
+        >>> H.to_dense()
+        tensor([[1., 0.],
+                [0., 4.]])
     """
 
     trial: Trial | None = None

@@ -87,6 +87,15 @@ def weight_scaled(operator: RiskOperator) -> ScaledOperator:
 
     Source:
         Kwon et al. 2021, arXiv:2102.11600, section 3.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.constant_(model.weight, 3.0)
+        >>> nk.weight_scaled(nk.HessianOperator(model, loss_fn, batches)).to_dense()
+        tensor([[ 9.,  0.],
+                [ 0., 36.]])
     """
     return ScaledOperator(operator, lambda: operator.risk.vector().abs())
 

@@ -208,6 +208,20 @@ def interpolate(
     Source:
         Keskar et al. 2017, arXiv:1609.04836, figures 3 and 7; after Goodfellow et al.
         2015, arXiv:1412.6544.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> ends = {
+        ...     "start": {"weight": torch.tensor([[-1.0, 0.0]])},
+        ...     "end": {"weight": torch.tensor([[1.0, 0.0]])},
+        ... }
+        >>> path = nk.interpolate(model, loss_fn, batches, **ends, num_points=5)
+        >>> [round(alpha, 2) for alpha in path.alphas]
+        [-1.0, -0.25, 0.0, 0.5, 1.0, 1.25, 2.0]
+        >>> [round(loss, 3) for loss in path.losses]
+        [4.5, 1.125, 0.5, 0.0, 0.5, 1.125, 4.5]
     """
     alphas = _grid(num_points, *span)
     if path not in get_args(Path):

@@ -131,6 +131,15 @@ def loss_slice(
 
     Source:
         Li et al. 2018, arXiv:1712.09913, section 4.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> surface = nk.loss_slice(model, loss_fn, batches, num_points=5)
+        >>> surface.losses.shape, float(surface.losses[2, 2])
+        ((5, 5), 2.5)
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     risk = risk.in_precision(torch.float32)

@@ -211,6 +211,17 @@ def average_sharpness(
 
     Source:
         Andriushchenko et al. 2023, arXiv:2302.07011, for the adaptive form.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> result = nk.average_sharpness(
+        ...     model, loss_fn, batches, sigma=0.1, num_draws=500, generator=generator
+        ... )
+        >>> print(result.estimate)  # sigma² tr H / 2 = 0.025
+        0.02488 ± 0.0013
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = AverageCase(

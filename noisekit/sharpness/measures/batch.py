@@ -168,6 +168,15 @@ def batch_sharpness(
 
     Source:
         Andreyev and Beneventano 2024, arXiv:2412.20553.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> result = nk.batch_sharpness(model, loss_fn, batches * 2)
+        >>> round(result.value, 4)  # (1 * 1² + 4 * 4²) / (1² + 4²)
+        3.8235
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = BatchSharpness(batch_size=batch_size, num_batches=num_batches)

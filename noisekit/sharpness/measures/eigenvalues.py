@@ -209,6 +209,13 @@ def lambda_max(
 
     Raises:
         UsageError: If ``method`` is unknown or another argument is out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> round(float(nk.lambda_max(model, loss_fn, batches)), 4)
+        4.0
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = LambdaMax(method=method, tol=tol, max_matvecs=max_matvecs)
@@ -250,6 +257,13 @@ def lambda_min(
 
     Returns:
         The eigenvalue [loss/param²], with its residual as ``bound``.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> round(float(nk.lambda_min(model, loss_fn, batches)), 4)
+        1.0
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = LambdaMin(tol=tol, max_matvecs=max_matvecs)

@@ -275,6 +275,15 @@ def epsilon_sharpness(
 
     Source:
         Keskar et al. 2017, arXiv:1609.04836, metric 2.1 and section 2.2.2.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> result = nk.epsilon_sharpness(model, loss_fn, batches, epsilon=1e-3)
+        >>> round(result.value, 3)  # increase of the loss in the box [%]
+        0.286
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = EpsilonSharpness(

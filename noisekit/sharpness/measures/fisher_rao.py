@@ -118,6 +118,14 @@ def fisher_rao_norm(
 
     Source:
         Liang et al. 2019, arXiv:1711.01530.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> round(float(nk.fisher_rao_norm(model, loss_fn, batches)), 4)
+        2.5
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     return FisherRaoNorm(likelihood=likelihood).estimate(risk)

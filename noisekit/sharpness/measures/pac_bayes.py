@@ -289,6 +289,23 @@ def pac_bayes_flatness(
 
     Source:
         Jiang et al. 2020, arXiv:1912.02178, appendix.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.zeros_(model.weight)  # the minimum
+        >>> result = nk.pac_bayes_flatness(
+        ...     model,
+        ...     loss_fn,
+        ...     batches,
+        ...     criterion="loss",
+        ...     target=0.1,
+        ...     num_draws=1000,
+        ...     generator=torch.Generator().manual_seed(0),
+        ... )
+        >>> print(result.estimate)  # sigma² tr H / 2 = 0.1, so that 1/sigma² = 25
+        24.39 [22.7, 26.24]
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = PacBayesFlatness(

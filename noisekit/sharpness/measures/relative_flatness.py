@@ -138,6 +138,18 @@ def relative_flatness(
 
     Source:
         Petzka et al. 2021, arXiv:2001.00939, definition 3.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> result = nk.relative_flatness(
+        ...     model, loss_fn, batches, num_matvecs=500, generator=generator
+        ... )
+        >>> print(result["weight"])  # |w|² tr H = 2 * 5
+        9.8 ± 0.45
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = RelativeFlatness(num_matvecs=num_matvecs)

@@ -160,6 +160,13 @@ def hessian_frobenius_norm(
 
     Raises:
         UsageError: If fewer than 2 products are given.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> round(float(nk.hessian_frobenius_norm(model, loss_fn, batches)) ** 2, 3)
+        17.0
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = HessianFrobeniusNorm(num_matvecs=num_matvecs)
@@ -207,6 +214,17 @@ def effective_dimension(
 
     Source:
         MacKay 1992, "Bayesian interpolation"; Maddox et al. 2020, arXiv:2003.02139.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> dimension = nk.effective_dimension(
+        ...     model, loss_fn, batches, shift=1.0, num_probes=500, generator=generator
+        ... )
+        >>> print(dimension)  # 1 / (1 + 1) + 4 / (4 + 1)
+        1.304 ± 0.0098
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = EffectiveDimension(

@@ -122,6 +122,12 @@ def stability_threshold(
     Source:
         Cohen et al. 2021, arXiv:2103.00065, for full batches; Andreyev et al. 2026,
         arXiv:2604.14108, for small ones.
+
+    Example:
+        >>> nk.stability_threshold(nk.SGDRule(lr=0.1))
+        20.0
+        >>> round(nk.stability_threshold(nk.SGDRule(lr=0.1, momentum=0.9)), 6)
+        38.0
     """
     if kind not in get_args(StabilityKind):
         raise UsageError(
@@ -157,6 +163,15 @@ def edge_of_stability_ratio(
 
     Raises:
         UsageError: If ``kind`` is unknown, or the optimiser's threshold is.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> curvature = nk.lambda_max(model, loss_fn, batches)
+        >>> ratio = nk.edge_of_stability_ratio(curvature, nk.SGDRule(lr=0.4))
+        >>> round(float(ratio), 4)  # 0.4 * 4 / 2: steps of gradient descent are stable
+        0.8
     """
     unit = 1 / stability_threshold(rule, kind=kind)
     return replace(

@@ -116,6 +116,13 @@ def hessian_trace(
 
     Raises:
         UsageError: If fewer than 2 products are given.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> round(float(nk.hessian_trace(model, loss_fn, batches)), 3)
+        5.0
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = HessianTrace(num_matvecs=num_matvecs)
@@ -154,6 +161,14 @@ def weighted_hessian_trace(
 
     Raises:
         UsageError: If fewer than 2 products are given.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.constant_(model.weight, 3.0)
+        >>> round(float(nk.weighted_hessian_trace(model, loss_fn, batches)), 3)
+        45.0
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = WeightedHessianTrace(num_matvecs=num_matvecs)

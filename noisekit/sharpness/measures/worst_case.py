@@ -281,6 +281,15 @@ def worst_case_sharpness(
         Foret et al. 2021, arXiv:2010.01412, for the step and m-sharpness; Kwon et al.
         2021, arXiv:2102.11600, for ``eta``; Andriushchenko et al. 2023,
         arXiv:2302.07011, for adaptive balls and normalised logits.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> loss_fn = torch.nn.functional.mse_loss  # the Hessian is diag(1, 4)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> result = nk.worst_case_sharpness(model, loss_fn, batches, rho=0.1, steps=20)
+        >>> round(result.value, 4)
+        0.4315
     """
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     measure = WorstCase(

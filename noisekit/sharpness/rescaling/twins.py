@@ -159,6 +159,17 @@ def rescaled_twin(
 
     Source:
         Dinh et al. 2017, arXiv:1703.04933, section 4.
+
+    Example:
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3)
+        ... )
+        >>> batches = [(torch.randn(16, 2), torch.randint(3, (16,)))]
+        >>> loss_fn = torch.nn.functional.cross_entropy
+        >>> twin = nk.rescaled_twin(model, loss_fn, batches, factor=10.0)
+        >>> x = batches[0][0]
+        >>> torch.allclose(model(x), twin.model(x), atol=1e-5), twin.ratio > 1
+        (True, True)
     """
     if not 1 < factor < math.inf:
         raise UsageError(f"factor needs to be above 1 and finite, got {factor}.")

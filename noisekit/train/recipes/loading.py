@@ -44,6 +44,11 @@ def load_recipe(
     Raises:
         RecipeError: If there is no such recipe or profile, or if it has faults; the
             message lists all of them, with file and key.
+
+    Example:
+        >>> recipe = nk.load_recipe("small_vs_large_batch", profile="smoke")
+        >>> [arm.name for arm in recipe.arms]
+        ['small_low', 'small_high', 'large_low', 'large_high']
     """
     path = find_recipe(name_or_path)
     document = read_toml(path)
