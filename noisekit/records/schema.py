@@ -129,8 +129,15 @@ _STEPS = (
         for column in _MOMENTS
     ),
 )
+_REGIME = (
+    Column("phase", pa.int64(), "Phases begun, where the recipe has any."),
+    Column("batch_size", pa.int64(), "Examples of the last update, where that varies."),
+)
 _MEASUREMENTS = (
-    _SNAPSHOT,
+    Column("snapshot", pa.string(), "Name of the snapshot; none in a series."),
+    Column(
+        "step", pa.int64(), "Update of the weights of a series, which are not kept."
+    ),
     Column("measure", pa.string(), "What gave the row; it may give several."),
     Column("quantity", pa.string(), "Name in the vocabulary."),
     Column("variant", pa.string(), "Setting that tells two rows of it apart."),
@@ -150,7 +157,7 @@ _MEASUREMENTS = (
 
 _ALL = (
     Table("steps", _STEPS),
-    Table("evaluations", (*_POSITION, *_floats(*_SPLITS), *_WEIGHTS)),
+    Table("evaluations", (*_POSITION, *_floats(*_SPLITS), *_WEIGHTS, *_REGIME)),
     Table(
         "snapshots",
         (
@@ -159,6 +166,7 @@ _ALL = (
             *_POSITION,
             *_floats("learning_rate", *_SPLITS),
             *_WEIGHTS,
+            *_REGIME,
         ),
     ),
     Table("measurements", _MEASUREMENTS),

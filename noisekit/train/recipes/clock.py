@@ -6,6 +6,7 @@ that none of them has a state of its own, and the batch size may change in mid-r
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,6 +54,10 @@ class Span:
     def times(self, position: Position) -> int:
         """Return how many whole spans lie behind ``position``."""
         return int(self.share(position) + _ROUNDING)
+
+    def multiple(self, number: int) -> "Span":
+        """Return the span ``number`` times as long."""
+        return Span(self.updates * number, self.cursor * number)
 
     def due(self, before: Position, now: Position) -> bool:
         """Whether a whole number of spans was completed between two positions."""
@@ -135,6 +140,31 @@ class Clock:
             cursor += self._left(cursor)
         after = Position(position.updates + 1, position.examples + count, cursor)
         return begin, after
+
+    def equal_updates(
+        self, position: Position, batch_size: int, spans: Iterable[Span]
+    ) -> int:
+        """Return how many updates of one size surely fit before anything happens.
+
+        That is, before the end of the pass and before each span's end; at least 1.
+        """
+        counts = [self._left(position.cursor) // batch_size]
+        for span in spans:
+            if math.isfinite(span.updates):
+                counts.append(math.floor(span.updates) - position.updates)
+            if math.isfinite(span.cursor):
+                examples = math.floor(span.cursor) - position.cursor
+                counts.append(examples // batch_size)
+        return max(1, min(counts) - 1)  # the last before it is looked at itself
+
+    def after_equal(self, position: Position, batch_size: int, count: int) -> Position:
+        """Return the position after ``count`` such updates."""
+        examples = count * batch_size
+        return Position(
+            position.updates + count,
+            position.examples + examples,
+            position.cursor + examples,
+        )
 
     def updates_to(self, span: Span, batch_size: int) -> int:
         """Return the update that completes ``span`` where the batch size is constant.

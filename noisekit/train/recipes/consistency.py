@@ -11,13 +11,18 @@ from noisekit.train.recipes.catalogue import analyses
 from noisekit.train.recipes.design import ContrastSpec
 from noisekit.train.recipes.measure_spec import ALWAYS_RECORDED
 from noisekit.train.recipes.optimizers import Sgd
-from noisekit.train.recipes.parsing import ParsedSections
+from noisekit.train.recipes.parsing import ParsedSections, parse_sections
+from noisekit.train.recipes.phases import CHANGEABLE, with_phase
 from noisekit.train.recipes.points import MAX_UPDATES
 from noisekit.train.recipes.probe_spec import OF_EXAMPLES
 from noisekit.train.recipes.recipe_errors import Fault, not_one_of
 from noisekit.train.recipes.run_spec import RunSections
-from noisekit.train.recipes.schedules import Cosine
+from noisekit.train.recipes.schedules import DecayToTheEnd
+from noisekit.train.recipes.sections import multiples
+from noisekit.train.recipes.timeline import known_in_advance, stretches
 from noisekit.train.references import is_reference
+
+MAX_SNAPSHOTS = 1000
 
 
 def section_faults(arm: ParsedSections) -> Iterator[Fault]:
@@ -26,11 +31,16 @@ def section_faults(arm: ParsedSections) -> Iterator[Fault]:
     A check waits until the sections that it needs can be parsed.
     """
     run = arm.assembled()
+    changes = list(_change_faults(arm, run))
+    yield from changes
+    if changes:
+        return  # what follows asks how many updates there are
     checks = (
         (("data", "training"), _batch_faults),
+        (("evaluation", "training", "snapshots"), _evaluation_faults),
         (("data", "training", "snapshots"), _snapshot_faults),
         (("data", "training", "schedule"), _schedule_faults),
-        (("data", "measure", "snapshots"), _measure_faults),
+        (("data", "measure", "snapshots", "training"), _measure_faults),
         (("training", "probe", "optimizer"), _estimator_faults),
         (("data", "model", "probe"), _coupling_faults),
     )
@@ -39,11 +49,85 @@ def section_faults(arm: ParsedSections) -> Iterator[Fault]:
             yield from check(run)
 
 
+_CHANGING = ("data", "training", "batch_policy", "phases", "optimizer", "schedule")
+
+
+def _change_faults(arm: ParsedSections, run: RunSections) -> Iterator[Fault]:
+    """Yield what is wrong with the batch policy and with each phase."""
+    if not arm.having(_CHANGING):
+        return
+    phases = list(_phase_faults(run))
+    yield from phases
+    for number, part in enumerate([run] if phases else run.in_phases):
+        prefix = f"phases[{number}].set." if number else ""
+        for fault in _policy_faults(part):
+            yield Fault(f"{prefix}{fault.key}", fault.text)
+
+
+def _phase_faults(run: RunSections) -> Iterator[Fault]:
+    """Yield settings that cannot change in mid-run, or that do not fit."""
+    table = run.model_dump(mode="json", include=set(_CHANGING) - {"phases"})
+    for number, phase in enumerate(run.phases, start=1):
+        prefix = f"phases[{number}].set"
+        fixed = list(phase.unchangeable)
+        for key in fixed:
+            text = f"cannot change in mid-run; what can is {', '.join(CHANGEABLE)}"
+            yield Fault(f"{prefix}.{key}", text)
+        if fixed:
+            return
+        table = with_phase(table, phase.set)
+        parsed = parse_sections(table)
+        faults = [f for f in parsed.faults if f.key.split(".")[0] in table]
+        yield from (Fault(f"{prefix}.{fault.key}", fault.text) for fault in faults)
+        if faults:
+            return
+
+
+def _policy_faults(run: RunSections) -> Iterator[Fault]:
+    """Yield what is wrong with a batch policy; one of the user's own is not asked."""
+    policy, there = run.batch_policy, run.data.train
+    if is_reference(policy.name):
+        return
+    try:
+        _, largest = policy.build(run.training.batch_size).bounds()
+    except UsageError as error:
+        yield Fault("batch_policy", str(error).rstrip("."))
+        return
+    if largest > max(there, run.training.batch_size):
+        yield Fault(
+            "batch_policy",
+            f"may ask for {largest} examples, data.train has {there}; set its max to "
+            "at most that",
+        )
+
+
+def _timeline_faults(run: RunSections) -> Iterator[Fault]:
+    """Yield a batch that does not fit into its epoch, where batches are to divide."""
+    if run.training.epoch_end != "divides":
+        return
+    if not known_in_advance(run):
+        yield Fault(
+            "training.epoch_end",
+            f"under batch_policy.name = {run.batch_policy.name!r} needs 'run_on', "
+            "'ragged' or 'drop', since no size that follows readings is sure to "
+            "divide what is left of an epoch, got 'divides'",
+        )
+        return
+    try:
+        for _ in stretches(run):
+            pass
+    except UsageError as error:
+        yield Fault("training.epoch_end", str(error).rstrip("."))
+
+
 def _batch_faults(run: RunSections) -> Iterator[Fault]:
     batch, there = run.training.batch_size, run.data.train
     key = "training.batch_size"
     if batch > there:
         yield Fault(key, f"needs at most data.train ({there}) examples, got {batch}")
+        return
+    if run.phases or run.batch_policy.name != "constant":
+        yield from _timeline_faults(run)
         return
     whole, rest = divmod(there, batch)
     if rest and run.training.epoch_end == "divides":
@@ -65,6 +149,9 @@ def _batch_faults(run: RunSections) -> Iterator[Fault]:
 def _snapshot_faults(run: RunSections) -> Iterator[Fault]:
     if run.training.batch_size > run.data.train:
         return  # there are no epochs then
+    yield from _repeated_snapshot_faults(run)
+    if run.phases or run.batch_policy.name != "constant":
+        return  # where updates lie in epochs, and the other way, is not that simple
     clock, last = run.clock, run.max_updates
     for name, point in run.snapshots.at.items():
         for unit, place in point.clock_points.items():
@@ -77,16 +164,53 @@ def _snapshot_faults(run: RunSections) -> Iterator[Fault]:
                 )
 
 
+def _repeated_snapshot_faults(run: RunSections) -> Iterator[Fault]:
+    stop = run.training.stop
+    for name, length in run.snapshots.every.items():
+        (unit,) = length.keys
+        if unit != "share" and getattr(stop, unit) is None:
+            yield Fault(
+                f"snapshots.every.{name}",
+                "needs the unit of training.stop, or a share, so that the names of "
+                f"all snapshots are known, got {unit}",
+            )
+        elif next(multiples(name, length, stop), None) is None:
+            yield Fault(f"snapshots.every.{name}", "is longer than training.stop")
+    names = [*run.snapshot_names]
+    if len(names) > MAX_SNAPSHOTS:
+        yield Fault(
+            "snapshots.every",
+            f"keeps {len(names)} snapshots, at most {MAX_SNAPSHOTS} are possible; "
+            "for measures along a run use series",
+        )
+
+
+def _evaluation_faults(run: RunSections) -> Iterator[Fault]:
+    """Yield what waits for a training loss that is never evaluated."""
+    if "train" in run.evaluation.splits:
+        return
+    points = {f"snapshots.{name}": p for name, p in run.snapshot_points.items()}
+    points["training.stop"] = run.training.stop
+    points |= {f"phases[{i}]": p.at for i, p in enumerate(run.phases, start=1)}
+    for name, point in points.items():
+        if point.loss is not None or point.stalled is not None:
+            yield Fault(
+                "evaluation.splits",
+                f"needs 'train', whose loss {name} waits for; add it",
+            )
+            return
+
+
 def _schedule_faults(run: RunSections) -> Iterator[Fault]:
     schedule, end = run.schedule, run.clock.end
-    if not isinstance(schedule, Cosine) or schedule.warmup is None:
+    if not isinstance(schedule, DecayToTheEnd) or schedule.warmup is None:
         return
     span = run.clock.span(schedule.warmup.length)
     pairs = ((span.updates, end.updates), (span.cursor, end.cursor))
     if any(math.isfinite(length) and math.isinf(whole) for length, whole in pairs):
         yield Fault(
             "schedule.warmup.length",
-            "under a cosine needs the unit of training.stop, or a share",
+            f"under {schedule.name!r} needs the unit of training.stop, or a share",
         )
 
 
@@ -98,8 +222,8 @@ def _measure_faults(run: RunSections) -> Iterator[Fault]:
             f"needs at most data.train ({there}) examples, got {wanted}",
         )
     for name in run.measure.at:
-        if name not in run.snapshots.names:
-            text = not_one_of("a snapshot", name, run.snapshots.names)
+        if name not in run.snapshot_names:
+            text = not_one_of("a snapshot", name, run.snapshot_names)
             yield Fault(f"measure.at.{name}", text)
 
 
@@ -208,7 +332,7 @@ def _faults_of_contrast(
         arm = getattr(contrast, role)
         if arm not in arms:
             yield role, not_one_of("an arm", arm, arms)
-        elif arms[arm].having(("snapshots", "measure")):
+        elif arms[arm].having(("snapshots", "measure", "training")):
             yield from _faults_at_snapshot(contrast, arms[arm].assembled())
 
 
@@ -216,8 +340,8 @@ def _faults_at_snapshot(
     contrast: ContrastSpec, arm: RunSections
 ) -> Iterator[tuple[str, str]]:
     snapshot, quantity = contrast.snapshot, contrast.quantity
-    if snapshot not in arm.snapshots.names:
-        yield "snapshot", not_one_of("a snapshot", snapshot, arm.snapshots.names)
+    if snapshot not in arm.snapshot_names:
+        yield "snapshot", not_one_of("a snapshot", snapshot, arm.snapshot_names)
         return
     there = (*ALWAYS_RECORDED, *arm.measure.measures_at(snapshot))
     if quantity not in QUANTITIES:

@@ -2,21 +2,27 @@
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import Field, JsonValue
 
+from noisekit.core.randomness import stream_seed
 from noisekit.train.data.datasets import DataSpec
 from noisekit.train.models import ModelSpec
+from noisekit.train.recipes.batch_policies import BatchPolicySpec, ConstantBatch
 from noisekit.train.recipes.clock import Clock
 from noisekit.train.recipes.format1 import translated_run
 from noisekit.train.recipes.measure_spec import MeasureSpec
 from noisekit.train.recipes.optimizers import OptimizerSpec
+from noisekit.train.recipes.phases import PhaseSpec, with_phase
+from noisekit.train.recipes.points import Point
 from noisekit.train.recipes.probe_spec import ProbeSpec
 from noisekit.train.recipes.schedules import Constant, ScheduleSpec
 from noisekit.train.recipes.sections import (
     ComputeSpec,
     EvaluationSpec,
+    SeriesSpec,
     SnapshotSpec,
     TrainingSpec,
 )
@@ -32,8 +38,11 @@ class RunSections(Section):
     optimizer: OptimizerSpec
     schedule: ScheduleSpec = Constant()
     training: TrainingSpec
+    batch_policy: BatchPolicySpec = ConstantBatch()
+    phases: tuple[PhaseSpec, ...] = ()
     evaluation: EvaluationSpec
     snapshots: SnapshotSpec = SnapshotSpec()
+    series: tuple[SeriesSpec, ...] = ()
     probe: ProbeSpec = ProbeSpec()
     measure: MeasureSpec = MeasureSpec()
     compute: ComputeSpec = ComputeSpec()
@@ -47,11 +56,38 @@ class RunSections(Section):
             epoch_end=self.training.epoch_end,
         )
 
+    @cached_property
+    def in_phases(self) -> "tuple[RunSections, ...]":
+        """The sections before the first phase, in the first phase, and so on."""
+        made = [self]
+        for phase in self.phases:
+            table = made[-1].model_dump(mode="json", include=_SECTION_NAMES)
+            text = json.dumps(with_phase(table, phase.set))
+            made.append(RunSections.model_validate_json(text))
+        return tuple(made)
+
     @property
     def max_updates(self) -> int:
-        """Most updates that ``training.stop`` allows."""
+        """Most updates that ``training.stop`` allows, whatever a policy decides."""
         clock = self.clock
-        return clock.updates_to(clock.end, self.training.batch_size)
+        sizes = (r.batch_policy.smallest(r.training.batch_size) for r in self.in_phases)
+        return clock.updates_to(clock.end, min(sizes))
+
+    @property
+    def snapshot_points(self) -> dict[str, Point]:
+        """Name and point of each snapshot but ``start`` and ``final``."""
+        return self.snapshots.points(self.training.stop)
+
+    @property
+    def snapshot_names(self) -> tuple[str, ...]:
+        """Names of all snapshots that a run may have."""
+        return ("start", *self.snapshot_points, "final")
+
+    def with_own_split(self, seed: int) -> Self:
+        """Return the sections with a data split that is drawn for one seed."""
+        drawn = stream_seed(self.data.split_seed, "own split", seed) % _SPLIT_SEEDS
+        data = self.data.model_copy(update={"split_seed": drawn})
+        return self.model_copy(update={"data": data})
 
     @property
     def named_code(self) -> tuple[str, ...]:
@@ -61,9 +97,15 @@ class RunSections(Section):
             self.model.name,
             self.optimizer.name,
             self.training.loss,
+            self.batch_policy.name,
             *self.measure.names,
+            *(name for series in self.series for name in series.measures),
         )
         return tuple(name for name in names if is_reference(name))
+
+
+_SECTION_NAMES = set(RunSections.model_fields) - {"phases"}
+_SPLIT_SEEDS = 10**9
 
 
 class RunSpec(RunSections):

@@ -1,16 +1,17 @@
-"""Sections of a recipe: training, evaluation, snapshots, and where to compute."""
+"""Sections of a recipe: training, evaluation, snapshots, series, where to compute."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
 from noisekit.train.losses import LOSSES
 from noisekit.train.recipes.clock import EpochEnd
+from noisekit.train.recipes.measure_spec import MeasureName
 from noisekit.train.recipes.points import Length, Point, Stop
 from noisekit.train.recipes.recipe_errors import not_one_of
 from noisekit.train.references import is_reference
-from noisekit.train.section import Name, PositiveFloat, PositiveInt, Section
+from noisekit.train.section import Name, PositiveFloat, PositiveInt, Section, Split
 
 
 def _known_loss(name: str) -> str:
@@ -25,7 +26,9 @@ class TrainingSpec(Section):
     Attributes:
         batch_size: Examples per update.
         microbatch: Examples per forward pass, which BatchNorm normalises together;
-            the whole batch if left out. Their gradients are averaged.
+            the whole batch if left out. It stays what it is where the batch size
+            changes; the last part of a batch may be smaller. Gradients are averaged
+            over examples.
         epoch_end: What happens where a batch does not fit into the rest of an epoch:
             batches need to divide it, the rest is left out (``drop``), the last batch
             is smaller (``ragged``) or runs on into the next epoch (``run_on``).
@@ -45,19 +48,31 @@ class TrainingSpec(Section):
         return self.microbatch or self.batch_size
 
     @model_validator(mode="after")
-    def _microbatches_fill_the_batch(self) -> Self:
-        if self.microbatch is not None and self.batch_size % self.microbatch:
+    def _a_microbatch_is_a_part_of_the_batch(self) -> Self:
+        if self.microbatch is not None and self.microbatch > self.batch_size:
             raise ValueError(
-                f"microbatch needs to divide batch_size ({self.batch_size}), "
+                f"microbatch needs at most batch_size ({self.batch_size}) examples, "
                 f"got {self.microbatch}"
             )
         return self
 
 
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
 class EvaluationSpec(Section):
-    """How often the whole training, validation and test sets are evaluated."""
+    """How often whole parts of the data are evaluated.
+
+    Snapshots are evaluated on all parts.
+
+    Attributes:
+        every: From one evaluation to the next.
+        splits: Which parts; what is left out costs nothing between snapshots.
+        batch_size: Examples per forward pass.
+    """
 
     every: Length
+    splits: Annotated[tuple[Split, ...], Field(min_length=1)] = SPLITS
     batch_size: PositiveInt = 1024
 
 
@@ -71,25 +86,31 @@ class SnapshotSpec(Section):
             in a row at or below 0.05.
         sustain: Evaluations in a row that make a crossing of ``losses``.
         at: Snapshot names and their points.
+        every: Names and intervals: ``epoch = { epochs = 4 }`` keeps ``epoch_4``,
+            ``epoch_8`` and so on.
     """
 
     losses: tuple[PositiveFloat, ...] = ()
     sustain: PositiveInt = 3
     at: dict[Name, Point] = Field(default_factory=dict)
+    every: dict[Name, Length] = Field(default_factory=dict)
 
-    @property
-    def points(self) -> dict[str, Point]:
-        """Name and point of each snapshot but ``start`` and ``final``."""
+    def points(self, stop: Point) -> dict[str, Point]:
+        """Return name and point of each snapshot but ``start`` and ``final``.
+
+        Args:
+            stop: Where the run ends at the latest.
+        """
         crossings = {
             loss_snapshot(loss): Point(loss=loss, sustain=self.sustain)
             for loss in self.losses
         }
-        return crossings | self.at
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all snapshots that a run of this recipe may have."""
-        return ("start", *self.points, "final")
+        repeated = [
+            item
+            for name, length in self.every.items()
+            for item in multiples(name, length, stop)
+        ]
+        return crossings | self.at | dict(repeated)
 
     def _stated_names(self) -> Iterator[str]:
         yield "start"
@@ -106,9 +127,36 @@ class SnapshotSpec(Section):
         return self
 
 
+def multiples(name: str, length: Point, stop: Point) -> Iterator[tuple[str, Point]]:
+    """Yield each multiple of a length up to the stop, named by its amount.
+
+    None where the stop has no bound in the length's unit.
+    """
+    (unit,) = length.keys
+    amount = getattr(length, unit)
+    end = 1 if unit == "share" else getattr(stop, unit)
+    for number in range(1, 1 + int((end or 0) / amount + 1e-9)):
+        place = min(number * amount, end)
+        yield f"{name}_{place:g}", Point.model_validate({unit: place})
+
+
 def loss_snapshot(loss: float) -> str:
     """Return the name of the snapshot at a training loss, such as ``loss_0.05``."""
     return f"loss_{loss:g}"
+
+
+class SeriesSpec(Section):
+    """Measures taken along the run, of weights that are not kept.
+
+    Their rows are in the ``measurements`` table, with the update and no snapshot.
+
+    Attributes:
+        every: From one measurement to the next; the first is at the start.
+        measures: Names of measures, as in ``measure.everywhere``.
+    """
+
+    every: Length
+    measures: Annotated[tuple[MeasureName, ...], Field(min_length=1)]
 
 
 class ComputeSpec(Section):

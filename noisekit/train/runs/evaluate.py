@@ -1,7 +1,7 @@
 """Loss and error over whole data sets, and where the weights are."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,31 @@ class Evaluation:
         """Mean loss over the training data [loss]."""
         return self.scores["train_loss"]
 
+    def of(self, splits: Iterable[str]) -> "Evaluation":
+        """Return the evaluation on some parts of the data."""
+        kept = {f"{name}_{kind}" for name in splits for kind in ("loss", "error")}
+        kept |= {"weight_norm", "distance_from_start"}
+        return Evaluation({k: v for k, v in self.scores.items() if k in kept})
+
     @property
-    def finite(self) -> bool:
-        """Whether the training loss is a number."""
-        return math.isfinite(self.train_loss)
+    def headline(self) -> str:
+        """The training loss in words; without it, the first loss that is known."""
+        name = "train_loss" if "train_loss" in self.scores else next(iter(self.scores))
+        split = "training" if name == "train_loss" else name.removesuffix("_loss")
+        return f"{split} loss {self.scores[name]:.3g}"
+
+    @property
+    def fault(self) -> str:
+        """What is no number, in words; empty where the training loss is one.
+
+        Without a training loss, it is the weights that are looked at.
+        """
+        name = "train_loss" if "train_loss" in self.scores else "weight_norm"
+        value = self.scores[name]
+        if math.isfinite(value):
+            return ""
+        what = "the training loss" if name == "train_loss" else "the weights' norm"
+        return f"{what} was {value}"
 
 
 def evaluate(

@@ -1,10 +1,11 @@
 """One run, top to bottom: train, keep snapshots, measure them, seal."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from noisekit.core.errors import StorageError
 from noisekit.records import RunDirectory, RunStatus
@@ -16,6 +17,7 @@ from noisekit.train.runs.checkpoint import remove_checkpoints
 from noisekit.train.runs.environment import begin, computing
 from noisekit.train.runs.measure import measure_run
 from noisekit.train.runs.progress import Phase, Progress, ProgressReporter, no_progress
+from noisekit.train.runs.series import SeriesMeasurements
 from noisekit.train.runs.state import TrainState
 from noisekit.train.runs.training import Training
 
@@ -72,16 +74,24 @@ def _complete(
     splits = load_data(spec.data)
     begin(run, splits)
     data = _on_device(splits, spec)
-    model = build_model(
-        spec.model,
-        input_shape=splits.input_shape,
-        num_classes=splits.num_classes,
-        seed=spec.seed,
-    ).to(spec.compute.device, _DTYPES[spec.compute.dtype])
+
+    def build() -> nn.Module:
+        return build_model(
+            spec.model,
+            input_shape=splits.input_shape,
+            num_classes=splits.num_classes,
+            seed=spec.seed,
+        ).to(spec.compute.device, _DTYPES[spec.compute.dtype])
+
+    model = build()
     state = TrainState.start(spec, model)
-    with Training(
-        spec, run, data, state=state, report=report, threads=threads
-    ) as training:
+    series = SeriesMeasurements(spec, build, data)
+    with (
+        closing(series),
+        Training(
+            spec, run, data, state=state, series=series, report=report, threads=threads
+        ) as training,
+    ):
         training.run_to_the_end()
     measuring_costs = measure_run(spec, run, model, data=data, report=report)
     for name in run.seal():

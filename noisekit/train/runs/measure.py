@@ -72,7 +72,13 @@ def planned_tasks(spec: RunSpec, run: RunDirectory) -> list[Task]:
         name for name, part in OUTCOMES.items() if part in spec.measure.examples
     ]
     return [
-        Task(row["snapshot"], measure, row["step"], row["learning_rate"])
+        Task(
+            row["snapshot"],
+            measure,
+            row["step"],
+            row["learning_rate"],
+            row["phase"] or 0,
+        )
         for row in run.read("snapshots").rows.to_pylist()
         for measure in (*spec.measure.measures_at(row["snapshot"]), *outcomes)
     ]

@@ -27,12 +27,15 @@ class Recorder:
         num_rows: Mapping[str, int],
         *,
         layers: bool,
+        series: bool = False,
     ) -> None:
         self._layers = layers
         self._expected: tuple[float, float, Tensor] | None = None
         self._pending: list[tuple[Reading, float, float, Tensor]] = []
         self._writers: dict[str, TableWriter] = {}
-        tables = ["steps", "evaluations", "snapshots", *(["layers"] if layers else [])]
+        tables = ["steps", "evaluations", "snapshots"]
+        tables += ["layers"] if layers else []
+        tables += ["measurements"] if series else []
         try:
             for name in tables:
                 first = num_rows.get(name, 0)

@@ -1,27 +1,19 @@
 """One measure at one snapshot: what tasks share, and the rows that they give."""
 
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
-import torch
 from torch import nn
 
-from noisekit.core.randomness import stream
 from noisekit.core.results import ErrorSource, Estimate, Status
-from noisekit.core.risk import EmpiricalRisk
-from noisekit.curvature import HessianOperator
 from noisekit.records import RunDirectory
-from noisekit.records.files import plain
-from noisekit.sharpness import Measurement, MeasurementContext, SGDRule
-from noisekit.sharpness.measurement import take
+from noisekit.sharpness import Measurement
 from noisekit.train.data.section import TensorPair
 from noisekit.train.losses import find_loss
-from noisekit.train.recipes.optimizers import Sgd
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.evaluate import correct_examples
+from noisekit.train.runs.measured_model import MeasuredModel, measurement_row
 from noisekit.train.runs.snapshots import load_weights
 from noisekit.train.runs.state import Row
 from noisekit.train.section import Split
@@ -44,12 +36,14 @@ class Task:
         measure: A name of the recipe, or the outcomes of one split.
         step: The snapshot's update.
         learning_rate: The rate that led there.
+        phase: The phase that led there.
     """
 
     snapshot: str
     measure: str
     step: int
     learning_rate: float
+    phase: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +69,17 @@ class SnapshotMeasurements:
     ) -> None:
         self._spec = spec
         self._run = run
-        self._model = model.eval()
+        self._measured_model = MeasuredModel(spec, model, data)
         self._data = data
         self._steps = {task.snapshot: task.step for task in tasks}
         self._done: dict[tuple[str, str], list[Row]] = {}
         for row in rows:
             self._note(row)
         self._loaded = ""
-        self._hessian: HessianOperator | None = None
 
     def close(self) -> None:
         """Free the kept graph."""
-        if self._hessian is not None:
-            self._hessian.close()
+        self._measured_model.close()
 
     def has(self, task: Task) -> bool:
         """Whether the task is done."""
@@ -122,12 +114,14 @@ class SnapshotMeasurements:
         self._load(task.snapshot)
         if task.measure in OUTCOMES:
             return self._outcomes(task)
-        measures = self._spec.measure.measures(task.measure)
-        items = [
-            item
-            for taken in take(measures, self._context(task))
-            for item in taken.measurements
-        ]
+        top = self._done.get((task.snapshot, "lambda_max"), [])
+        items = self._measured_model.measure(
+            task.measure,
+            step=task.step,
+            learning_rate=task.learning_rate,
+            phase=task.phase,
+            lambda_max=_estimate(top[0]) if top else None,
+        )
         return TaskRows(
             [_row(task, item) for item in items],
             [row for item in items for row in self._example_rows(task, item)],
@@ -135,52 +129,9 @@ class SnapshotMeasurements:
 
     def _load(self, snapshot: str) -> None:
         if snapshot != self._loaded:
-            self._model.load_state_dict(load_weights(self._run, snapshot))
+            weights = load_weights(self._run, snapshot)
+            self._measured_model.model.load_state_dict(weights)
             self._loaded = snapshot
-
-    def _context(self, task: Task) -> MeasurementContext:
-        """Return the model at a snapshot, to be measured.
-
-        Streams are named by seed and update; what one task computes no other sees, so
-        that rows do not depend on where a run was interrupted.
-        """
-        if self._hessian is None:
-            self._hessian = HessianOperator(self._risk())
-        top = self._done.get((task.snapshot, "lambda_max"), [])
-        return MeasurementContext(
-            self._hessian.risk,
-            stream=partial(stream, self._spec.seed, "measure", task.step),
-            update_rule=_update_rule(self._spec, task.learning_rate),
-            hessian=self._hessian,
-            lambda_max=_estimate(top[0]) if top else None,
-        )
-
-    def _risk(self) -> EmpiricalRisk:
-        """Return the risk over the examples that all runs are measured on."""
-        train, settings = self._data["train"], self._spec.measure
-        inputs, targets = train.inputs, train.targets
-        if settings.num_examples is not None:
-            chosen = torch.tensor(self._measured_examples(), device=targets.device)
-            inputs, targets = inputs[chosen], targets[chosen]
-        size = self._spec.evaluation.batch_size
-        batches = zip(
-            torch.split(inputs, size), torch.split(targets, size), strict=True
-        )
-        return EmpiricalRisk(
-            self._model,
-            find_loss(self._spec.training.loss).mean,
-            list(batches),
-            bn=settings.bn,
-        )
-
-    def _measured_examples(self) -> list[int]:
-        """Return the training examples that every run of the data is measured on."""
-        count = len(self._data["train"])
-        if self._spec.measure.num_examples is None:
-            return list(range(count))
-        generator = stream(self._spec.data.split_seed, "measured examples")
-        order: list[int] = torch.randperm(count, generator=generator).tolist()
-        return order[: self._spec.measure.num_examples]
 
     def _example_rows(self, task: Task, item: Measurement) -> list[Row]:
         """Return a row for each example that has a value of its own."""
@@ -194,14 +145,16 @@ class SnapshotMeasurements:
                 "example": example,
                 _EXAMPLE_NORMS: value,
             }
-            for example, value in zip(self._measured_examples(), values, strict=True)
+            for example, value in zip(
+                self._measured_model.examples, values, strict=True
+            )
         ]
 
     def _outcomes(self, task: Task) -> TaskRows:
         """Return the error of one split, and the outcome of each of its examples."""
         split = OUTCOMES[task.measure]
         correct = correct_examples(
-            self._model,
+            self._measured_model.model,
             self._data[split],
             find_loss(self._spec.training.loss),
             batch_size=self._spec.evaluation.batch_size,
@@ -221,42 +174,8 @@ class SnapshotMeasurements:
         return TaskRows([_row(task, Measurement(f"{split}_error", estimate))], rows)
 
 
-def _update_rule(spec: RunSpec, learning_rate: float) -> SGDRule | None:
-    """The rule of the update that led to a snapshot; ``None`` of another optimizer."""
-    optimizer = spec.optimizer
-    if not isinstance(optimizer, Sgd) or learning_rate <= 0:
-        return None
-    return SGDRule(
-        lr=learning_rate,
-        momentum=optimizer.momentum,
-        nesterov=optimizer.nesterov,
-        weight_decay=optimizer.weight_decay,
-    )
-
-
 def _row(task: Task, item: Measurement) -> Row:
-    estimate = item.estimate
-    interval = estimate.interval() if estimate.has_error else None
-    detail = dict(item.detail)
-    if item.data_stderr is not None:
-        detail["data_stderr"] = item.data_stderr
-    return {
-        "snapshot": task.snapshot,
-        "measure": task.measure,
-        "quantity": item.quantity,
-        "variant": item.variant,
-        "value": estimate.value,
-        "stderr": estimate.stderr,
-        "bound": estimate.bound,
-        "low": interval.low if interval else None,
-        "high": interval.high if interval else None,
-        "error_source": estimate.error_source,
-        "num_samples": estimate.num_samples,
-        "status": estimate.status.value,
-        "num_matvecs": estimate.num_matvecs,
-        "num_grads": estimate.num_grads,
-        "detail": json.dumps(plain(detail)),
-    }
+    return {"snapshot": task.snapshot, **measurement_row(task.measure, item)}
 
 
 def _estimate(row: Row) -> Estimate:

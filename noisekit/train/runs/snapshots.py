@@ -1,6 +1,6 @@
 """Which weights of a run are kept, and how they lie on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -8,26 +8,35 @@ from torch import Tensor
 
 from noisekit.records import RunDirectory, save_tensors
 from noisekit.train.runs.evaluate import Evaluation
-from noisekit.train.runs.state import STOP, Candidate, Row, TrainState
+from noisekit.train.runs.state import PHASE, STOP, Candidate, Row, TrainState
 
 
 def crossed_snapshots(
-    state: TrainState, position: Row, evaluation: Evaluation
+    state: TrainState,
+    position: Row,
+    train_loss: float,
+    evaluation: Callable[[], Evaluation],
 ) -> list[tuple[str, Candidate]]:
     """Bring the crossings up to a regular evaluation; return those now sustained.
 
     What is returned are the weights at the first evaluation of each crossing.
+
+    Args:
+        state: Has the crossings.
+        position: Where training is.
+        train_loss: Training loss there.
+        evaluation: Returns the evaluation on all parts of the data there.
     """
     sustained: list[tuple[str, Candidate]] = []
     for name, crossing in state.crossings.items():
-        if name == STOP or name in state.taken:
+        if name in {STOP, PHASE} or name in state.taken:
             continue
-        state.crossings[name], meaning = crossing.after(evaluation.train_loss)
+        state.crossings[name], meaning = crossing.after(train_loss)
         if meaning == "above":
             state.candidates.pop(name, None)
         if meaning in {"candidate", "sustained"} and name not in state.candidates:
             state.candidates[name] = candidate(
-                state, position, evaluation, name=name, kind="loss"
+                state, position, evaluation(), name=name, kind="loss"
             )
         if meaning == "sustained":
             sustained.append((name, state.candidates.pop(name)))

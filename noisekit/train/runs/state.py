@@ -12,13 +12,18 @@ from noisekit.core.params import flatten
 from noisekit.core.randomness import stream_seed
 from noisekit.probes import Probe
 from noisekit.train.recipes.clock import Position
+from noisekit.train.recipes.points import Point
 from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.recipes.update_plan import PlanState
 from noisekit.train.runs.crossings import LossCrossing, StallWatch
 
 Row = dict[str, bool | int | float | str | None]
 
 STOP = "/stop"
 """Stands for ``training.stop`` among snapshots, whose names have no slash."""
+
+PHASE = "/phase"
+"""Stands for the point of the next phase among snapshots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,10 @@ class TrainState:
         seconds: Wall time spent training, over all processes [s].
         ended: Why training is over; empty while it goes on.
         diverged: Whether it ended since a loss was not finite.
-        crossings: Crossings of training losses, by snapshot or ``STOP``.
-        stalls: Watches for a stalled training loss, by snapshot or ``STOP``.
+        plan: What decides the next update, beside the position.
+        observed: What the batch policy is told at the next update, as JSON.
+        crossings: Crossings of training losses, by snapshot, ``STOP`` or ``PHASE``.
+        stalls: Watches for a stalled training loss, by the same names.
         candidates: Weights kept at crossings that may yet be undone.
         taken: Names of the snapshots taken.
         num_rows: Rows of each table that belong to this state.
@@ -61,6 +68,8 @@ class TrainState:
     seconds: float = 0.0
     ended: str = ""
     diverged: bool = False
+    plan: PlanState = PlanState(0, {})  # noqa: RUF009  frozen
+    observed: dict[str, Any] = field(default_factory=dict)
     crossings: dict[str, LossCrossing] = field(default_factory=dict)
     stalls: dict[str, StallWatch] = field(default_factory=dict)
     candidates: dict[str, Candidate] = field(default_factory=dict)
@@ -71,21 +80,27 @@ class TrainState:
     def start(cls, spec: RunSpec, model: nn.Module) -> "TrainState":
         """Return the state before the first update, with global randomness seeded."""
         torch.manual_seed(stream_seed(spec.seed, "training"))
-        points = {**spec.snapshots.points, STOP: spec.training.stop}
-        return cls(
-            model=model,
-            optimizer=spec.optimizer.build(model.parameters()),
-            crossings={
-                name: LossCrossing(point.loss, point.sustain)
-                for name, point in points.items()
-                if point.loss is not None
-            },
-            stalls={
-                name: StallWatch.of(point.stalled)
-                for name, point in points.items()
-                if point.stalled is not None
-            },
-        )
+        state = cls(model=model, optimizer=spec.optimizer.build(model.parameters()))
+        for name, point in {**spec.snapshot_points, STOP: spec.training.stop}.items():
+            state.watch(name, point)
+        if spec.phases:
+            state.watch(PHASE, spec.phases[0].at)
+        return state
+
+    def watch(self, name: str, point: Point | None) -> None:
+        """Watch for the training loss, or the stall, of a point from now on."""
+        self.crossings.pop(name, None)
+        self.stalls.pop(name, None)
+        if point is not None and point.loss is not None:
+            self.crossings[name] = LossCrossing(point.loss, point.sustain)
+        if point is not None and point.stalled is not None:
+            self.stalls[name] = StallWatch.of(point.stalled)
+
+    @property
+    def phase_reached(self) -> bool:
+        """Whether the training loss, or a stall, has begun the next phase."""
+        crossing, stall = self.crossings.get(PHASE), self.stalls.get(PHASE)
+        return bool((crossing and crossing.passed) or (stall and stall.stalled))
 
     def costs(self) -> dict[str, float]:
         """Return what training took so far."""
@@ -124,6 +139,11 @@ class Captured:
         """Rows of each table that belong to it."""
         return dict(self.values["num_rows"])
 
+    @property
+    def ended(self) -> bool:
+        """Whether training is over."""
+        return bool(self.values["ended"])
+
 
 def capture(state: TrainState, probe: Probe | None) -> Captured:
     """Return the whole state, global randomness included."""
@@ -133,6 +153,9 @@ def capture(state: TrainState, probe: Probe | None) -> Captured:
         "seconds": state.seconds,
         "ended": state.ended,
         "diverged": state.diverged,
+        "phase": state.plan.phase,
+        "policy_state": dict(state.plan.policy),
+        "observed": dict(state.observed),
         "crossings": {name: asdict(item) for name, item in state.crossings.items()},
         "stalls": {name: asdict(item) for name, item in state.stalls.items()},
         "taken": list(state.taken),
@@ -186,6 +209,9 @@ def _restore_values(
     state.seconds = float(values["seconds"])
     state.ended = str(values["ended"])
     state.diverged = bool(values["diverged"])
+    # A checkpoint of before there were phases and policies has neither.
+    state.plan = PlanState(values.get("phase", 0), values.get("policy_state", {}))
+    state.observed = dict(values.get("observed", {}))
     state.taken = list(values["taken"])
     state.num_rows = dict(values["num_rows"])
     state.crossings = {

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -11,25 +11,28 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from noisekit.core.randomness import stream
-from noisekit.integrations import attach
-from noisekit.probes import Probe
 from noisekit.records import RunDirectory
 from noisekit.train.data.section import TensorPair
 from noisekit.train.losses import find_loss
 from noisekit.train.recipes.clock import Position, Span
 from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.recipes.sections import SPLITS
+from noisekit.train.recipes.update_plan import PlannedUpdate, UpdatePlan
 from noisekit.train.runs.agenda import Agenda
 from noisekit.train.runs.checkpoint import load_checkpoint, save_checkpoint
 from noisekit.train.runs.evaluate import Evaluation, evaluate
+from noisekit.train.runs.observations import Observations
+from noisekit.train.runs.probing import attach_probe
 from noisekit.train.runs.progress import ProgressReporter
 from noisekit.train.runs.recording import Recorder
+from noisekit.train.runs.series import SeriesMeasurements
 from noisekit.train.runs.snapshots import (
     candidate,
     crossed_snapshots,
     save_weights,
 )
 from noisekit.train.runs.state import (
+    PHASE,
     STOP,
     Candidate,
     Captured,
@@ -39,6 +42,7 @@ from noisekit.train.runs.state import (
     restore,
 )
 from noisekit.train.runs.updates import Updates
+from noisekit.train.section import Split
 
 _MAX_UNCHECKED = 256
 """Updates after which batch losses are checked, whatever else is due."""
@@ -57,6 +61,7 @@ class Training:
         data: Mapping[str, TensorPair],
         *,
         state: TrainState,
+        series: SeriesMeasurements,
         report: ProgressReporter,
         threads: int,
     ) -> None:
@@ -70,10 +75,18 @@ class Training:
         self._clock = spec.clock
         self._max_updates = spec.max_updates
         self._loss = find_loss(spec.training.loss)
-        self._loss_fn = self._loss.mean
+        self._series = series
+        self._plan = UpdatePlan(spec)
+        state.plan = self._plan.start()
+        self._observations = Observations(
+            self._plan.needs, adaptive=self._plan.adaptive
+        )
         self._agenda = self._planned()
         self._checkpoints = Span(updates=spec.compute.checkpoint_updates)
-        self._evaluated: tuple[int, Evaluation] | None = None
+        # The rate of the last update; that of the first one before it.
+        _, self._last = self._plan.next(state.plan, state.position)
+        self._recorded = -1
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._unchecked: list[Tensor] = []
 
     def _planned(self) -> Agenda:
@@ -81,10 +94,13 @@ class Training:
         agenda = Agenda()
         agenda.every(self._clock.span(self._spec.evaluation.every), self._follow)
         agenda.once(self._clock.end, self._end)
-        for name, point in self._spec.snapshots.points.items():
+        for name, point in self._spec.snapshot_points.items():
             for kind, place in point.clock_points.items():
                 take = partial(self._take_now, name, kind)
                 agenda.once(self._clock.span(place), take)
+        for section in self._spec.series:
+            measure = partial(self._measure, section.measures)
+            agenda.every(self._clock.span(section.every), measure)
         return agenda
 
     def __enter__(self) -> Self:
@@ -99,8 +115,16 @@ class Training:
             self._run.add_fault(fault)
         with ExitStack() as stack:
             self._recorder = stack.enter_context(self._opened(found.captured))
-            self._probe = self._attached(stack)
-            self._updates = Updates(self._spec, self._data["train"], self._loss_fn)
+            self._probe, loss_fn = attach_probe(
+                self._spec,
+                self._state,
+                self._loss,
+                sinks=(self._recorder.record, *self._observations.sinks),
+                every=self._observations.readings_every(self._spec.probe.every),
+            )
+            if self._probe is not None:
+                stack.enter_context(self._probe)
+            self._updates = Updates(self._spec, self._data["train"], loss_fn)
             if found.captured:
                 restore(self._state, self._probe, found.captured)
             self._stack = stack.pop_all()
@@ -116,36 +140,17 @@ class Training:
         self._stack.__exit__(kind, error, trace)
 
     def _opened(self, captured: Captured | None) -> Recorder:
-        """Open the tables after the rows that belong to the checkpoint."""
+        """Open the tables after the rows that belong to the checkpoint.
+
+        Measurements of a run that has been trained are not those of its series alone.
+        """
+        trained = captured is not None and captured.ended
         return Recorder(
             self._run,
             captured.num_rows if captured else {},
             layers=self._spec.probe.layers,
+            series=bool(self._spec.series) and not trained,
         )
-
-    def _attached(self, stack: ExitStack) -> Probe | None:
-        """Attach the probe, if the recipe asks for one."""
-        wanted = self._spec.probe
-        if wanted.every == 0:
-            return None
-        replays = "ghost" in wanted.estimator
-        probe = attach(
-            self._state.model,
-            self._state.optimizer,
-            loss_fn=self._loss.mean if replays else None,
-            every=wanted.every,
-            estimator=wanted.estimator,
-            row_share=wanted.row_share,
-            num_chunks=wanted.num_chunks,
-            num_signs=wanted.num_signs,
-            generator=stream(self._spec.seed, "probe"),
-            ghost_batch=wanted.ghost_batch,
-            microbatch_weights="by_size",
-            sinks=(self._recorder.record,),
-        )
-        if replays:  # where the loss is called, the probe sees a batch's targets
-            self._loss_fn = probe.loss_fn
-        return stack.enter_context(probe)
 
     def run_to_the_end(self) -> None:
         """Train until a stop rule holds or the loss is no longer finite."""
@@ -163,20 +168,38 @@ class Training:
         self._follow()
         if not self._state.diverged:
             self._take_now("start", "start")
+            for section in self._spec.series:
+                self._measure(section.measures)
             self._take_final()
 
     def _update(self) -> None:
-        """Take one optimizer step, and advance the clock."""
-        state, updates = self._state, self._updates
-        batch_loss, after = updates.gradient(state)
+        """Take one optimizer step as planned, and advance the clock."""
+        state, planned = self._state, self._next_update()
+        batch_loss = self._updates.gradient(state, planned)
+        self._last = planned
         self._recorder.expect(
-            epoch=self._clock.epochs(after),
-            learning_rate=updates.learning_rate,
+            epoch=self._clock.epochs(planned.after),
+            learning_rate=planned.learning_rate,
             batch_loss=batch_loss,
         )
         state.optimizer.step()
-        state.position = after
+        state.position = planned.after
+        state.observed = self._observations.of(planned, batch_loss)
         self._unchecked.append(batch_loss)
+
+    def _next_update(self) -> PlannedUpdate:
+        """Return what the next update does; a phase may begin with it."""
+        state, phase = self._state, self._state.plan.phase
+        state.plan, planned = self._plan.next(
+            state.plan,
+            state.position,
+            observed=state.observed,
+            reached=state.phase_reached,
+        )
+        if state.plan.phase != phase:
+            later = self._spec.phases[state.plan.phase :]
+            state.watch(PHASE, later[0].at if later else None)
+        return planned
 
     def _do_what_is_due(self, before: Position) -> None:
         """Check losses, act on the agenda, save, as far as due since ``before``."""
@@ -225,39 +248,47 @@ class Training:
     def _record_evaluation(self) -> None:
         """Write the evaluation at this step, unless it has been written."""
         state = self._state
-        if self._evaluated and self._evaluated[0] == state.position.updates:
+        if self._recorded == state.position.updates:
             return
-        found = self._evaluation()
+        self._recorded = state.position.updates
+        found = self._evaluation(self._spec.evaluation.splits)
         self._recorder.append("evaluations", {**self._position(), **found.scores})
-        self._report_step(f"training loss {found.train_loss:.3g}")
-        if not found.finite:
-            state.ended = (
-                f"the training loss was {found.train_loss} after update "
-                f"{state.position.updates}"
-            )
+        self._report_step(found.headline)
+        if found.fault:
+            state.ended = f"{found.fault} after update {state.position.updates}"
             state.diverged = True
 
     def _follow(self) -> None:
         """Evaluate, and bring crossings, stalls and the stop rules up to date."""
         self._record_evaluation()
-        state, found = self._state, self._evaluation()
-        if state.ended:
+        state = self._state
+        if state.ended or "train" not in self._spec.evaluation.splits:
             return
-        for name, kept in crossed_snapshots(state, self._place(), found):
+        train_loss = self._evaluation(("train",)).train_loss
+        if self._observations.evaluations:
+            state.observed["evaluation_loss"] = train_loss
+        for name, kept in crossed_snapshots(
+            state, self._place(), train_loss, self._evaluation
+        ):
             self._take(name, kept)
-        stalled = self._newly_stalled(found.train_loss)
+        stalled = self._newly_stalled(train_loss)
         for name in stalled:
-            if name != STOP:
+            if name not in {STOP, PHASE}:
                 self._take_now(name, "stalled")
         if STOP in stalled:
-            state.ended = f"the training loss stalled at {found.train_loss:.4g}"
-        if STOP in state.crossings:
-            state.crossings[STOP], meaning = state.crossings[STOP].after(
-                found.train_loss
-            )
-            if meaning == "sustained":
-                level = state.crossings[STOP].level
-                state.ended = f"the training loss reached {level:g}"
+            state.ended = f"the training loss stalled at {train_loss:.4g}"
+        self._newly_crossed(PHASE, train_loss)
+        if self._newly_crossed(STOP, train_loss):
+            level = state.crossings[STOP].level
+            state.ended = f"the training loss reached {level:g}"
+
+    def _newly_crossed(self, name: str, train_loss: float) -> bool:
+        """Bring one crossing, if it is watched, up to an evaluation."""
+        crossings = self._state.crossings
+        if name not in crossings:
+            return False
+        crossings[name], meaning = crossings[name].after(train_loss)
+        return meaning == "sustained"
 
     def _newly_stalled(self, train_loss: float) -> list[str]:
         """Bring the watches up to an evaluation; return whose patience has run out."""
@@ -271,19 +302,39 @@ class Training:
                 found.append(name)
         return found
 
-    def _evaluation(self) -> Evaluation:
-        """Return the evaluation at this step, done once."""
+    def _evaluation(self, splits: Sequence[Split] = SPLITS) -> Evaluation:
+        """Return the evaluation at this step on parts of the data, each done once."""
         step = self._state.position.updates
-        if self._evaluated is None or self._evaluated[0] != step:
+        if self._evaluated[0] != step:
+            self._evaluated = (step, {})
+        scores = self._evaluated[1]
+        missing = [name for name in splits if f"{name}_loss" not in scores]
+        if missing:
             found = evaluate(
                 self._state.model,
-                self._data,
+                {name: self._data[name] for name in missing},
                 self._loss,
                 start=self._start,
                 batch_size=self._spec.evaluation.batch_size,
             )
-            self._evaluated = (step, found)
-        return self._evaluated[1]
+            scores.update(found.scores)
+        return Evaluation(scores).of(splits)
+
+    def _measure(self, measures: Sequence[str]) -> None:
+        """Take measures of the present weights, which are not kept."""
+        state = self._state
+        step = state.position.updates
+        for name in measures:
+            rows = self._series.rows(
+                name,
+                state.model,
+                step=step,
+                learning_rate=self._last.learning_rate,
+                phase=state.plan.phase,
+            )
+            for row in rows:
+                self._recorder.append("measurements", row)
+            self._report_step(f"measured {name}")
 
     def _take_now(self, name: str, kind: str) -> None:
         """Take the snapshot ``name`` of the present weights, if not taken before."""
@@ -304,15 +355,20 @@ class Training:
     def _position(self) -> Row:
         """Return where in training the present weights are."""
         position = self._state.position
-        return {
+        place: Row = {
             "step": position.updates,
             "examples_seen": position.examples,
             "epoch": self._clock.epochs(position),
         }
+        if self._spec.phases:
+            place["phase"] = self._state.plan.phase
+        if self._plan.varies:
+            place["batch_size"] = self._last.num_examples
+        return place
 
     def _place(self) -> Row:
         """Return the position with the rate that led there."""
-        return {**self._position(), "learning_rate": self._updates.learning_rate}
+        return {**self._position(), "learning_rate": self._last.learning_rate}
 
     def _checkpoint(self) -> None:
         """Save the state; its rows are durable before it is."""

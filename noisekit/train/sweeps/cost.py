@@ -151,7 +151,7 @@ def _products(spec: RunSpec) -> int:
     """Return the Hessian products of all snapshots; a gradient counts as a half."""
     gradients = sum(
         item.typical_cost()
-        for snapshot in spec.snapshots.names
+        for snapshot in spec.snapshot_names
         for name in spec.measure.measures_at(snapshot)
         for item in spec.measure.measures(name)
     )
@@ -159,11 +159,11 @@ def _products(spec: RunSpec) -> int:
 
 
 def _disk(spec: RunSpec, num_params: int) -> int:
-    tensors = len(spec.snapshots.names) * num_params * 4
+    tensors = len(spec.snapshot_names) * num_params * 4
     readings = spec.max_updates // spec.probe.every if spec.probe.every else 0
     rows = readings + _num_evaluations(spec)
     beside = readings * (len(spec.probe.estimator) - 1) * _ESTIMATOR_BYTES
-    outcomes = len(spec.snapshots.names) * spec.data.test * 8
+    outcomes = len(spec.snapshot_names) * spec.data.test * 8
     return tensors + rows * _ROW_BYTES + beside + outcomes
 
 

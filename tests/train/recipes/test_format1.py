@@ -73,7 +73,7 @@ def test_rates_and_snapshots_are_those_of_the_tables() -> None:
             assert rate == pytest.approx(row["learning_rate"], rel=1e-12)
         taken = runs.snapshots.query("run_id == @run_id").set_index("snapshot")["step"]
         for name in ("early", "later"):
-            span = spec.clock.span(spec.snapshots.points[name])
+            span = spec.clock.span(spec.snapshot_points[name])
             update = spec.clock.updates_to(span, spec.training.batch_size)
             assert update == taken[name]
 

@@ -147,7 +147,7 @@ def test_equal_epochs_are_another_update_in_each_arm(write) -> None:
     Catches: taking one update number for all arms.
     """
     small, large, *_ = load_recipe(write()).run_specs()
-    point = small.snapshots.points["equal_epochs"]
+    point = small.snapshot_points["equal_epochs"]
     found = [
         run.clock.updates_to(run.clock.span(point), run.training.batch_size)
         for run in (small, large)
@@ -569,7 +569,7 @@ def test_fault_names_key_and_remedy(write, settings, said) -> None:
         ({"snapshots__at": {"late": {}}}, "snapshots.at.late: needs one of updates"),
         (
             {"schedule": {"name": "step", "milestones": []}},
-            "schedule.milestones: needs a list of 1 or more",
+            "schedule: needs either milestones or every",
         ),
         (
             {
@@ -579,11 +579,11 @@ def test_fault_names_key_and_remedy(write, settings, said) -> None:
                     "warmup": {"length": {"updates": 5}, "start": 0.1},
                 },
             },
-            "schedule.warmup.length: under a cosine needs the unit of training.stop",
+            "schedule.warmup.length: under 'cosine' needs the unit of training.stop",
         ),
         (
-            {"training__microbatch": 3},
-            "training: microbatch needs to divide batch_size (8), got 3",
+            {"training__microbatch": 9},
+            "training: microbatch needs at most batch_size (8) examples, got 9",
         ),
         (
             {"training__loss": "cross_entrpy"},

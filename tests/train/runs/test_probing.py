@@ -88,7 +88,7 @@ def test_rows_and_signs_are_drawn_from_the_run_s_own_stream(
         seeds.append(generator.initial_seed())
         return attach(*args, generator=generator, **options)
 
-    monkeypatch.setattr("noisekit.train.runs.training.attach", watched)
+    monkeypatch.setattr("noisekit.train.runs.probing.attach", watched)
     for seed in (0, 1):
         spec = run_spec(probe={"every": 20}, seed=seed, run_id=f"seed{seed}")
         train_run(spec, new_run(spec, tmp_path))
