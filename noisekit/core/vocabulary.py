@@ -71,7 +71,7 @@ _SPLIT_WORDS = {"train": "Training", "validation": "Validation", "test": "Test"}
 
 TRAINING_QUANTITIES = (
     # Where in training.
-    Quantity("step", "", "updates", "Update", "Optimiser steps taken so far."),
+    Quantity("step", "", "updates", "Update", "Optimizer steps taken so far."),
     Quantity(
         "examples_seen",
         "",
@@ -91,7 +91,7 @@ TRAINING_QUANTITIES = (
         "B",
         "examples",
         "Batch size",
-        "Examples per optimiser step, over ranks and accumulation.",
+        "Examples per optimizer step, over ranks and accumulation.",
     ),
     Quantity(
         "learning_rate",
@@ -327,7 +327,7 @@ STEP_QUANTITIES = (
         r"\|w_{t+1}-w_t\|",
         "param",
         "Update size",
-        "Euclidean norm of the change of the parameters by one optimiser step.",
+        "Euclidean norm of the change of the parameters by one optimizer step.",
     ),
     Quantity(
         "gradient_cosine",
@@ -623,7 +623,7 @@ SHARPNESS_QUANTITIES = (
         _CURVATURE,
         "Step sharpness",
         "Mean over batches of the curvature of each batch's loss along the step that "
-        "the optimiser would take on it, velocity included.",
+        "the optimizer would take on it, velocity included.",
         "Andreyev et al. 2026, arXiv:2604.14108",
         invariance="raw",
         fades_with_loss=True,

@@ -56,7 +56,7 @@ def sharpness_against_loss(
         snapshots: Columns ``run_id``, ``arm``, ``seed``, ``snapshot`` and
             ``train_loss``.
         measured: Sharpness measure, a name from the vocabulary.
-        thresholds: Arm to the sharpness above which its optimiser is unstable
+        thresholds: Arm to the sharpness above which its optimizer is unstable
             (2/η for plain gradient descent), drawn as a line.
         variant: Which setting of the measure, the first in the table by default.
         styles: From ``arm_styles``; made from the table by default.

@@ -117,7 +117,7 @@ class MeasurementContext:
         Args:
             risk: The empirical risk.
             stream: Maps names to a generator.
-            update_rule: An ``SGDRule``, or the optimiser.
+            update_rule: An ``SGDRule``, or the optimizer.
             data_error: Whether to spend products on errors over the batches.
             hessian: Of the risk, where there is one already; the caller closes it.
             lambda_max: The largest eigenvalue, where it was measured before.

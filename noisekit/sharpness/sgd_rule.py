@@ -45,10 +45,10 @@ class SGDRule:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> "SGDRule":
-        """Return the rule of an optimiser.
+        """Return the rule of an optimizer.
 
         Raises:
-            UsageError: If it is not SGD, maximises, or its groups have different rules.
+            UsageError: If it is not SGD, maximizes, or its groups have different rules.
         """
         if not isinstance(optimizer, torch.optim.SGD):
             raise UsageError(
@@ -64,7 +64,7 @@ class SGDRule:
             )
         if any(group["maximize"] for group in optimizer.param_groups):
             raise UsageError(
-                "a threshold needs a loss that is minimised, got maximize."
+                "a threshold needs a loss that is minimized, got maximize."
             )
         return rules.pop()
 
@@ -84,7 +84,7 @@ class SGDRule:
 
 
 def check_steps_of_mean(reduction: str) -> None:
-    """Check that an optimiser's own rate acts on the mean over a batch.
+    """Check that an optimizer's own rate acts on the mean over a batch.
 
     Args:
         reduction: Of the loss; curvatures are those of its mean over examples.

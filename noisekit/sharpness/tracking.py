@@ -29,13 +29,13 @@ class SharpnessReading:
     """Sharpness at one visit.
 
     Attributes:
-        step: The optimiser step at which it was measured.
+        step: The optimizer step at which it was measured.
         lambda_max: The largest eigenvalue, with its residual as ``bound``.
         eigenvalues: The ``k`` largest, the first included.
         lambda_min: The smallest one, if tracked.
         overlap: Share of the last visit's ``k`` eigenvectors that lies in the span of
             this visit's, from 0 to 1; ``None`` at the first visit.
-        edge_ratio: ``lambda_max`` in units of the optimiser's threshold of stability,
+        edge_ratio: ``lambda_max`` in units of the optimizer's threshold of stability,
             where one was given.
         num_matvecs: Products with the Hessian of all data.
         num_screening_matvecs: Products with the Hessian of an eighth of the data.
@@ -129,7 +129,7 @@ class SharpnessTracker:
         """Set up without measuring; see :func:`track_sharpness`.
 
         Raises:
-            UsageError: If ``every`` is below 1, or the optimiser's threshold of
+            UsageError: If ``every`` is below 1, or the optimizer's threshold of
                 stability is unknown, as it is of a sum loss.
         """
         if every < 1:
@@ -295,7 +295,7 @@ def track_sharpness(
         params: Names or patterns of the parameters; all by default.
 
     Raises:
-        UsageError: If ``every`` is below 1, or the optimiser's threshold of stability
+        UsageError: If ``every`` is below 1, or the optimizer's threshold of stability
             is unknown.
 
     Example:

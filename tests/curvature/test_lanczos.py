@@ -110,7 +110,7 @@ def test_degenerate_small_and_low_rank_matrices(
 def test_no_ghosts_over_many_steps() -> None:
     """Three values only: the fourth is zero, however long it runs.
 
-    Catches: Lanczos without reorthogonalisation, which gives 3.0 six times.
+    Catches: Lanczos without reorthogonalization, which gives 3.0 six times.
     """
     operator = Diagonal([3.0, 2.0, 1.0] + [1e-6 * i for i in range(300)], torch.float32)
     pairs = top_eigenpairs(

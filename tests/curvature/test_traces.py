@@ -125,7 +125,7 @@ def test_low_rank_is_exact(method: str) -> None:
 def test_dominant_directions_save_most_of_the_error() -> None:
     """Three values hold the trace: with as many products the error is a third.
 
-    Catches: a sketch that is not orthogonalised, or not taken out of the probes.
+    Catches: a sketch that is not orthogonalized, or not taken out of the probes.
     """
     spread = {}
     for method in ("hutchinson", "hutch++", "xtrace"):

@@ -56,7 +56,7 @@ def test_ends_and_nothing() -> None:
     assert empty.add(torch.full((3,), 9.0)).quantile(0.5) == math.inf
 
 
-def test_adding_does_not_synchronise() -> None:
+def test_adding_does_not_synchronize() -> None:
     """On the meta device every read of a value raises."""
     histogram = LogHistogram.empty(device="meta")
     assert histogram.add(torch.ones(8, device="meta")).counts.device.type == "meta"

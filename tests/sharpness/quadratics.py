@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 CURVATURES = torch.tensor([4.0, 1.0, 0.5, 1e-2, 1e-3], dtype=torch.float64)
-MINIMISER = torch.tensor([0.0, 2.0, -1.5, 0.3, -40.0], dtype=torch.float64)
+MINIMIZER = torch.tensor([0.0, 2.0, -1.5, 0.3, -40.0], dtype=torch.float64)
 
 
 class Point(nn.Module):
@@ -30,7 +30,7 @@ class Quadratic:
 
 
 def at_rest(weights: Tensor, num_examples: int = 3) -> list[tuple[Tensor, Tensor]]:
-    """Data whose minimiser is ``weights``, in batches of unequal size."""
+    """Data whose minimizer is ``weights``, in batches of unequal size."""
     rows = weights.expand(num_examples, -1)
     return [(rows[:1], rows[:1]), (rows[1:], rows[1:])]
 

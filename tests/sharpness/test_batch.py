@@ -1,4 +1,4 @@
-"""Batch and step sharpness against dense Hessians and a real optimiser step."""
+"""Batch and step sharpness against dense Hessians and a real optimizer step."""
 
 import copy
 import math
@@ -121,7 +121,7 @@ def inner(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
 
 
 def pool_of(size: int, num_batches: int, momentum: float = 0.0) -> np.ndarray:
-    """``s' H s`` and ``s' g`` of many batches, by one vectorised pass: ``(B, 2)``.
+    """``s' H s`` and ``s' g`` of many batches, by one vectorized pass: ``(B, 2)``.
 
     The step ``s`` is the gradient and the momentum of that of some other data.
     """
@@ -210,7 +210,7 @@ def test_intervals_cover_along_steps_with_velocity() -> None:
 def test_step_sharpness_is_along_the_step_that_would_be_taken(
     options: dict, moving: bool
 ) -> None:
-    """The optimiser, let loose on a copy for each batch, gives the steps.
+    """The optimizer, let loose on a copy for each batch, gives the steps.
 
     Catches: a velocity that was already updated; the first step dampened, which
     PyTorch's is not; Nesterov's look-ahead forgotten; weight decay left out.
@@ -245,7 +245,7 @@ def test_step_sharpness_is_along_the_step_that_would_be_taken(
 
 
 def test_without_gradient_there_is_no_ratio() -> None:
-    """At an exact minimiser of every batch it is no signal, not 0 or NaN alone."""
+    """At an exact minimizer of every batch it is no signal, not 0 or NaN alone."""
     hessian, weights = coupled(4, 0)
     got = batch_sharpness(
         Point(weights), Quadratic(hessian), at_rest(weights, 4), batch_size=1

@@ -180,7 +180,7 @@ def test_errors_over_data_are_those_of_the_derivatives() -> None:
 
 
 def test_interval_of_the_gradient_norm() -> None:
-    """Off the minimiser by the same in each weight, ``|g|`` is that of the variances.
+    """Off the minimizer by the same in each weight, ``|g|`` is that of the variances.
 
     Catches: the norm's error taken for that of the whole vector, which is larger.
     """

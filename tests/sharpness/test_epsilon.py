@@ -16,7 +16,7 @@ from noisekit.sharpness.search.box_search import SearchMethod
 from tests.reference import sharpness as reference
 from tests.sharpness.quadratics import (
     CURVATURES,
-    MINIMISER,
+    MINIMIZER,
     Point,
     Quadratic,
     at_rest,
@@ -29,22 +29,22 @@ METHODS: tuple[SearchMethod, ...] = ("vertex", "lbfgsb")
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("epsilon", [1e-3, 5e-4])
-def test_quadratic_at_its_minimiser(method: SearchMethod, epsilon: float) -> None:
+def test_quadratic_at_its_minimizer(method: SearchMethod, epsilon: float) -> None:
     """Where the gradient is exactly zero the value is that of the highest corner.
 
     Catches: stopping at the start because the gradient vanishes, which gives 0; a box
     of radius epsilon |x| without the one; a denominator without the one.
     """
     got = epsilon_sharpness(
-        Point(MINIMISER),
+        Point(MINIMIZER),
         Quadratic(torch.diag(CURVATURES)),
-        at_rest(MINIMISER),
+        at_rest(MINIMIZER),
         epsilon=epsilon,
         method=method,
         restarts=2,
         generator=seeded(),
     )
-    radius = epsilon * (MINIMISER.abs() + 1)
+    radius = epsilon * (MINIMIZER.abs() + 1)
     want = reference.keskar(float((CURVATURES * radius**2).sum()) / 2, 0.3)
     assert got.value == pytest.approx(want, rel=1e-9)
     assert got.first_order_share == 0.0
@@ -65,14 +65,14 @@ def test_linear_loss_is_all_first_order(method: SearchMethod) -> None:
     def linear(outputs: Tensor, targets: Tensor) -> Tensor:
         return 1 + (outputs * slope).sum(1).mean()
 
-    got = epsilon_sharpness(Point(MINIMISER), linear, at_rest(MINIMISER), method=method)
-    loss = float(1 + slope @ MINIMISER)
-    rise = float((slope.abs() * 1e-3 * (MINIMISER.abs() + 1)).sum())
+    got = epsilon_sharpness(Point(MINIMIZER), linear, at_rest(MINIMIZER), method=method)
+    loss = float(1 + slope @ MINIMIZER)
+    rise = float((slope.abs() * 1e-3 * (MINIMIZER.abs() + 1)).sum())
     assert got.loss == pytest.approx(loss, rel=1e-12)
     assert got.value == pytest.approx(reference.keskar(rise, loss), rel=1e-9)
     assert got.first_order_share == pytest.approx(1.0, rel=1e-9)
     assert got.grad_norm == pytest.approx(float(slope.norm()), rel=1e-12)
-    assert "iterate, not a minimiser" in got.detail
+    assert "iterate, not a minimizer" in got.detail
     assert "100 %" in got.detail
 
 
@@ -86,7 +86,7 @@ def test_share_is_at_most_one() -> None:
         moved = (outputs - targets).sum(1)
         return 1 + (moved - 30 * moved**2).mean()
 
-    got = epsilon_sharpness(Point(MINIMISER), bending, at_rest(MINIMISER))
+    got = epsilon_sharpness(Point(MINIMIZER), bending, at_rest(MINIMIZER))
     assert got.value > 0
     assert got.first_order_share == 1.0
 
@@ -97,18 +97,18 @@ def test_share_of_a_known_mixture() -> None:
     Catches: a share relative to the loss instead of the rise.
     """
     hessian = torch.diag(CURVATURES)
-    shift = 2e-3 * (MINIMISER.abs() + 1)
+    shift = 2e-3 * (MINIMIZER.abs() + 1)
     got = epsilon_sharpness(
-        Point(MINIMISER + shift), Quadratic(hessian), at_rest(MINIMISER)
+        Point(MINIMIZER + shift), Quadratic(hessian), at_rest(MINIMIZER)
     )
-    radius = 1e-3 * ((MINIMISER + shift).abs() + 1)
+    radius = 1e-3 * ((MINIMIZER + shift).abs() + 1)
     linear = float((CURVATURES * shift * radius).sum())
     second = float((CURVATURES * radius**2).sum()) / 2
     assert got.first_order_share == pytest.approx(linear / (linear + second), rel=1e-6)
 
 
 def test_ragged_batches_count_by_examples() -> None:
-    """The loss that is maximised is the mean over examples, not over batches.
+    """The loss that is maximized is the mean over examples, not over batches.
 
     Catches: averages of batch averages.
     """
@@ -225,7 +225,7 @@ class Cliff(Quadratic):
         self.beyond, self.edge = beyond, edge
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        fell = (outputs[:, 0] - MINIMISER[0]).abs().max() > self.edge
+        fell = (outputs[:, 0] - MINIMIZER[0]).abs().max() > self.edge
         return super().__call__(outputs, targets) + (self.beyond if fell else 0.0)
 
 
@@ -239,15 +239,15 @@ def test_loss_that_is_not_finite_in_the_box(
     Catches: NaN that loses every comparison and leaves a small value behind;
     searching on for more than infinity.
     """
-    model = Point(MINIMISER)
+    model = Point(MINIMIZER)
     got = epsilon_sharpness(
-        model, Cliff(beyond), at_rest(MINIMISER), method=method, restarts=50
+        model, Cliff(beyond), at_rest(MINIMIZER), method=method, restarts=50
     )
     assert got.num_grads < 20
     assert got.value == math.inf
     assert got.estimate.status is Status.NOT_RESOLVED
     assert "not finite" in got.detail
-    assert torch.equal(model.weights, MINIMISER)
+    assert torch.equal(model.weights, MINIMIZER)
 
 
 def test_loss_that_is_not_finite_at_the_point() -> None:
@@ -290,12 +290,12 @@ def test_model_is_given_back_also_after_an_exception(
     Catches: restoring by subtracting the displacement, which rounds; a model that is
     left at the last corner when the loss raises.
     """
-    weights = torch.full((5,), 0.1, dtype=torch.float64) + MINIMISER
+    weights = torch.full((5,), 0.1, dtype=torch.float64) + MINIMIZER
     model = Point(weights).train()
     model.weights.grad = torch.ones(5, dtype=torch.float64)
     storage = model.weights.data_ptr()
     whole = Quadratic(torch.eye(5, dtype=torch.float64))
-    batches = at_rest(MINIMISER)
+    batches = at_rest(MINIMIZER)
     epsilon_sharpness(model, whole, batches, method=method, subspace_dim=subspace_dim)
     risk = EmpiricalRisk(model, Failing(3), batches, check=False)
     with pytest.raises(RuntimeError, match="the loss failed"):
@@ -330,7 +330,7 @@ def test_arguments_that_are_refused(arguments: dict[str, object], message: str) 
     """
     loss_fn = Quadratic(torch.diag(CURVATURES))
     with pytest.raises(UsageError, match=message):
-        epsilon_sharpness(Point(MINIMISER), loss_fn, at_rest(MINIMISER), **arguments)
+        epsilon_sharpness(Point(MINIMIZER), loss_fn, at_rest(MINIMIZER), **arguments)
 
 
 def test_low_losses_are_refused() -> None:
@@ -340,4 +340,4 @@ def test_low_losses_are_refused() -> None:
     """
     low = Quadratic(torch.diag(CURVATURES), offset=-1.5)
     with pytest.raises(UsageError, match=r"a loss above -1, got -1\.5; add a constant"):
-        epsilon_sharpness(Point(MINIMISER), low, at_rest(MINIMISER))
+        epsilon_sharpness(Point(MINIMIZER), low, at_rest(MINIMIZER))

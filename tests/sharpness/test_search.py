@@ -13,7 +13,7 @@ from noisekit.sharpness.search.box_search import SearchMethod
 from noisekit.sharpness.search.subspace import RandomSubspace
 from tests.reference import sharpness as reference
 from tests.sharpness.quadratics import (
-    MINIMISER,
+    MINIMIZER,
     Point,
     Quadratic,
     at_rest,
@@ -33,13 +33,13 @@ def test_lbfgsb_goes_on_where_the_gradient_is_below_its_usual_tolerance() -> Non
     """
     curvatures = torch.full((5,), 0.02, dtype=torch.float64)
     got = epsilon_sharpness(
-        Point(MINIMISER + 1e-6),
+        Point(MINIMIZER + 1e-6),
         Quadratic(torch.diag(curvatures)),
-        at_rest(MINIMISER),
+        at_rest(MINIMIZER),
         method="lbfgsb",
         generator=seeded(),
     )
-    radius = 1e-3 * (MINIMISER.abs() + 1)
+    radius = 1e-3 * (MINIMIZER.abs() + 1)
     want = reference.keskar(float((curvatures * radius**2).sum()) / 2, 0.3)
     assert 0 < got.grad_norm < 1e-5
     assert got.value == pytest.approx(want, rel=0.1)
@@ -51,7 +51,7 @@ def test_weights_at_rest_move_too() -> None:
     Catches: the sign of zero, which leaves such weights where they are for ever.
     """
     offset = torch.tensor([1e-3, 0.0], dtype=torch.float64)
-    rest = MINIMISER[:2]
+    rest = MINIMIZER[:2]
     got = epsilon_sharpness(
         Point(rest + offset),
         Quadratic(torch.eye(2, dtype=torch.float64)),

@@ -1,4 +1,4 @@
-"""Stability thresholds against PyTorch's own optimiser in one dimension."""
+"""Stability thresholds against PyTorch's own optimizer in one dimension."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_small_batches_see_the_effective_rate() -> None:
     assert stability_threshold(rule, kind="small_batch") == pytest.approx(2 / 0.1)
 
 
-def test_rule_is_read_off_the_optimiser() -> None:
+def test_rule_is_read_off_the_optimizer() -> None:
     """Catches: defaults in place of the groups' own values."""
     options = {"lr": 0.3, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1}
     weight = nn.Parameter(torch.ones(2))
@@ -104,7 +104,7 @@ def test_rules_without_a_threshold_are_refused() -> None:
     groups = [{"params": [one], "lr": 0.1}, {"params": [two], "lr": 0.2}]
     with pytest.raises(UsageError, match="got 2 different parameter groups"):
         stability_threshold(torch.optim.SGD(groups))
-    with pytest.raises(UsageError, match="minimised, got maximize"):
+    with pytest.raises(UsageError, match="minimized, got maximize"):
         stability_threshold(torch.optim.SGD([one], lr=0.1, maximize=True))
     with pytest.raises(UsageError, match="'full_batch' or 'small_batch', got 'both'"):
         stability_threshold(SGDRule(lr=0.1), kind="both")

@@ -120,7 +120,7 @@ def test_tracking_changes_no_bit_of_the_training() -> None:
     ("momentum", "nesterov", "threshold"),
     [(0.0, False, 2 / 0.1), (0.9, False, 3.8 / 0.1), (0.9, True, 3.8 / (2.8 * 0.1))],
 )
-def test_ratio_to_the_threshold_of_the_optimiser(
+def test_ratio_to_the_threshold_of_the_optimizer(
     momentum: float, nesterov: bool, threshold: float
 ) -> None:
     """The rate at the visit counts, so schedules are followed.
@@ -141,7 +141,7 @@ def test_ratio_to_the_threshold_of_the_optimiser(
 
 
 def test_an_edge_ratio_of_a_sum_loss_is_refused() -> None:
-    """Eigenvalues are those of the mean, the optimiser's steps those of the sum.
+    """Eigenvalues are those of the mean, the optimizer's steps those of the sum.
 
     Catches: a ratio that is too small by the number of examples in a step.
     """

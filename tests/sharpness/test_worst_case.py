@@ -18,7 +18,7 @@ from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
 from tests.sharpness.quadratics import (
     CURVATURES,
-    MINIMISER,
+    MINIMIZER,
     Point,
     Quadratic,
     at_rest,
@@ -29,18 +29,18 @@ from tests.sharpness.quadratics import (
 
 def slope_and_curvature(dims: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient, Hessian and weights of a convex quadratic away from its minimum."""
-    hessian, minimiser = coupled(dims, seed)
-    weights = minimiser + 0.3 * torch.randn(dims, generator=seeded(seed)).double()
-    return hessian @ (weights - minimiser), hessian, weights
+    hessian, minimizer = coupled(dims, seed)
+    weights = minimizer + 0.3 * torch.randn(dims, generator=seeded(seed)).double()
+    return hessian @ (weights - minimizer), hessian, weights
 
 
 def measured(weights: Tensor, hessian: Tensor, gradient: Tensor, **options):
     """Sharpness of the quadratic with that gradient at the weights."""
-    minimiser = weights - torch.linalg.solve(hessian, gradient)
+    minimizer = weights - torch.linalg.solve(hessian, gradient)
     return worst_case_sharpness(
         Point(weights),
         Quadratic(hessian),
-        at_rest(minimiser),
+        at_rest(minimizer),
         generator=seeded(),
         **options,
     )
@@ -77,7 +77,7 @@ def test_one_step_is_that_of_sam_and_asam(norm: BallNorm, eta: float | None) -> 
     dual = (unit * gradient).norm(p=2 if norm == "l2" else 1)
     share = 0.3 * float(dual) / want
     assert got.first_order_share == pytest.approx(share, rel=1e-10)
-    assert "iterate, not a minimiser" in got.detail
+    assert "iterate, not a minimizer" in got.detail
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -132,15 +132,15 @@ def test_many_steps_reach_the_highest_corner_of_the_cube() -> None:
         assert got.value == pytest.approx(want, rel=1e-9)
 
 
-def test_top_eigenvalue_decides_at_a_minimiser() -> None:
+def test_top_eigenvalue_decides_at_a_minimizer() -> None:
     """Where the gradient is exactly zero, steps find ``rho^2 lambda_max / 2``.
 
-    Catches: 0/0 at a minimiser, which gives NaN or no rise at all.
+    Catches: 0/0 at a minimizer, which gives NaN or no rise at all.
     """
     got = worst_case_sharpness(
-        Point(MINIMISER),
+        Point(MINIMIZER),
         Quadratic(torch.diag(CURVATURES)),
-        at_rest(MINIMISER),
+        at_rest(MINIMIZER),
         rho=0.1,
         steps=30,
         generator=seeded(),
@@ -221,9 +221,9 @@ def test_value_is_never_below_the_start() -> None:
     Catches: the rise at the point reached, which is negative.
     """
     got = worst_case_sharpness(
-        Point(MINIMISER),
+        Point(MINIMIZER),
         Quadratic(-torch.diag(CURVATURES)),
-        at_rest(MINIMISER),
+        at_rest(MINIMIZER),
         rho=0.5,
         steps=4,
         restarts=2,

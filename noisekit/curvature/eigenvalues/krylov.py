@@ -124,7 +124,7 @@ class KrylovBasis:
         basis = self._vectors[: self._count]  # (m, P), Q'
         product = self._multiplied(basis[self._newest])  # (b, P), the newest of H Q
         # H q = Q (Q' H q) + N F: inside the basis, and the next block N outside of it.
-        rest, coefficients = _orthogonalised(product, basis, self._neighbours)
+        rest, coefficients = _orthogonalized(product, basis, self._neighbours)
         self._next, factor = _orthonormal(rest)  # (b, P) and (b, b)
         # One transfer per step; the device works ahead for all the rest.
         numbers = torch.cat([coefficients, factor.to(coefficients)]).cpu().numpy()
@@ -187,7 +187,7 @@ class KrylovBasis:
         # those at rounding level carry no information and are dropped.
         if not alive.any():
             block = self._random_block(width)
-            block = _orthogonalised(block, self._vectors[: self._count], 0)[0]
+            block = _orthogonalized(block, self._vectors[: self._count], 0)[0]
             self._append(_orthonormal(block)[0])
         elif len(alive) == width:
             self._append(self._next)
@@ -269,7 +269,7 @@ def _best_first(count: int, which: Which) -> np.ndarray:
     return alternating[:count]
 
 
-def _orthogonalised(
+def _orthogonalized(
     block: Tensor, basis: Tensor, neighbours: int
 ) -> tuple[Tensor, Tensor]:
     """Component of ``block`` orthogonal to the basis, and its inner products with it.

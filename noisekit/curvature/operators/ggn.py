@@ -1,4 +1,4 @@
-"""The generalised Gauss-Newton matrix of the empirical risk."""
+"""The generalized Gauss-Newton matrix of the empirical risk."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ _POWER_ITERATIONS = 20
 
 
 class GGNOperator(OutputSpaceOperator):
-    r"""Products with the generalised Gauss-Newton matrix of the risk.
+    r"""Products with the generalized Gauss-Newton matrix of the risk.
 
     .. math:: \sum_b c_b\, J_b^\top \frac{\partial^2 L_b}{\partial z^2} J_b / \sum_b c_b
 

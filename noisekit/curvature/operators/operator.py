@@ -226,7 +226,7 @@ class DenseOperator(SymmetricOperator):
             gap = float((matrix - matrix.T).abs().max())
             raise UsageError(
                 f"eigenvalues need a symmetric matrix, got one that differs from its "
-                f"transpose by up to {gap:.3g}; symmetrise it with (A + A.T) / 2."
+                f"transpose by up to {gap:.3g}; symmetrize it with (A + A.T) / 2."
             )
         self._matrix = matrix
 

@@ -112,11 +112,11 @@ def adam_preconditioned(operator: RiskOperator, optimizer: Adam) -> ScaledOperat
     \beta_1)\, lr)`.
 
     Args:
-        operator: ``H``, of a risk whose parameters the optimiser moves.
+        operator: ``H``, of a risk whose parameters the optimizer moves.
         optimizer: Adam or AdamW, after at least one step; followed as it moves on.
 
     Raises:
-        UsageError: If it is another optimiser, misses a parameter, or took no step.
+        UsageError: If it is another optimizer, misses a parameter, or took no step.
 
     Source:
         Cohen et al. 2022, arXiv:2207.14484, section 2.
@@ -139,7 +139,7 @@ def _inverse_roots(operator: RiskOperator, optimizer: Adam) -> Tensor:
             what = "does not hold" if group is None else "has taken no step for"
             raise UsageError(
                 "Adam's preconditioner needs the state of every chosen parameter, got "
-                f"an optimiser that {what} {name!r}; choose others with params=, or "
+                f"an optimizer that {what} {name!r}; choose others with params=, or "
                 "train for a step first."
             )
         step, (beta1, beta2) = float(state["step"]), group["betas"]

@@ -15,11 +15,11 @@ def decay_by_parameter(decay: WeightDecay, risk: EmpiricalRisk) -> dict[str, flo
     r"""Return the factor ``λ`` of the penalty ``λ/2 |w|²`` of each parameter.
 
     Args:
-        decay: One factor for all, or an optimiser whose parameter groups say.
+        decay: One factor for all, or an optimizer whose parameter groups say.
         risk: Whose chosen parameters.
 
     Raises:
-        UsageError: If a factor is negative, the optimiser misses a parameter, or its
+        UsageError: If a factor is negative, the optimizer misses a parameter, or its
             decay is decoupled from the gradient, so that it is no penalty.
     """
     if not isinstance(decay, Optimizer):
@@ -31,7 +31,7 @@ def decay_by_parameter(decay: WeightDecay, risk: EmpiricalRisk) -> dict[str, flo
         factor = float(group.get("weight_decay", 0.0))
         if factor and _is_decoupled(decay, group):
             raise UsageError(
-                "weight_decay needs an optimiser that adds its decay to the gradient, "
+                "weight_decay needs an optimizer that adds its decay to the gradient, "
                 f"got {type(decay).__name__}, whose decay of {factor:g} is decoupled "
                 "and is no term of the risk; leave it out, or pass a number."
             )
@@ -40,7 +40,7 @@ def decay_by_parameter(decay: WeightDecay, risk: EmpiricalRisk) -> dict[str, flo
     missing = [name for name, p in named.items() if id(p) not in found]
     if missing:
         raise UsageError(
-            "weight_decay needs the optimiser of all chosen parameters, got one "
+            "weight_decay needs the optimizer of all chosen parameters, got one "
             f"without {missing[0]!r} ({len(missing)} missing); choose others with "
             "params=, or pass a number."
         )
@@ -59,7 +59,7 @@ def decay_vector(
     )
 
 
-# The group is a dictionary of whatever options the optimiser has.
+# The group is a dictionary of whatever options the optimizer has.
 def _is_decoupled(optimizer: Optimizer, group: dict[str, object]) -> bool:
     decoupled = group.get("decoupled_weight_decay", False)
     return bool(decoupled) or isinstance(optimizer, torch.optim.AdamW)

@@ -68,7 +68,7 @@ class DirectionSpec:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no kind of direction.
+        """Check the options.
 
         Raises:
             UsageError: If an attribute is none of those above.
@@ -99,7 +99,7 @@ def directions_for(
         dims: 1 or 2; 2 by default, or the number of vectors.
 
     Raises:
-        UsageError: If ``wanted`` or ``dims`` is none of these, or a given direction is
+        UsageError: If ``wanted`` or ``dims`` is invalid, or a given direction is
             not a finite vector of the right length.
     """
     if isinstance(wanted, str):
@@ -178,15 +178,16 @@ def _filter_normalised(
             "or directions='random'."
         )
     drawn = _gaussian(risk, dims, generator).to(weights)
-    drawn[~moved] = 0.0
+    drawn[~moved] = 0.0  # (P, dims)
     sums = _FilterSums(filters.clamp(min=0), moved)
     if dims == 2:
-        # Within each filter, so that scaling the filters keeps the right angle; a
-        # filter of one weight has no second direction.
+        # Gram-Schmidt within each filter, so that scaling the filters keeps the
+        # directions orthogonal; a filter of one weight has no second direction.
         several = sums.of(torch.ones_like(weights)) > 1
         share = sums.of(drawn[:, 0] * drawn[:, 1]) / sums.of(drawn[:, 0] ** 2)
         drawn[:, 1] -= torch.where(several, share, 0.0) * drawn[:, 0]
-    lengths = sums.of(weights**2).sqrt()
+    # d <- d |w_f| / |d_f| in each filter f (Li et al. 2018, section 4).
+    lengths = sums.of(weights**2).sqrt()  # (P,), |w_f| at each of its weights
     columns = [
         torch.where(moved, d * lengths / sums.of(d**2).sqrt(), 0.0)
         for d in drawn.unbind(1)
@@ -202,7 +203,7 @@ def filter_numbers(
 ) -> Tensor:
     """Return for each weight ``(P,)`` the number of its filter, -1 where it stays.
 
-    A filter is what makes one output channel: a row of a linear layer, ``weight[i]``
+    A filter is the weights of an output channel: a row of a linear layer, ``weight[i]``
     of a convolution, ``weight[:, i]`` of a transposed one within its group, and a row
     of an embedding. Parameters with fewer than two axes are one filter or stay.
     """

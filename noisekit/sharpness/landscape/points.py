@@ -14,8 +14,8 @@ from noisekit.core.batches import Batch, count_examples
 from noisekit.core.evaluation_mode import batch_norms
 from noisekit.core.risk import EmpiricalRisk
 
-_MOST_TOGETHER = 32
-"""Points in one stack; more do not make it faster."""
+_MAX_STACK = 32
+"""Points in one stack; larger ones are not faster."""
 
 StateAt = Callable[[int], Mapping[str, Tensor]]
 """Weights and statistics of one point, by names of the model's state dict."""
@@ -43,8 +43,8 @@ def loss_range(losses: Sequence[float] | np.ndarray) -> str:
     values = np.asarray(losses, dtype=np.float64).ravel()
     finite = values[np.isfinite(values)]
     spread = f"{finite.min():.4g} to {finite.max():.4g}" if finite.size else "none"
-    lost = values.size - finite.size
-    return f"losses {spread}" + (f", {lost} not finite" if lost else "")
+    num_infinite = values.size - finite.size
+    return f"losses {spread}" + (f", {num_infinite} not finite" if num_infinite else "")
 
 
 def values_at(
@@ -58,9 +58,9 @@ def values_at(
 
     Models narrower than float32 are evaluated in float32. The points of ``exact`` go
     through the model as it is, so that their losses are bit for bit those of a model
-    with these weights. The rest are stacked and evaluated together, within the risk's
-    memory budget; that this gives the same losses is checked on ``exact``, and where
-    it does not, or PyTorch cannot, all go one by one.
+    with these weights. The rest are stacked and evaluated by ``vmap``, within the
+    risk's memory budget. The stack is checked against ``exact``; where losses differ,
+    or PyTorch cannot ``vmap`` the model, all points are evaluated in a loop.
 
     Args:
         risk: The model, the loss and the data.
@@ -77,18 +77,18 @@ def values_at(
 def _values_at(
     risk: EmpiricalRisk, state_at: StateAt, count: int, alone: list[int]
 ) -> PointValues:
-    found = dict(zip(alone, _one_by_one(risk, state_at, alone), strict=True))
-    rest = [i for i in range(count) if i not in found]
+    known = dict(zip(alone, _one_by_one(risk, state_at, alone), strict=True))
+    rest = [i for i in range(count) if i not in known]
     reason = _cannot_batch(risk)
     if rest and not reason:
         try:
-            found |= _together(risk, state_at, rest, found)
-        # Whatever a user's model raises under vmap, the loop raises if it is real.
+            known |= _stacked_values(risk, state_at, rest, known)
+        # An error of the model itself, rather than of vmap, recurs in the loop.
         except Exception as error:
             reason = str(error).strip().splitlines()[0] or type(error).__name__
-    remaining = [i for i in rest if i not in found]
-    found |= dict(zip(remaining, _one_by_one(risk, state_at, remaining), strict=True))
-    values = [found[i] for i in range(count)]
+    remaining = [i for i in rest if i not in known]
+    known |= dict(zip(remaining, _one_by_one(risk, state_at, remaining), strict=True))
+    values = [known[i] for i in range(count)]
     return PointValues(
         losses=tuple(loss for loss, _ in values),
         errors=tuple(error for _, error in values),
@@ -158,7 +158,7 @@ def _cannot_batch(risk: EmpiricalRisk) -> str:
     return ""
 
 
-def _together(
+def _stacked_values(
     risk: EmpiricalRisk,
     state_at: StateAt,
     indices: list[int],
@@ -176,7 +176,7 @@ def _together(
         raise MemoryError(
             f"memory_budget={risk.memory_budget} holds one point at a time"
         )
-    queue = [*known, *indices]
+    queue = [*known, *indices]  # the known points first: a mismatch ends it early
     found: dict[int, tuple[float, float]] = {}
     for first in range(0, len(queue), size):
         chunk = queue[first : first + size]
@@ -236,12 +236,15 @@ def _of_one_point(
 
 
 def _points_within(risk: EmpiricalRisk) -> int:
-    """How many points fit into the budget, by the activations of the largest batch."""
+    """How many points fit into the budget, by the activations of the largest batch.
+
+    The tensors that autograd saves stand for the activations, each storage once.
+    """
     largest = max((batch for _, batch in risk.weighted_batches()), key=count_examples)
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.detach()
 
     with (
@@ -250,7 +253,7 @@ def _points_within(risk: EmpiricalRisk) -> int:
     ):
         risk.loss_of(largest)
     weights = sum(t.numel() * t.element_size() for t in own_state(risk.model).values())
-    return min(_MOST_TOGETHER, risk.memory_budget // (sum(found.values()) + weights))
+    return min(_MAX_STACK, risk.memory_budget // (sum(sizes.values()) + weights))
 
 
 def _check_known(
@@ -258,6 +261,8 @@ def _check_known(
     known: Mapping[int, tuple[float, float]],
     dtype: torch.dtype,
 ) -> None:
+    # Kernels of a stack sum in another order; sqrt(eps) (3e-4 of float32) is far above
+    # that, and far below the change by a module that ignores the stacked weights.
     allowed = torch.finfo(dtype).eps ** 0.5
     for i in known.keys() & found.keys():
         got, want = found[i][0], known[i][0]

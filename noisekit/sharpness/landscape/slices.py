@@ -98,12 +98,14 @@ def loss_slice(
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> LossSlice:
-    """Return the loss on a line or a plane through the model's weights.
+    r"""Return the loss on a line or a plane through the model's weights.
 
-    A slice shows two of ``P`` directions, and how wide it looks depends on the scale
-    of the weights. Filter normalisation takes the scale of each filter out of it,
-    which makes slices of a ReLU network comparable under rescalings of whole layers,
-    not of single neurons. Grid points are evaluated many at a time where PyTorch can,
+    .. math:: F(w + a\, d_1 + b\, d_2), \qquad |a|, |b| \le \text{extent}
+
+    A slice shows two of ``P`` directions, and its apparent width depends on the scale
+    of the weights. Filter normalization removes the scale of each filter, which makes
+    slices of a ReLU network comparable under rescalings of whole layers, not of single
+    neurons. Grid points are evaluated in batches with ``vmap`` where PyTorch can,
     within the risk's memory budget.
 
     Args:
@@ -118,8 +120,8 @@ def loss_slice(
         extent: The grid goes from ``-extent`` to ``extent`` along each direction.
         num_points: Points of the even grid along each axis; 0 is added where the grid
             misses it.
-        bn: What BatchNorm normalises with; ``"recalibrated"`` computes the statistics
-            anew at each point.
+        bn: What BatchNorm normalises with; ``"recalibrated"`` recomputes the statistics
+            at each point.
         normaliser: What ``loss_fn`` divides by, where it is not the example count.
         params: Names or patterns of the parameters that move; all by default.
 
@@ -127,7 +129,7 @@ def loss_slice(
         The losses and errors on the grid, and the directions.
 
     Raises:
-        UsageError: If an argument is outside what it may be.
+        UsageError: If an argument is out of range.
 
     Source:
         Li et al. 2018, arXiv:1712.09913, section 4.
@@ -156,6 +158,8 @@ def loss_slice(
         steps = [float(axis[i]) for i in np.unravel_index(index, shape)]
         if not any(steps):
             return present
+        # Added in double precision and rounded once: w + a d of a small step would
+        # otherwise lose the digits of d.
         moved = (weights + columns @ columns.new_tensor(steps)).to(risk.layout.dtype)
         parts = dict(zip(risk.layout.names, risk.layout.split(moved), strict=True))
         return {key: parts[first] for key, first in names.items()}
@@ -185,5 +189,6 @@ def _grid(extent: float, num_points: int) -> np.ndarray:
     if num_points < 2:
         raise UsageError(f"num_points needs to be at least 2, got {num_points}.")
     even = np.linspace(-extent, extent, num_points)
-    apart = even[np.abs(even) > 1e-9 * extent]
-    return np.sort(np.append(apart, 0.0))
+    # linspace rounds the middle of an odd grid to 1e-17 instead of 0.
+    nonzero = even[np.abs(even) > 1e-9 * extent]
+    return np.sort(np.append(nonzero, 0.0))

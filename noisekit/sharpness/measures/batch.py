@@ -196,13 +196,13 @@ def step_sharpness(
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
 ) -> BatchSharpnessResult:
-    r"""Return the curvature of batch losses along the steps that an optimiser takes.
+    r"""Return the curvature of batch losses along the steps that an optimizer takes.
 
     .. math:: \mathbb{E}_B \left[ \frac{s_B^\top H_B\, s_B}{s_B^\top g_B} \right]
 
     with the step ``s_B`` that SGD would take now on that batch, its velocity included,
     per unit of learning rate. Weight decay is part of ``g`` and ``H``. Without
-    momentum this is batch sharpness. The optimiser is read, never stepped. Of a sum
+    momentum this is batch sharpness. The optimizer is read, never stepped. Of a sum
     loss the step is that on the sum, the curvature that of the mean.
 
     ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
@@ -220,7 +220,7 @@ def step_sharpness(
         be large or negative: prefer the ratio of means where they spread widely.
 
     Raises:
-        UsageError: If an argument is out of range, or the optimiser is not SGD.
+        UsageError: If an argument is out of range, or the optimizer is not SGD.
 
     Source:
         Andreyev et al. 2026, arXiv:2604.14108.
@@ -310,7 +310,7 @@ def _curvature_along(
 
 
 def _velocity(risk: EmpiricalRisk, optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """The optimiser's velocity, in the order of the risk's parameters."""
+    """The optimizer's velocity, in the order of the risk's parameters."""
     parts = [
         optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
         for p in risk.parameters

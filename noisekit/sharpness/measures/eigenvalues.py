@@ -78,7 +78,7 @@ class LambdaMax(_Eigenvalue):
         if self._by_lanczos:
             return (
                 "the largest algebraic Hessian eigenvalue by Lanczos iteration with "
-                "full reorthogonalisation"
+                "full reorthogonalization"
             )
         return "PyHessian's power iteration as a second opinion"
 

@@ -54,7 +54,7 @@ class EpsilonSharpnessResult(MeasureResult):
         displacement_norm: Euclidean length of the best displacement found [param].
         shortfall: How much more [%] was found by ``extra_iterations``, if asked for.
         check_value: Sharpness [%] found by L-BFGS-B, if ``check`` was asked for.
-        detail: What a reader must know, such as that the point is no minimiser.
+        detail: What a reader must know, such as that the point is no minimizer.
     """
 
     loss: float

@@ -1,4 +1,4 @@
-"""Up to which curvature an optimiser's steps are stable, in PyTorch's convention."""
+"""Up to which curvature an optimizer's steps are stable, in PyTorch's convention."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -117,7 +117,7 @@ def stability_threshold(
         kind: ``"full_batch"`` or ``"small_batch"``.
 
     Raises:
-        UsageError: If ``kind`` is unknown, or the optimiser's threshold is.
+        UsageError: If ``kind`` is unknown, or the optimizer's threshold is.
 
     Source:
         Cohen et al. 2021, arXiv:2103.00065, for full batches; Andreyev et al. 2026,
@@ -162,7 +162,7 @@ def edge_of_stability_ratio(
         The ratio; it has the curvature's errors, in the same units.
 
     Raises:
-        UsageError: If ``kind`` is unknown, or the optimiser's threshold is.
+        UsageError: If ``kind`` is unknown, or the optimizer's threshold is.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)

@@ -190,7 +190,7 @@ class WorstCase(Perturbation):
         origin = risk.vector()
         units = weight_units(origin, adaptive=self.adaptive, eta=self.eta)
         region = ball(self.norm, units, self.rho)
-        climb = partial(
+        ascent = partial(
             ascend,
             region=region,
             origin=origin,
@@ -200,9 +200,9 @@ class WorstCase(Perturbation):
         )
         normalised = with_logits(risk, self.logits)
         if self.batch_size is None:
-            found = _over_all(normalised, region, origin, climb)
+            found = _over_all(normalised, region, origin, ascent)
         else:
-            found = _over_groups(normalised, region, origin, climb, self.batch_size)
+            found = _over_groups(normalised, region, origin, ascent, self.batch_size)
         # The gradient of a group is no estimate of the gradient of the whole.
         share = found.first_order_share if self.batch_size is None else math.nan
         _, note = status_and_note(found.loss, found.estimate.value, "ball", share=share)
@@ -246,7 +246,7 @@ def worst_case_sharpness(
     One step is SAM's: :math:`\delta = \rho\, T^2 g / |T g|_2`, or
     :math:`\rho\, T\, \mathrm{sign}(g)`. More steps are projected ascent. The best point
     visited counts, so that the value is never below zero and never above the maximum.
-    At an exact minimiser, where the gradient points nowhere, a random direction does.
+    At an exact minimizer, where the gradient points nowhere, a random direction does.
 
     Adaptive values with ``eta=0`` do not change under rescalings of layers or neurons
     that keep a ReLU network's function; with ``eta`` above 0 they do a little.
@@ -326,7 +326,7 @@ def groups_of(batches: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The result of a search over all data, or over groups of them."""
+    """The result of an ascent over all data, or averaged over groups of them."""
 
     estimate: Estimate
     loss: float
@@ -340,12 +340,16 @@ def _over_all(
     risk: EmpiricalRisk,
     region: Region,
     origin: Tensor,
-    climb: Callable[..., HighestPoint],
+    ascent: Callable[..., HighestPoint],
 ) -> _Found:
-    """One search over all data, with the first-order error over batches."""
+    """One ascent over all data, with the first-order error over batches.
+
+    By the envelope theorem the maximum moves with the data, to first order, like the
+    loss difference at the maximizer held fixed: its parts by batch give the error.
+    """
     with risk.evaluating():
         loss, grad = start = risk.value_and_grad()
-        highest = climb(risk, start=start)
+        highest = ascent(risk, start=start)
         displacement = region.displacement(highest.coordinates)
         error = data_stderr_at(
             risk,
@@ -372,10 +376,10 @@ def _over_groups(
     risk: EmpiricalRisk,
     region: Region,
     origin: Tensor,
-    climb: Callable[..., HighestPoint],
+    ascent: Callable[..., HighestPoint],
     batch_size: int,
 ) -> _Found:
-    """A search on each group of examples, averaged (m-sharpness)."""
+    """An ascent on each group of examples, averaged (m-sharpness)."""
     batches = (batch for _, batch in risk.weighted_batches())
     groups = risk.on(groups_of(batches, batch_size))
     rows, num_grads = [], 0
@@ -385,9 +389,10 @@ def _over_groups(
         for count, (_, batch) in zip(counts, groups.weighted_batches(), strict=True):
             part = groups.on([batch])
             loss, grad = start = part.value_and_grad()
-            highest = climb(part, start=start)
+            highest = ascent(part, start=start)
             linear = region.linear_increase(region.gradient(grad))
             rows.append([count, highest.increase, loss, linear])
+            # The whole's gradient is the mean of the groups', weighted by counts.
             grad_sum += count / risk.total * grad
             num_grads += 1 + highest.num_grads
     own = torch.tensor(rows, dtype=torch.float64, device=origin.device)

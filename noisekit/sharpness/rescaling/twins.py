@@ -1,4 +1,4 @@
-"""Reparametrised twins of a network: the same function with another sharpness."""
+"""Reparametrized twins of a network: the same function with another sharpness."""
 
 import math
 from collections.abc import Iterable

@@ -14,7 +14,8 @@ from noisekit.sharpness.search.highest_point import (
 from noisekit.sharpness.search.regions import Region
 
 _FIRST_STEP, _LONGEST_STEP = 2.0, 64.0
-"""In radii: the first reaches the boundary, the longest forgets where it began."""
+"""Step sizes in radii: 2 reaches the boundary from any point of the region; at 64 the
+projection forgets the previous point, and the step is one of Frank-Wolfe."""
 
 
 def ascend(
@@ -27,17 +28,17 @@ def ascend(
     restarts: int,
     generator: torch.Generator,
 ) -> HighestPoint:
-    r"""Climb from the origin, and again from random points of the boundary.
+    r"""Projected gradient ascent from the origin, and from random boundary points.
 
     .. math:: z \leftarrow \Pi\big(z + s\, \arg\max_{z'} z'^\top A^\top g\big)
 
-    The first step reaches the boundary, so that one step is SAM's. A step that does
-    not lead upwards is halved and taken again from the same point; one that does is
-    doubled.
+    The first step reaches the boundary, so that a single step is SAM's. The step size
+    is halved after a step that does not increase the loss, which is discarded, and
+    doubled after one that does.
 
     Args:
         risk: The loss.
-        region: Where to climb.
+        region: The feasible set.
         origin: The weights in the middle of the region.
         start: Loss and gradient there.
         steps: Steps of each ascent.
@@ -48,33 +49,35 @@ def ascend(
     if not math.isfinite(search.loss):
         return search.result()
     try:
-        _climb(search, search.start, (search.loss, search.gradient), steps, generator)
+        _ascend(search, search.start, (search.loss, search.gradient), steps, generator)
         for _ in range(restarts):
             point = region.random_point(generator)
-            _climb(search, point, search.visit(point), steps, generator)
+            _ascend(search, point, search.visit(point), steps, generator)
     except LossNotFiniteError:
-        pass  # Nothing is higher than that.
+        pass  # No finite loss can exceed it.
     return search.result()
 
 
-def _climb(
+def _ascend(
     search: Search,
     point: Tensor,
     at_point: tuple[float, Tensor],
     steps: int,
     generator: torch.Generator,
 ) -> None:
-    """Climb from a point of known loss and gradient."""
+    """One ascent from a point of known loss and gradient."""
     loss, gradient = at_point
     region, step = search.region, _FIRST_STEP
     for i in range(steps):
         if not bool(gradient.isfinite().all()):
             return
-        towards = region.support_point(gradient)
-        if not bool(towards.any()):  # At an exact minimiser the gradient is zero.
-            towards = region.random_point(generator)
-        trial = region.project(point + step * towards)
-        # The gradient at the last point would not be used.
+        # The direction is that of steepest ascent in the region's norm: rho g / |g| of
+        # a ball, the signs of a box.
+        direction = region.support_point(gradient)
+        if not bool(direction.any()):  # A zero gradient, as at an exact minimizer.
+            direction = region.random_point(generator)
+        trial = region.project(point + step * direction)
+        # The gradient at the last point is not needed: a forward pass suffices.
         trial_loss, trial_gradient = search.visit(trial, with_gradient=i < steps - 1)
         if trial_loss > loss:
             point, loss, gradient = trial, trial_loss, trial_gradient

@@ -20,10 +20,10 @@ from noisekit.sharpness.search.regions import Box
 SearchMethod = Literal["vertex", "lbfgsb"]
 
 _INNER_PART = 0.01
-"""Size of the random start of L-BFGS-B, as a part of the box."""
+"""Size of the random start of L-BFGS-B, relative to the box."""
 
 _SHORTEST_STEP = 0.1
-"""Part of a jump below which a vertex search starts anew."""
+"""Frank-Wolfe step size below which a vertex search restarts."""
 
 
 def search_box(
@@ -61,7 +61,7 @@ def search_box(
         try:
             run(search, box, corner, (max_iter, extra_iterations), generator)
         except LossNotFiniteError:
-            break  # Nothing is higher than that.
+            break  # No finite loss can exceed it.
     return search.result()
 
 
@@ -72,11 +72,12 @@ def _jump_between_corners(
     iterations: tuple[int, int],
     generator: torch.Generator,
 ) -> None:
-    """Jump to the corner that the gradient points to, again and again.
+    """Frank-Wolfe: step towards the corner of the box that the gradient points to.
 
-    This is Frank-Wolfe: a jump that does not lead upwards, as where the loss bends
-    down, is halved. From a corner that points to itself, and after some halvings, the
-    iterations that are left are spent from a random corner.
+    A convex function is maximal at a corner, and full steps go from corner to corner.
+    A step that does not increase the loss, as where it is concave, is halved. At a
+    corner whose gradient points to itself (a stationary point), and after some
+    halvings, the remaining iterations start from a random corner.
     """
     if start is None:
         point, loss, gradient = search.start, search.loss, search.gradient
@@ -88,7 +89,7 @@ def _jump_between_corners(
     for i in range(max_iter + extra):
         search.within_budget = i < max_iter
         random = box.random_point(generator)
-        # Where the gradient is zero, as at an exact minimiser, any sign will do.
+        # Entries of zero gradient, as at an exact minimizer, take a random sign.
         corner = torch.where(gradient == 0, random, box.support_point(gradient))
         stuck = step < _SHORTEST_STEP or torch.equal(corner, point)
         trial = random if stuck else torch.lerp(point, corner, step)
@@ -106,9 +107,10 @@ def _run_lbfgsb(
     iterations: tuple[int, int],
     generator: torch.Generator,
 ) -> None:
-    """Run SciPy's L-BFGS-B, with no tolerance that could stop it at the start.
+    """Run SciPy's L-BFGS-B on the negative loss, with all tolerances at zero.
 
-    It starts beside the origin, where the gradient of a minimiser is not zero.
+    Near a minimizer default tolerances would stop it at once; for the same reason it
+    starts beside the origin, where the gradient is not zero.
     """
     if start is None:
         start = _INNER_PART * box.random_inner_point(generator)

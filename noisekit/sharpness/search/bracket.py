@@ -1,4 +1,4 @@
-"""Where an increasing function of a size crosses a target: bracket, then bisect."""
+"""Root finding for an increasing function of a scale: bracketing, then bisection."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ _GROWTH = 4.0
 _SMALLEST, _LARGEST = 1e-9, 1e6
 
 _SLOPE_FACTOR = 1.25
-"""How far on either side the slope of the increase is taken."""
+"""Ratio of the sizes of the central difference that gives the slope."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +89,11 @@ def crossing(found: Bracket) -> Estimate:
 
 
 def error_factor(size: float, increase: Callable[[float], float]) -> float:
-    """Return the error of one over the squared size per error of the increase there.
+    """Return ``|d(1/s²) / d increase|``, which carries an error of the increase over.
 
-    The increase is taken as a power of the size where it is positive on both sides,
-    which is exact at a minimiser.
+    By the delta method ``d(1/s²) = -2/s³ ds`` and ``ds = d increase / slope``. The
+    slope is a central difference in ``log s``, and in the log of the increase as well
+    where that is positive on both sides: exact for a power law, as at a minimizer.
     """
     above = increase(size * _SLOPE_FACTOR)
     below = increase(size / _SLOPE_FACTOR)
@@ -100,7 +101,7 @@ def error_factor(size: float, increase: Callable[[float], float]) -> float:
         change = math.sqrt(above * below) * math.log(above / below)
     else:
         change = above - below
-    slope = change / (2 * math.log(_SLOPE_FACTOR))
+    slope = change / (2 * math.log(_SLOPE_FACTOR))  # d increase / d log s
     return 2 / slope / size**2 if slope > 0 else math.nan
 
 

@@ -18,7 +18,7 @@ from noisekit.sharpness.search.regions import ball
 
 Criterion = Literal["error", "loss"]
 MAGNITUDE_FLOOR = 1e-3
-"""What magnitude-aware noise and displacements have beside their part of a weight."""
+"""Added to magnitude-aware noise and displacements, so that zero weights move too."""
 
 
 class CriterionIncrease:
@@ -45,7 +45,8 @@ class CriterionIncrease:
         self.criterion: Criterion = criterion
         self.magnitude_aware = magnitude_aware
         self.seed = generator.initial_seed()
-        # The same draws for every size: the rise is then a function of the size.
+        # Common random numbers: with the same draws at every size the increase is a
+        # deterministic function of it, which bisection needs.
         bits = torch.randint(2**62, (), generator=generator, device=generator.device)
         self._stream_seed = int(bits)
         self._risk = risk
@@ -101,7 +102,7 @@ class CriterionIncrease:
     def highest_point(
         self, alpha: float, *, steps: int, restarts: int
     ) -> Tensor | None:
-        """Return where an ascent of the loss ends up; ``None`` if that is not finite.
+        """Return the end point of a gradient ascent; ``None`` if that is not finite.
 
         The box of size ``alpha`` is about the weights.
         """
@@ -127,12 +128,12 @@ class CriterionIncrease:
         return self._origin + box.displacement(found.coordinates)
 
     def under_ascent(self, alpha: float, *, steps: int, restarts: int) -> float:
-        """Return the increase where an ascent of the loss ends up."""
+        """Return the increase at the end point of a gradient ascent."""
         point = self.highest_point(alpha, steps=steps, restarts=restarts)
         return math.inf if point is None else self._measure(point) - self.start
 
     def _points(self, sigma: float, num_draws: int) -> Iterator[Tensor]:
-        """Yield the weights with the noise of each draw on them."""
+        """Yield the weights plus each draw of the noise, of variance (σ w)² + 1e-6."""
         like = (self._origin.dtype, self._origin.device)
         floor = MAGNITUDE_FLOOR if self.magnitude_aware else 0.0
         unit = self._origin if self.magnitude_aware else torch.ones_like(self._origin)

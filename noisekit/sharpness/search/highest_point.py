@@ -1,4 +1,4 @@
-"""The highest loss that a search visited, and how it is to be read."""
+"""The highest loss that a search evaluated, and the status and note of the result."""
 
 import math
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from noisekit.core.results import Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.search.regions import Region
 
-_MINIMISER_SHARE = 0.01
-"""First-order share above which the point is called an iterate, not a minimiser."""
+_MINIMIZER_SHARE = 0.01
+"""First-order share above which the point is called an iterate, not a minimizer."""
 
 
 @dataclass(frozen=True, slots=True)
 class HighestPoint:
-    """The highest point that a search visited.
+    """The highest point that a search evaluated.
 
     Attributes:
         increase: Loss there minus the loss at the origin, at least 0; infinite where
             the loss was not finite, NaN where it is not at the origin.
         coordinates: The point, in the region's own coordinates.
         num_grads: Gradient evaluations spent.
-        shortfall: How much higher the iterations beyond the budget came.
+        shortfall: Further increase found by the iterations beyond the budget.
     """
 
     increase: float
@@ -33,18 +33,19 @@ class HighestPoint:
 
 
 class LossNotFiniteError(Exception):
-    """A search cannot go on from a point where loss or gradient are not finite."""
+    """A search cannot continue from a point whose loss or gradient is not finite."""
 
 
 class Search:
-    """Evaluates points of a region, and remembers the highest.
+    """Evaluates points of a region, and stores the highest.
 
     Attributes:
-        region: Where the search goes on.
+        region: The feasible set.
         loss: Loss at the origin.
         gradient: Gradient there, in the region's coordinates.
         start: The origin, in the region's coordinates.
-        within_budget: Whether visits count; the others only tell the shortfall.
+        within_budget: Whether evaluations count for the result, or only for the
+            shortfall.
     """
 
     def __init__(
@@ -55,11 +56,11 @@ class Search:
         origin: Tensor,
         start: tuple[float, Tensor],
     ) -> None:
-        """Set out from the origin.
+        """Start at the origin.
 
         Args:
             risk: The loss.
-            region: Where to search.
+            region: The feasible set.
             origin: The weights in the middle of the region.
             start: Loss and gradient there.
         """
@@ -74,10 +75,10 @@ class Search:
     def visit(
         self, point: Tensor, *, with_gradient: bool = True
     ) -> tuple[float, Tensor]:
-        """Return loss and gradient at a point, and remember it if it is the highest.
+        """Return loss and gradient at a point, and store it if it is the highest.
 
         Raises:
-            LossNotFiniteError: If either is not finite; nothing is higher than that.
+            LossNotFiniteError: If either is not finite.
         """
         weights = self._origin + self.region.displacement(point)
         if with_gradient:
@@ -95,7 +96,7 @@ class Search:
         return loss, self.region.gradient(grad) if with_gradient else self.start
 
     def result(self) -> HighestPoint:
-        """Return the highest point so far."""
+        """Return the highest point evaluated so far."""
         if not math.isfinite(self.loss):
             return HighestPoint(math.nan, self.start, 0)
         higher = self._extended > self._increase
@@ -130,9 +131,9 @@ def status_and_note(
         return Status.DIVERGED, f"the loss at the point itself is {loss}"
     if not math.isfinite(increase):
         return Status.NOT_RESOLVED, f"the loss is not finite at a point of the {region}"
-    if share > _MINIMISER_SHARE:
+    if share > _MINIMIZER_SHARE:
         return Status.OK, (
-            "iterate, not a minimiser: the gradient alone gives "
+            "iterate, not a minimizer: the gradient alone gives "
             f"{100 * share:.0f} % of the increase"
         )
     return Status.OK, ""

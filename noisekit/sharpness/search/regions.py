@@ -17,10 +17,10 @@ BallNorm = Literal["l2", "linf"]
 
 
 def weight_units(weights: Tensor, *, adaptive: bool, eta: float = 0.0) -> Tensor:
-    """Return the unit ``T`` in which each weight is displaced: 1, or ``|w| + eta``.
+    """Return the scale ``T`` of each weight's displacement: 1, or ``|w| + eta``.
 
     Raises:
-        UsageError: If no weight could move.
+        UsageError: If the scale is zero for all weights.
     """
     if not adaptive:
         return torch.ones_like(weights)
@@ -67,8 +67,9 @@ class Region(ABC):
 class EuclideanBall(Region):
     """``|z|_2 <= rho`` with displacements ``T z``.
 
-    Nothing is ever divided by a weight's unit, so that a weight of zero, which has the
-    unit zero under an adaptive ball, stays fixed.
+    In the coordinates ``z = T^{-1} δ`` the ellipsoid ``|T^{-1} δ| <= rho`` of ASAM is a
+    ball, and nothing is divided by ``T``: a weight of zero, whose ``T`` is zero in an
+    adaptive ball, stays fixed.
     """
 
     def __init__(self, units: Tensor, rho: float) -> None:
@@ -84,7 +85,7 @@ class EuclideanBall(Region):
 
     def support_point(self, grad: Tensor) -> Tensor:
         """Return ``rho g / |g|``."""
-        # Scaled first: the squares of tiny entries would underflow to zero.
+        # Scaled by the largest entry first: squares below 1e-19 underflow in float32.
         largest = grad.abs().max()
         scaled = grad / torch.where(largest > 0, largest, 1.0)
         norm = torch.linalg.vector_norm(scaled)

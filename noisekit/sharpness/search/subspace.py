@@ -1,4 +1,4 @@
-"""A box in the span of random columns, in which epsilon-sharpness is maximised."""
+"""A box in the span of random columns, in which epsilon-sharpness is maximized."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from noisekit.core.randomness import stream
 from noisekit.sharpness.search.regions import Box
 
 _BLOCK_ENTRIES = 2**24
-"""Entries of the random columns that are made at a time (64 MiB in float32)."""
+"""Entries of the random columns that are generated at a time (64 MiB in float32)."""
 
 
 class RandomSubspace(Box):
@@ -19,10 +19,10 @@ class RandomSubspace(Box):
     The columns' entries are standard normal. Their scale is part of the measure: with
     columns of unit norm it would be smaller by about the number of parameters.
 
-    The columns are made in blocks of rows, each from its own seed, and are kept where
-    they fit into ``memory_budget`` bytes; else each product makes them again. They are
-    made on the CPU in single precision, so that a model has the same subspace on
-    every device and in every precision.
+    The columns are generated in blocks of rows, each from its own seed, and are cached
+    where they fit into ``memory_budget`` bytes; else each product generates them again.
+    They are generated on the CPU in single precision, so that a model has the same
+    subspace on every device and in every precision.
     """
 
     def __init__(
