@@ -20,7 +20,7 @@ from noisekit.cli.terminal import cell
 from noisekit.core.text import printable
 from noisekit.train.runs.progress import ProgressEvent
 
-_ENDED = frozenset({"done", "failed", "diverged"})
+_ENDED = frozenset({"done", "failed", "diverged", "skipped"})
 _LINE_EVERY_SECONDS = 10.0
 
 

@@ -139,6 +139,14 @@ TRAINING_QUANTITIES = (
         "Distance from start",
         "Euclidean distance of the parameters from their initial values.",
     ),
+    Quantity(
+        "distance_from_fork",
+        r"\|w-w_f\|",
+        "param",
+        "Distance from the fork",
+        "Euclidean distance of the parameters from the snapshot of another run that "
+        "the run began with.",
+    ),
 )
 
 NOISE_QUANTITIES = (

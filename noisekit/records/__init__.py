@@ -2,7 +2,13 @@
 
 from noisekit.records.files import exclusive_lock, read_json, write_json_atomic
 from noisekit.records.manifest import Manifest, RunStatus
-from noisekit.records.reader import Runs, open_runs, read_set, write_set
+from noisekit.records.reader import (
+    RUN_COLUMNS,
+    Runs,
+    open_runs,
+    read_set,
+    write_set,
+)
 from noisekit.records.rundir import RunDirectory
 from noisekit.records.schema import FORMAT, TABLES, Column, Table, table
 from noisekit.records.sink import RunSink
@@ -13,6 +19,7 @@ from noisekit.records.writer import TableWriter
 
 __all__ = [
     "FORMAT",
+    "RUN_COLUMNS",
     "TABLES",
     "TEXT_SINKS",
     "Column",

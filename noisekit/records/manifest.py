@@ -23,13 +23,15 @@ class RunStatus(StrEnum):
     DONE = "done"
     DIVERGED = "diverged"
     """The loss left the finite numbers, which is a result, recorded and complete."""
+    SKIPPED = "skipped"
+    """The run that it starts from never came that far, which is a result as well."""
     FAILED = "failed"
     """An error stopped it; it can be resumed."""
 
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
-        return self in {RunStatus.DONE, RunStatus.DIVERGED}
+        return self in {RunStatus.DONE, RunStatus.DIVERGED, RunStatus.SKIPPED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,10 @@ class Manifest:
         factors: What the arms differ in.
         recipe: Everything that decides its bits, resolved.
         data: Name, origin and digest of its data.
+        network: What its network was built as: ``num_params``, and ``batch_norms``, the
+            number of layers that normalize over the batch; empty in older runs.
+        origin: Run, snapshot, update and digests that it began with, where that was
+            another run's snapshot.
         status: How far it is.
         reason: Why it ended as it did.
         versions: Versions of the software that began it.
@@ -62,6 +68,8 @@ class Manifest:
     factors: Mapping[str, object] = field(default_factory=dict)
     recipe: Mapping[str, object] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
+    network: Mapping[str, int] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
     status: RunStatus = RunStatus.CREATED
     reason: str = ""
     versions: Mapping[str, str] = field(default_factory=software_versions)
@@ -115,6 +123,8 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "factors": dict,
     "recipe": dict,
     "data": dict,
+    "network": dict,
+    "origin": dict,
     "versions": dict,
     "host": dict,
     "costs": dict,

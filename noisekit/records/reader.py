@@ -1,7 +1,7 @@
 """Many runs, finished or not, as one tidy table each."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,12 @@ from noisekit.records.tensors import Array
 SET_FILE = "set.json"
 _IDENTITY = {"run_id": pa.string(), "arm": pa.string(), "seed": pa.int64()}
 """Columns in front of each table."""
+RUN_COLUMNS = frozenset(
+    {"run_id", "arm", "seed", "status", "reason", "created", "updated"}
+    | {"updates", "examples_seen", "train_seconds", "measure_seconds"}
+    | {"num_matvecs", "num_grads"}
+)
+"""Columns of ``Runs.runs`` beside the factors, which have other names."""
 _REMEDY = (
     "restore it, or run the same recipe again with --out and this directory, which "
     "keeps its runs"
@@ -166,7 +172,7 @@ def open_runs(where: Path | str | Iterable[Path | str]) -> Runs:
     for run in runs:
         faults += [f"{run.manifest.run_id}: {text}" for text in run.manifest.faults]
         faults += [f"{run.manifest.run_id}: {text}" for text in run.damage()]
-    faults += _unverified(runs)
+    faults += [*_unverified(runs), *_changed_origins(runs)]
     if len(paths) == 1 and (paths[0] / "runs").is_dir():
         return Runs(*_in_order(paths[0], runs, faults), paths[0], faults)
     return Runs(tuple(runs), faults=faults)
@@ -201,6 +207,27 @@ def _unverified(runs: Iterable[RunDirectory]) -> list[str]:
         f"{len(names)} runs are unverified ({listed}): they were recorded before files "
         "had digests, so that damage to them would not be noticed"
     ]
+
+
+def _changed_origins(runs: Iterable[RunDirectory]) -> Iterator[str]:
+    """Yield the runs that began with another run's snapshot as it is no more."""
+    by_place = {run.path.resolve(): run for run in runs}
+    for path, run in by_place.items():
+        origin = run.manifest.origin
+        other = by_place.get(path.parent / origin.get("run_id", ""))
+        if not origin or other is None or other.manifest.digests is None:
+            continue
+        name = origin.get("snapshot")
+        for folder, key in (
+            ("snapshots", "sha256"),
+            ("optimizers", "optimizer_sha256"),
+        ):
+            now = other.manifest.digests.get(f"{folder}/{name}.safetensors")
+            if key in origin and origin[key] != now:
+                yield (
+                    f"{run.manifest.run_id} began with {folder}/{name} of "
+                    f"{origin['run_id']}, which has changed since"
+                )
 
 
 def _runs_in(path: Path, faults: list[str]) -> list[RunDirectory]:

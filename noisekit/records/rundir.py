@@ -101,6 +101,11 @@ class RunDirectory:
         """Where snapshots of the weights lie."""
         return self.path / "snapshots"
 
+    @property
+    def optimizers(self) -> Path:
+        """Where optimizer states lie that other runs go on with, by snapshot."""
+        return self.path / "optimizers"
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Be the one writer, and read the manifest as the last writer left it.
@@ -171,7 +176,7 @@ class RunDirectory:
                 f"is lost, {RESTORE}."
             )
         arrays, facts = load_tensors(path, remedy=RESTORE, ours=True)
-        wrong = self._snapshot_fault(path) or self._other_owner(name, facts)
+        wrong = self._tensors_fault(path) or self._other_owner(name, facts)
         if wrong:
             raise RunDirectoryError(
                 f"{path} needs to be snapshot {name!r} of run {self.manifest.run_id}, "
@@ -189,9 +194,9 @@ class RunDirectory:
             return None
         return f"it is of run {run_id}, update {step}"
 
-    def _snapshot_fault(self, path: Path) -> str | None:
-        """Return what is wrong with a sealed snapshot, by its header and size."""
-        known = (self.manifest.digests or {}).get(f"snapshots/{path.name}")
+    def _tensors_fault(self, path: Path) -> str | None:
+        """Return what is wrong with a sealed file of tensors, by header and size."""
+        known = (self.manifest.digests or {}).get(f"{path.parent.name}/{path.name}")
         if known is None:
             return None
         if not path.exists():
@@ -213,10 +218,8 @@ class RunDirectory:
         if digests is None:
             return []
         tables = (sealed_fault(self.path, item, digests) for item in TABLES.values())
-        snapshots = (
-            self.path / name for name in digests if name.startswith("snapshots/")
-        )
-        wrong = ((path, self._snapshot_fault(path)) for path in snapshots)
+        tensors = (self.path / name for name in digests if "/" in name)
+        wrong = ((path, self._tensors_fault(path)) for path in tensors)
         return [
             *(fault for fault in tables if fault),
             *(f"{path.name}: {fault}; {RESTORE}" for path, fault in wrong if fault),
@@ -285,7 +288,7 @@ class RunDirectory:
         digests = {
             **(self._adopted() if known is None else known),
             **{sealed_path(self.path, t).name: self._prepare(t) for t in open_tables},
-            **self._snapshot_digests(),
+            **self._tensor_digests(),
         }
         if digests != self.manifest.digests:
             self.write_manifest(replace(self.manifest, digests=digests))
@@ -310,11 +313,15 @@ class RunDirectory:
                 self.add_fault(f"{path.name} was sealed before files had digests")
         return found
 
-    def _snapshot_digests(self) -> dict[str, str]:
+    def _tensor_digests(self) -> dict[str, str]:
         found = {}
-        for path in sorted(self.snapshots.glob("*.safetensors")):
+        folders = (self.snapshots, self.optimizers)
+        paths = (
+            path for each in folders for path in sorted(each.glob("*.safetensors"))
+        )
+        for path in paths:
             try:
-                found[f"snapshots/{path.name}"] = stated_checksum(path)
+                found[f"{path.parent.name}/{path.name}"] = stated_checksum(path)
             except RunDirectoryError as error:
                 self.add_fault(str(error))
         return found

@@ -85,7 +85,7 @@ _SPLITS = tuple(
     for kind in ("loss", "error")
 )
 _POSITION = (*_integers("step", "examples_seen"), *_floats("epoch"))
-_WEIGHTS = _floats("weight_norm", "distance_from_start")
+_WEIGHTS = _floats("weight_norm", "distance_from_start", "distance_from_fork")
 _SNAPSHOT = Column("snapshot", pa.string(), "Name of the snapshot.")
 
 _MOMENTS = (

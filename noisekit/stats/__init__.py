@@ -6,6 +6,7 @@ from noisekit.stats.contrasts import (
     ContrastResult,
     PairedSample,
     Verdict,
+    arms_named,
     contrast_titles,
 )
 from noisekit.stats.crossed import crossed_difference
@@ -24,6 +25,7 @@ __all__ = [
     "PermutationBand",
     "RankCorrelation",
     "Verdict",
+    "arms_named",
     "common_grid",
     "contrast_titles",
     "crossed_difference",

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -68,8 +68,9 @@ class Contrast:
     Attributes:
         name: Unique within the recipe.
         quantity: Name in the vocabulary.
-        treatment: Arm whose value is on top of the ratio, or first in the difference.
-        reference: Arm that it is compared with.
+        treatment: Arm whose value is on top of the ratio, or first in the difference;
+            or a group of arms, see ``arms_named``.
+        reference: Arm, or group of arms, that it is compared with.
         snapshot: Where in training both are measured.
         scale: Ratio of geometric means, or difference of means.
         margin: Smallest effect that matters; above 1 for a ratio, above 0 and in the
@@ -119,6 +120,24 @@ class Contrast:
         """Lowest and highest effect that are too small to matter."""
         lowest = 1.0 / self.margin if self.scale == "ratio" else -self.margin
         return lowest, self.margin
+
+
+def arms_named(name: str, arms: Iterable[str]) -> tuple[str, ...]:
+    """Return the arms that a contrast means: one of that name, or a group.
+
+    Arms of a grid are named by their factors, as in ``fork/order=1/batch_size=16``.
+    A name that leaves factors out means all arms that have the parts it states, in
+    any order: ``fork/batch_size=16`` is the group of all such forks.
+
+    Example:
+        >>> arms_named("fork/b=16", ["trunk", "fork/k=1/b=16", "fork/k=2/b=16"])
+        ('fork/k=1/b=16', 'fork/k=2/b=16')
+    """
+    known = tuple(arms)
+    if name in known:
+        return (name,)
+    parts = set(name.split("/"))
+    return tuple(arm for arm in known if parts <= set(arm.split("/")))
 
 
 def contrast_titles(contrasts: Sequence[Contrast]) -> dict[str, str]:

@@ -25,8 +25,19 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 _WORD = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=_WORD, max_length=80)]
 """Text that is safe as a file name and as a column name."""
-RunId = Annotated[str, Field(pattern=_WORD, max_length=120)]
-"""Name of an arm with its seed behind."""
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+ArmName = Annotated[
+    str, Field(pattern=rf"^{_PART}(=-?{_PART})?(/{_PART}=-?{_PART})*$", max_length=160)
+]
+"""A name, with ``/factor=value`` behind it for each axis of a grid."""
+RunId = Annotated[str, Field(pattern=_WORD, max_length=200)]
+"""Name of an arm with its seed behind, safe as a file name."""
+
+
+def run_id_of(arm: str, seed: int) -> str:
+    """Return the name of a run's directory: the arm without ``/`` and ``=``."""
+    return f"{arm.replace('/', '.').replace('=', '-')}-seed{seed}"
+
 
 Split = Literal["train", "validation", "test"]
 

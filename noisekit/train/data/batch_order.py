@@ -15,8 +15,22 @@ class BatchOrder:
     kept; any other is made anew from its name.
     """
 
-    def __init__(self, seed: int, *, num_examples: int, device: str) -> None:
+    def __init__(
+        self, seed: int, *, num_examples: int, device: str, order: int = 0
+    ) -> None:
+        """Make the order of a run.
+
+        Args:
+            seed: Seed of the run.
+            num_examples: Examples of one permutation.
+            device: Where the indices are needed.
+            order: Number of another stream of permutations of the same seed; 0 is the
+                one that all arms have.
+        """
         self._seed = seed
+        self._stream: tuple[str | int, ...] = ("order",)
+        if order:
+            self._stream = ("another order", order)
         self._num_examples = num_examples
         self._device = device
         self._epoch = -1
@@ -46,7 +60,7 @@ class BatchOrder:
 
     def _permutation_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            generator = stream(self._seed, "order", epoch)
+            generator = stream(self._seed, *self._stream, epoch)
             order = torch.randperm(self._num_examples, generator=generator)
             self._epoch, self._permutation = epoch, order.to(self._device)
         return self._permutation

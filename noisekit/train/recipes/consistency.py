@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from noisekit.core.errors import UsageError
 from noisekit.core.vocabulary import QUANTITIES
+from noisekit.stats.contrasts import arms_named
 from noisekit.train.models import uses_batch_norm
 from noisekit.train.recipes.catalogue import analyses
 from noisekit.train.recipes.design import ContrastSpec
@@ -21,6 +22,7 @@ from noisekit.train.recipes.schedules import DecayToTheEnd
 from noisekit.train.recipes.sections import multiples
 from noisekit.train.recipes.timeline import known_in_advance, stretches
 from noisekit.train.references import is_reference
+from noisekit.train.section import run_id_of
 
 MAX_SNAPSHOTS = 1000
 
@@ -295,6 +297,14 @@ def arm_faults(names: Sequence[str]) -> Iterator[Fault]:
     for name, times in Counter(names).items():
         if times > 1:
             yield Fault("arms", f"needs a name per arm, got {name!r} {times} times")
+    folders: dict[str, str] = {}
+    for name in names:
+        other = folders.setdefault(run_id_of(name, 0), name)
+        if other != name:
+            text = (
+                f"needs names that differ in more than '/' and '=', got {other!r} and"
+            )
+            yield Fault("arms", f"{text} {name!r}")
 
 
 def analysis_faults(names: Iterable[str]) -> Iterator[Fault]:
@@ -329,11 +339,13 @@ def _faults_of_contrast(
             f"needs another arm than the treatment, {contrast.treatment!r}",
         )
     for role in ("treatment", "reference"):
-        arm = getattr(contrast, role)
-        if arm not in arms:
-            yield role, not_one_of("an arm", arm, arms)
-        elif arms[arm].having(("snapshots", "measure", "training")):
-            yield from _faults_at_snapshot(contrast, arms[arm].assembled())
+        named = getattr(contrast, role)
+        group = arms_named(named, arms)
+        if not group:
+            yield role, not_one_of("an arm", named, arms)
+        for arm in group:
+            if arms[arm].having(("snapshots", "measure", "training")):
+                yield from _faults_at_snapshot(contrast, arms[arm].assembled())
 
 
 def _faults_at_snapshot(
@@ -343,7 +355,8 @@ def _faults_at_snapshot(
     if snapshot not in arm.snapshot_names:
         yield "snapshot", not_one_of("a snapshot", snapshot, arm.snapshot_names)
         return
-    there = (*ALWAYS_RECORDED, *arm.measure.measures_at(snapshot))
+    of_forks = () if arm.start is None else ("distance_from_fork",)
+    there = (*ALWAYS_RECORDED, *of_forks, *arm.measure.measures_at(snapshot))
     if quantity not in QUANTITIES:
         yield "quantity", not_one_of("a quantity", quantity, there)
     elif quantity not in there:

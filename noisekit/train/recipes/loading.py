@@ -11,13 +11,15 @@ from noisekit.train.recipes.catalogue import find_recipe
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.recipe_errors import Fault, not_one_of, sentence, shown
 from noisekit.train.recipes.tables import (
+    MAX_ARMS,
     Table,
     contains,
     merged,
     overlap,
     parse_override,
     read_toml,
-    spread,
+    stated,
+    with_grid,
     with_settings,
 )
 
@@ -58,7 +60,9 @@ def load_recipe(
     layer = _profile_layer(path, profiles, chosen)
     settings = {key: parse_override(text) for key, text in (overrides or {}).items()}
 
+    planned, _ = _assembled(document, layer, {})
     table, faults = _assembled(document, layer, with_settings({}, settings))
+    _note_planned_seeds(table, stated(planned, "seeds.count"))
     table["profile"] = chosen
     if table.get("format") == 1:
         raise RecipeError(_written_in_format_1(path))
@@ -112,9 +116,37 @@ def _assembled(
             table.pop("arms", None)
         table = merged(table, layer, replace_kinds=layer is profile)
     if "grid" in table:
-        table["arms"], grid_faults = spread(table.pop("grid"))
+        table["arms"], grid_faults = with_grid({"grid": table.pop("grid")}, key="grid")
+        return table, faults + grid_faults
+    arms = table.get("arms")
+    if isinstance(arms, list):
+        table["arms"], grid_faults = _with_grids(arms)
         faults += grid_faults
     return table, faults
+
+
+def _with_grids(arms: list[JsonValue]) -> tuple[list[JsonValue], list[Fault]]:
+    """Return the arms, those of each arm's grid in its place."""
+    expanded: list[JsonValue] = []
+    faults: list[Fault] = []
+    for number, arm in enumerate(arms, start=1):
+        if not isinstance(arm, dict) or "grid" not in arm:
+            expanded.append(arm)
+            continue
+        of_grid, found = with_grid(arm, key=f"arms.{arm.get('name', number)}.grid")
+        expanded += of_grid
+        faults += found
+    if len(expanded) > MAX_ARMS:
+        text = f"come to {len(expanded):,}, at most {MAX_ARMS:,} are possible"
+        return [], [*faults, Fault("arms", text)]
+    return expanded, faults
+
+
+def _note_planned_seeds(table: Table, planned: JsonValue) -> None:
+    """Put on record how many seeds the file states, where others were asked for."""
+    seeds = table.get("seeds")
+    if isinstance(seeds, dict) and planned not in (None, seeds.get("count")):
+        table["seeds"] = {**seeds, "planned": planned}
 
 
 def _idle_overrides(table: Table, settings: Table) -> Iterator[Fault]:

@@ -26,9 +26,15 @@ from noisekit.train.recipes.parsing import (
 )
 from noisekit.train.recipes.recipe_errors import Fault, not_one_of, unknown_keys
 from noisekit.train.recipes.run_spec import RunSections, RunSpec
+from noisekit.train.recipes.starts import (
+    kept_optimizers,
+    origins,
+    start_faults,
+    with_seeds_of_origins,
+)
 from noisekit.train.recipes.tables import Table, overlap, short_names, stated
 from noisekit.train.references import is_reference
-from noisekit.train.section import Name
+from noisekit.train.section import Name, run_id_of
 
 
 class Recipe(RunSections):
@@ -98,8 +104,10 @@ class Recipe(RunSections):
         faults = check.faults()
         if faults:
             return None, faults
-        recipe = cls.model_construct(**check.values)
-        recipe._runs_of_arms = tuple(arm.assembled() for arm in check.arms.values())
+        runs = {name: arm.assembled() for name, arm in check.arms.items()}
+        arms = with_seeds_of_origins(check.values["arms"], origins(runs))
+        recipe = cls.model_construct(**{**check.values, "arms": arms})
+        recipe._runs_of_arms = tuple(runs.values())
         return recipe, []
 
     def stated_contrasts(self) -> tuple[Contrast, ...]:
@@ -116,6 +124,9 @@ class Recipe(RunSections):
     def adjusted(self, *, device: str | None = None, seeds: int | None = None) -> Self:
         """Return the recipe for another device or number of seeds, as far as given.
 
+        Another number of seeds than the recipe's file states is put on record beside
+        it, since results that were looked at may have led to it.
+
         Raises:
             UsageError: If there is no such device in PyTorch, or no seed is left.
         """
@@ -125,7 +136,9 @@ class Recipe(RunSections):
         if device is not None:
             table["compute"]["device"] = device
         if seeds is not None:
+            planned = self.seeds.planned or self.seeds.count
             table["seeds"]["count"] = seeds
+            table["seeds"]["planned"] = None if planned == seeds else planned
         recipe, faults = self.checked(table)
         if recipe is None:
             listed = "; ".join(map(str, faults))
@@ -133,28 +146,35 @@ class Recipe(RunSections):
         return recipe
 
     def run_specs(self) -> list[RunSpec]:
-        """Return every arm at every seed, grouped by seed."""
+        """Return every arm at each of its seeds, grouped by seed."""
+        by_arm = {arm.name: self.seeds.of_arm(arm.seeds) for arm in self.arms}
+        seeds = sorted({seed for own in by_arm.values() for seed in own})
         names = short_names(dict.fromkeys(key for arm in self.arms for key in arm.set))
-        tables = [run.model_dump(mode="json") for run in self._runs_of_arms]
-        factors = [
-            {name: stated(table, key) for key, name in names.items()}
-            for table in tables
-        ]
-        first = self.seeds.first
+        runs = dict(zip(by_arm, self._runs_of_arms, strict=True))
+        kept = kept_optimizers(runs)
+        factors = {
+            arm: {name: stated(table, key) for key, name in names.items()}
+            for arm, run in runs.items()
+            if (table := run.model_dump(mode="json"))
+        }
         return [
             RunSpec.model_construct(
                 recipe=self.name,
-                run_id=f"{arm.name}-seed{seed}",
-                arm=arm.name,
+                run_id=run_id_of(arm, seed),
+                arm=arm,
                 seed=seed,
-                factors=differs,
-                **dict(run),
+                factors=factors[arm],
+                kept_optimizers=kept.get(arm, ()),
+                **dict(self._with_split(run, seed)),
             )
-            for seed in range(first, first + self.seeds.count)
-            for arm, run, differs in zip(
-                self.arms, self._runs_of_arms, factors, strict=True
-            )
+            for seed in seeds
+            for arm, run in runs.items()
+            if seed in by_arm[arm]
         ]
+
+    def _with_split(self, run: RunSections, seed: int) -> RunSections:
+        """Return the sections of a run, with its own split where each seed has one."""
+        return run if self.seeds.split == "shared" else run.with_own_split(seed)
 
 
 _RECIPE = PartParser(Recipe)
@@ -193,6 +213,7 @@ class _Check:
             found += self._faults_of_arm(arm, known)
         contrasts = self.values["contrasts"]
         found += arm_faults([arm.name for arm in self.values["arms"]])
+        found += start_faults(self.values["arms"], self.arms, self.values["seeds"])
         found += contrast_faults(contrasts, self.arms)
         found += analysis_faults(self.values["analyses"] or ())
         return found
@@ -241,6 +262,7 @@ class _Check:
             kind = f"{fault.key.split('.')[0]}.name"
             settings = self._settings(arm)
             own = kind in settings or any(overlap(key, fault.key) for key in settings)
+            own = own or fault.key.split(".")[0] not in self._sections
             same = str(fault) if own else fault.key
             if known.isdisjoint({same, str(fault)}):
                 known.update({same, str(fault)})

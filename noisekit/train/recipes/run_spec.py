@@ -12,6 +12,7 @@ from noisekit.train.data.datasets import DataSpec
 from noisekit.train.models import ModelSpec
 from noisekit.train.recipes.batch_policies import BatchPolicySpec, ConstantBatch
 from noisekit.train.recipes.clock import Clock
+from noisekit.train.recipes.design import StartSpec, is_none
 from noisekit.train.recipes.format1 import translated_run
 from noisekit.train.recipes.measure_spec import MeasureSpec
 from noisekit.train.recipes.optimizers import OptimizerSpec
@@ -27,7 +28,7 @@ from noisekit.train.recipes.sections import (
     TrainingSpec,
 )
 from noisekit.train.references import is_reference
-from noisekit.train.section import Name, NonNegativeInt, RunId, Section
+from noisekit.train.section import ArmName, Name, NonNegativeInt, RunId, Section
 
 
 class RunSections(Section):
@@ -46,6 +47,7 @@ class RunSections(Section):
     probe: ProbeSpec = ProbeSpec()
     measure: MeasureSpec = MeasureSpec()
     compute: ComputeSpec = ComputeSpec()
+    start: StartSpec | None = Field(default=None, exclude_if=is_none)
 
     @property
     def clock(self) -> Clock:
@@ -118,14 +120,19 @@ class RunSpec(RunSections):
         arm: Name of the arm.
         seed: Seed of the run's random streams.
         factors: What the arms differ in, by short name, such as ``batch_size``.
+        kept_optimizers: Snapshots that the optimizer's state is kept at, since other
+            runs go on with it.
     """
 
     format: Literal[2] = 2
     recipe: str
     run_id: RunId
-    arm: Name
+    arm: ArmName
     seed: NonNegativeInt
     factors: dict[str, JsonValue] = Field(default_factory=dict)
+    kept_optimizers: tuple[Name, ...] = Field(
+        default=(), exclude_if=lambda names: not names
+    )
 
     def to_json(self) -> str:
         """Return the description as JSON; ``from_json`` gives an equal one back."""

@@ -1,4 +1,4 @@
-"""Plain recipe tables: read, merged, overridden, spread over a grid."""
+"""Plain recipe tables: read, merged, overridden, expanded over a grid."""
 
 import itertools
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from noisekit.core.errors import RecipeError
+from noisekit.records import RUN_COLUMNS
 from noisekit.train.recipes.recipe_errors import Fault, shown
 
 Table = dict[str, JsonValue]
@@ -150,35 +151,55 @@ def parse_override(text: str) -> JsonValue:
     return plain_table(document)["value"] if list(document) == ["value"] else text
 
 
-def spread(grid: JsonValue) -> tuple[list[JsonValue], list[Fault]]:
-    """Return the arms of a grid: every combination of its keys' values, in order."""
+def with_grid(arm: Table, *, key: str) -> tuple[list[JsonValue], list[Fault]]:
+    """Return the arms of an arm's grid: every combination of its values, in order.
+
+    Each is named by the arm, and by factor and value of each axis, as in
+    ``large/learning_rate=0.1``; its settings lie on those of the arm.
+
+    Args:
+        arm: An arm, as written; one without a name has its grid's names alone.
+        key: Dotted key of the grid, for its faults.
+    """
+    rest = {name: value for name, value in arm.items() if name != "grid"}
+    without: list[JsonValue] = [rest] if rest else []
+    grid = arm["grid"]
     if not isinstance(grid, dict):
-        return [], [Fault("grid", f"needs a table, got {shown(grid)}")]
+        return without, [Fault(key, f"needs a table, got {shown(grid)}")]
     axes: dict[str, list[JsonValue]] = {}
     faults = []
-    for key, values in flat(grid).items():
+    for axis, values in flat(grid).items():
         if isinstance(values, list) and values:
-            axes[key] = values
+            axes[axis] = values
         else:
             text = f"needs a list of one value or more, got {shown(values)}"
-            faults.append(Fault(f"grid.{key}", text))
+            faults.append(Fault(f"{key}.{axis}", text))
     count = math.prod(map(len, axes.values()))
     if count > MAX_ARMS:
         text = f"makes {count:,} arms, at most {MAX_ARMS:,} are possible"
-        return [], [*faults, Fault("grid", text)]
+        return without, [*faults, Fault(key, text)]
+    if not axes:
+        return without, faults
+    below = rest.get("set")
+    settings = below if isinstance(below, dict) else {}
     names = short_names(axes)
+    first = [str(rest["name"])] if rest.get("name") else []
     arms: list[JsonValue] = []
     for combination in itertools.product(*axes.values()):
         setting = dict(zip(axes, combination, strict=True))
-        name = ".".join(f"{names[key]}-{_word(setting[key])}" for key in axes)
-        arms.append({"name": name, "set": dict(setting)})
-    return arms if axes else [], faults
+        parts = [f"{names[axis]}={_word(value)}" for axis, value in setting.items()]
+        name = "/".join([*first, *parts])
+        arms.append({**rest, "name": name, "set": {**settings, **setting}})
+    return arms, faults
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return each dotted key's last part, or all of it where two would collide."""
+    """Return each dotted key's last part, or all of it where two would collide.
+
+    Likewise where it would collide with a column of the table of runs.
+    """
     last = {key: key.rsplit(".", 1)[-1] for key in keys}
-    ends = list(last.values())
+    ends = [*last.values(), *RUN_COLUMNS]
     return {key: end if ends.count(end) == 1 else key for key, end in last.items()}
 
 
@@ -201,8 +222,11 @@ def flat(table: Table, prefix: str = "") -> Table:
 
 
 def _word(value: JsonValue) -> str:
+    """Return a value as a part of a name."""
     if isinstance(value, list):
         return "x".join(_word(item) for item in value)
+    if isinstance(value, dict):
+        return "-".join(f"{key}-{_word(item)}" for key, item in value.items())
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:g}".replace("+", "")
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from noisekit.core.params import flatten
 from noisekit.train.data.section import TensorPair
 from noisekit.train.losses import Loss
+from noisekit.train.recipes.sections import SPLITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class Evaluation:
 
     Attributes:
         scores: ``train_loss``, ``train_error`` and so on for each part of the data,
-            ``weight_norm`` and ``distance_from_start``.
+            ``weight_norm`` and the distances.
     """
 
     scores: Mapping[str, float]
@@ -30,9 +31,9 @@ class Evaluation:
 
     def of(self, splits: Iterable[str]) -> "Evaluation":
         """Return the evaluation on some parts of the data."""
-        kept = {f"{name}_{kind}" for name in splits for kind in ("loss", "error")}
-        kept |= {"weight_norm", "distance_from_start"}
-        return Evaluation({k: v for k, v in self.scores.items() if k in kept})
+        others = set(SPLITS) - set(splits)
+        left_out = {f"{name}_{kind}" for name in others for kind in ("loss", "error")}
+        return Evaluation({k: v for k, v in self.scores.items() if k not in left_out})
 
     @property
     def headline(self) -> str:
@@ -60,7 +61,7 @@ def evaluate(
     splits: Mapping[str, TensorPair],
     loss: Loss,
     *,
-    start: Tensor,
+    starts: Mapping[str, Tensor],
     batch_size: int,
 ) -> Evaluation:
     """Evaluate ``model`` in evaluation mode on every split, and give its mode back.
@@ -72,7 +73,8 @@ def evaluate(
         model: The model.
         splits: The data, by name.
         loss: What is summed, and what counts as an error.
-        start: The initial parameters as one vector.
+        starts: Parameters that distances are measured from, each as one vector, by
+            the distance's name, such as ``distance_from_start``.
         batch_size: Examples per forward pass.
     """
     training = model.training
@@ -84,8 +86,11 @@ def evaluate(
             names += [f"{name}_loss", f"{name}_error"]
             values += _loss_and_error(model, data, loss, batch_size)
         weights = flatten(p.detach() for p in model.parameters())
-        names += ["weight_norm", "distance_from_start"]
-        values += [_norm(weights), _norm(weights - start)]
+        names += ["weight_norm", *starts]
+        values += [
+            _norm(weights),
+            *(_norm(weights - start) for start in starts.values()),
+        ]
         # One transfer from the device for all of them.
         listed: list[float] = torch.stack(values).tolist()
     model.train(training)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from noisekit.core.errors import StorageError
+from noisekit.core.evaluation_mode import batch_norms
 from noisekit.records import RunDirectory, RunStatus
 from noisekit.train.data.datasets import DataSplits, load_data
 from noisekit.train.data.section import TensorPair
@@ -16,11 +17,17 @@ from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.checkpoint import remove_checkpoints
 from noisekit.train.runs.environment import begin, computing
 from noisekit.train.runs.measure import measure_run
+from noisekit.train.runs.origin import find_origin, start_state
 from noisekit.train.runs.progress import Phase, Progress, ProgressReporter, no_progress
 from noisekit.train.runs.series import SeriesMeasurements
 from noisekit.train.runs.state import TrainState
 from noisekit.train.runs.training import Training
 
+_ENDS: Mapping[RunStatus, Phase] = {
+    RunStatus.DONE: "done",
+    RunStatus.DIVERGED: "diverged",
+    RunStatus.SKIPPED: "skipped",
+}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -30,7 +37,7 @@ class RunOutcome:
 
     Attributes:
         run_id: The run.
-        status: ``DONE`` or ``DIVERGED``.
+        status: ``DONE``, ``DIVERGED`` or ``SKIPPED``.
         reason: Which stop rule ended training, or where the loss left the numbers.
         costs: What it took, such as ``train_seconds``.
     """
@@ -48,7 +55,8 @@ def train_run(
 
     Killed at any moment and called again, it ends in the same bits as if it had not
     been killed, on the same processor, PyTorch build and number of threads. A loss
-    that is not finite ends the run as diverged, which is a result and no error.
+    that is not finite ends the run as diverged, and one whose start was never reached
+    by the run that it starts from is skipped; both are results and no errors.
 
     Args:
         spec: The run.
@@ -63,16 +71,19 @@ def train_run(
         # Only now: a run that is not complete would start anew without one.
         remove_checkpoints(run.checkpoints)
     manifest = run.manifest
-    ended: Phase = "done" if manifest.status is RunStatus.DONE else "diverged"
-    report(ended, spec.max_updates, spec.max_updates, manifest.reason)
+    report(_ENDS[manifest.status], spec.max_updates, spec.max_updates, manifest.reason)
     return RunOutcome(spec.run_id, manifest.status, manifest.reason, manifest.costs)
 
 
 def _complete(
     spec: RunSpec, run: RunDirectory, *, threads: int, report: ProgressReporter
 ) -> None:
+    origin = find_origin(spec, run)
     splits = load_data(spec.data)
     begin(run, splits)
+    if origin is not None and origin.missing:
+        _skip(run, origin.missing)
+        return
     data = _on_device(splits, spec)
 
     def build() -> nn.Module:
@@ -84,12 +95,25 @@ def _complete(
         ).to(spec.compute.device, _DTYPES[spec.compute.dtype])
 
     model = build()
+    network = {
+        "num_params": sum(p.numel() for p in model.parameters()),
+        "batch_norms": len(batch_norms(model)),
+    }
+    run.write_manifest(replace(run.manifest, network=network))
     state = TrainState.start(spec, model)
+    starts = start_state(spec, run, state, origin)
     series = SeriesMeasurements(spec, build, data)
     with (
         closing(series),
         Training(
-            spec, run, data, state=state, series=series, report=report, threads=threads
+            spec,
+            run,
+            data,
+            state=state,
+            starts=starts,
+            series=series,
+            report=report,
+            threads=threads,
         ) as training,
     ):
         training.run_to_the_end()
@@ -101,6 +125,14 @@ def _complete(
     run.write_manifest(
         replace(run.manifest, status=status, reason=state.ended, costs=costs)
     )
+
+
+def _skip(run: RunDirectory, reason: str) -> None:
+    """End a run that has nothing to start from; its tables stay empty."""
+    for _ in run.seal():
+        pass
+    skipped = replace(run.manifest, status=RunStatus.SKIPPED, reason=reason)
+    run.write_manifest(skipped)
 
 
 def _on_device(splits: DataSplits, spec: RunSpec) -> dict[str, TensorPair]:

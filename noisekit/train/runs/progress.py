@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["train", "measure", "done", "failed", "diverged"]
+Phase = Literal["train", "measure", "done", "failed", "diverged", "skipped"]
 
 
 @dataclass(frozen=True, slots=True)

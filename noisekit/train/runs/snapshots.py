@@ -1,14 +1,24 @@
 """Which weights of a run are kept, and how they lie on disk."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from noisekit.records import RunDirectory, save_tensors
+from noisekit.records import RunDirectory, load_tensors, save_tensors
 from noisekit.train.runs.evaluate import Evaluation
-from noisekit.train.runs.state import PHASE, STOP, Candidate, Row, TrainState
+from noisekit.train.runs.state import (
+    PHASE,
+    STOP,
+    Candidate,
+    Row,
+    TrainState,
+    attach,
+    detach,
+)
 
 
 def crossed_snapshots(
@@ -48,7 +58,7 @@ def candidate(
 ) -> Candidate:
     """Return the present weights with their row of the snapshots table."""
     row: Row = {"snapshot": name, "kind": kind, **position, **evaluation.scores}
-    return Candidate(row, state.weights())
+    return Candidate(row, state.weights(), state.optimizer_kept_at(name))
 
 
 def save_weights(
@@ -57,6 +67,27 @@ def save_weights(
     """Write a snapshot's weights as safetensors, durably and at once."""
     arrays = {key: tensor.detach().cpu().numpy() for key, tensor in weights.items()}
     save_tensors(directory / f"{name}.safetensors", arrays, facts)
+
+
+def save_optimizer(
+    directory: Path,
+    name: str,
+    optimizer: Mapping[str, object],
+    facts: Mapping[str, str],
+) -> None:
+    """Write the state of the optimizer at a snapshot, durably and at once."""
+    tensors, values = detach(optimizer)
+    arrays = {key: tensor.cpu().numpy() for key, tensor in tensors.items()}
+    facts = {**facts, "values": json.dumps(values)}
+    save_tensors(directory / f"{name}.safetensors", arrays, facts)
+
+
+def load_optimizer(path: Path) -> dict[str, Any]:
+    """Return the state of an optimizer that ``save_optimizer`` wrote, on the CPU."""
+    arrays, facts = load_tensors(path, ours=True)
+    tensors = {key: torch.tensor(array) for key, array in arrays.items()}
+    state: dict[str, Any] = attach(json.loads(facts["values"]), tensors)
+    return state
 
 
 def load_weights(run: RunDirectory, name: str) -> dict[str, Tensor]:

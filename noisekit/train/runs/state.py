@@ -1,6 +1,7 @@
 """Everything that a resume needs, in one object."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,10 +34,12 @@ class Candidate:
     Attributes:
         row: Their row of the snapshots table.
         weights: The model's state, copied.
+        optimizer: The optimizer's state, copied, where another run goes on with it.
     """
 
     row: Row
     weights: dict[str, Tensor]
+    optimizer: dict[str, Any] | None = None  # PyTorch's own structure
 
 
 @dataclass(slots=True)
@@ -60,6 +63,7 @@ class TrainState:
         candidates: Weights kept at crossings that may yet be undone.
         taken: Names of the snapshots taken.
         num_rows: Rows of each table that belong to this state.
+        kept_optimizers: Snapshots that the optimizer's state is kept at.
     """
 
     model: nn.Module
@@ -75,12 +79,17 @@ class TrainState:
     candidates: dict[str, Candidate] = field(default_factory=dict)
     taken: list[str] = field(default_factory=list)
     num_rows: dict[str, int] = field(default_factory=dict)
+    kept_optimizers: frozenset[str] = frozenset()
 
     @classmethod
     def start(cls, spec: RunSpec, model: nn.Module) -> "TrainState":
         """Return the state before the first update, with global randomness seeded."""
         torch.manual_seed(stream_seed(spec.seed, "training"))
-        state = cls(model=model, optimizer=spec.optimizer.build(model.parameters()))
+        state = cls(
+            model=model,
+            optimizer=spec.optimizer.build(model.parameters()),
+            kept_optimizers=frozenset(spec.kept_optimizers),
+        )
         for name, point in {**spec.snapshot_points, STOP: spec.training.stop}.items():
             state.watch(name, point)
         if spec.phases:
@@ -118,6 +127,15 @@ class TrainState:
         """Return a copy of the model's parameters and buffers."""
         state = self.model.state_dict()
         return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def optimizer_kept_at(self, snapshot: str) -> dict[str, Any] | None:
+        """Return a copy of the optimizer's state, if it is kept at a snapshot.
+
+        Buffers and step counts, without the settings, which are each run's own.
+        """
+        if snapshot not in self.kept_optimizers:
+            return None
+        return {"state": deepcopy(self.optimizer.state_dict()["state"])}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +180,11 @@ def capture(state: TrainState, probe: Probe | None) -> Captured:
         "num_rows": dict(state.num_rows),
         "candidates": {name: item.row for name, item in state.candidates.items()},
         "optimizer": _detach(state.optimizer.state_dict(), "optimizer", tensors),
+        "candidate_optimizers": {
+            name: _detach(item.optimizer, f"candidate-optimizer/{name}", tensors)
+            for name, item in state.candidates.items()
+            if item.optimizer is not None
+        },
         "probe": probe.state_dict() if probe else None,
     }
     for name, tensor in state.model.state_dict().items():
@@ -185,7 +208,7 @@ def restore(state: TrainState, probe: Probe | None, captured: Captured) -> None:
     tensors, values = captured.tensors, captured.values
     try:
         state.model.load_state_dict(_below(tensors, "model"))
-        state.optimizer.load_state_dict(_attach(values["optimizer"], tensors))
+        state.optimizer.load_state_dict(attach(values["optimizer"], tensors))
         if probe is not None and values["probe"] is not None:
             probe.load_state_dict(values["probe"])
         _restore_values(state, tensors, values)
@@ -218,8 +241,12 @@ def _restore_values(
         name: LossCrossing(**item) for name, item in values["crossings"].items()
     }
     state.stalls = {name: StallWatch(**item) for name, item in values["stalls"].items()}
+    optimizers = {
+        name: attach(item, tensors)
+        for name, item in values.get("candidate_optimizers", {}).items()
+    }
     state.candidates = {
-        name: Candidate(row, _below(tensors, f"candidate/{name}"))
+        name: Candidate(row, _below(tensors, f"candidate/{name}"), optimizers.get(name))
         for name, row in values["candidates"].items()
     }
 
@@ -231,6 +258,13 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if name.startswith(f"{prefix}/")
     }
+
+
+def detach(value: object) -> tuple[dict[str, Tensor], object]:
+    """Return the tensors of a nested state by their paths, and all else as JSON."""
+    tensors: dict[str, Tensor] = {}
+    values = _detach(value, "", tensors)
+    return tensors, values
 
 
 _TENSOR = "__tensor__"
@@ -254,12 +288,12 @@ def _detach(value: object, path: str, tensors: dict[str, Tensor]) -> object:
     return value
 
 
-def _attach(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo ``_detach``."""
+def attach(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo ``detach``."""
     if isinstance(value, list):
-        return [_attach(item, tensors) for item in value]
+        return [attach(item, tensors) for item in value]
     if isinstance(value, dict):
         if _TENSOR in value:
             return tensors[value[_TENSOR]]
-        return {key: _attach(item, tensors) for key, item in value["__pairs__"]}
+        return {key: attach(item, tensors) for key, item in value["__pairs__"]}
     return value

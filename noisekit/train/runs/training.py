@@ -29,6 +29,7 @@ from noisekit.train.runs.series import SeriesMeasurements
 from noisekit.train.runs.snapshots import (
     candidate,
     crossed_snapshots,
+    save_optimizer,
     save_weights,
 )
 from noisekit.train.runs.state import (
@@ -61,6 +62,7 @@ class Training:
         data: Mapping[str, TensorPair],
         *,
         state: TrainState,
+        starts: Mapping[str, Tensor],
         series: SeriesMeasurements,
         report: ProgressReporter,
         threads: int,
@@ -71,7 +73,7 @@ class Training:
         self._state = state
         self._report = report
         self._threads = threads
-        self._start = state.vector()
+        self._starts = starts
         self._clock = spec.clock
         self._max_updates = spec.max_updates
         self._loss = find_loss(spec.training.loss)
@@ -314,7 +316,7 @@ class Training:
                 self._state.model,
                 {name: self._data[name] for name in missing},
                 self._loss,
-                start=self._start,
+                starts=self._starts,
                 batch_size=self._spec.evaluation.batch_size,
             )
             scores.update(found.scores)
@@ -348,6 +350,8 @@ class Training:
     def _take(self, name: str, kept: Candidate) -> None:
         facts = {"run_id": self._spec.run_id, "step": str(kept.row["step"])}
         save_weights(self._run.snapshots, name, kept.weights, facts)
+        if kept.optimizer is not None:
+            save_optimizer(self._run.optimizers, name, kept.optimizer, facts)
         self._recorder.append("snapshots", kept.row)
         self._state.candidates.pop(name, None)
         self._state.taken.append(name)

@@ -19,7 +19,10 @@ class Updates:
         self._train = train
         self._loss_fn = loss_fn
         self._order = BatchOrder(
-            spec.seed, num_examples=len(train), device=spec.compute.device
+            spec.seed,
+            num_examples=len(train),
+            device=spec.compute.device,
+            order=0 if spec.start is None else spec.start.order,
         )
         self._settings: Settings = {}
 

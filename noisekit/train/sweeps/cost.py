@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,14 @@ from noisekit.train.recipes.probe_spec import ProbeSpec
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.environment import computing
+from noisekit.train.section import run_id_of
 
 _TIMING_SECONDS = 2.0
 _TIMED_EXAMPLES = 2048
 """Most examples that are timed at once; larger sets are scaled up from there."""
+
+_OPTIMIZER_COPIES = 2
+"""Most copies of the parameters that an optimizer's state holds, as Adam's does."""
 
 _WORKER_START_SECONDS = 4.0
 _ROW_BYTES = 250
@@ -83,16 +87,30 @@ def estimate_cost(recipe: Recipe, *, workers: int | None = None) -> Cost:
     kinds = {_kind(spec): spec for spec in specs}
     budget = _TIMING_SECONDS / len(kinds)
     timings = {kind: _time_run(spec, budget) for kind, spec in kinds.items()}
-    seconds = sum(_run_seconds(spec, timings[_kind(spec)]) for spec in specs)
+    of_runs = {s.run_id: _run_seconds(s, timings[_kind(s)]) for s in specs}
+    seconds = max(sum(of_runs.values()) / count, longest_chain(specs, of_runs))
     return Cost(
         num_runs=len(specs),
         updates=sum(spec.max_updates for spec in specs),
         gradient_evaluations=sum(s.max_updates * s.training.batch_size for s in specs),
         hessian_products=sum(_products(spec) for spec in specs),
         disk_bytes=sum(_disk(s, timings[_kind(s)].num_params) for s in specs),
-        seconds=seconds / count + (_WORKER_START_SECONDS if workers != 0 else 0.0),
+        seconds=seconds + (_WORKER_START_SECONDS if workers != 0 else 0.0),
         workers=count,
     )
+
+
+def longest_chain(specs: Sequence[RunSpec], seconds: Mapping[str, float]) -> float:
+    """Return the time of the longest chain of runs that start one from the other."""
+    by_id = {spec.run_id: spec for spec in specs}
+
+    def until_done(spec: RunSpec) -> float:
+        own = seconds[spec.run_id]
+        if spec.start is None:
+            return own
+        return own + until_done(by_id[run_id_of(spec.start.arm, spec.seed)])
+
+    return max(map(until_done, specs))
 
 
 def duration(seconds: float) -> str:
@@ -159,7 +177,8 @@ def _products(spec: RunSpec) -> int:
 
 
 def _disk(spec: RunSpec, num_params: int) -> int:
-    tensors = len(spec.snapshot_names) * num_params * 4
+    states = _OPTIMIZER_COPIES * len(spec.kept_optimizers)
+    tensors = (len(spec.snapshot_names) + states) * num_params * 4
     readings = spec.max_updates // spec.probe.every if spec.probe.every else 0
     rows = readings + _num_evaluations(spec)
     beside = readings * (len(spec.probe.estimator) - 1) * _ESTIMATOR_BYTES

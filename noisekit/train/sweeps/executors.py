@@ -9,22 +9,20 @@ import os
 import signal
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 from noisekit.core.errors import NoisekitError, RunFailedError, RunLockedError
 from noisekit.core.worker_process import run_while_parent_lives
 from noisekit.records import Manifest, RunDirectory, RunStatus
-from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.references import allow_code
 from noisekit.train.runs.loop import train_run
 from noisekit.train.runs.progress import Progress, ProgressEvent, no_progress
+from noisekit.train.sweeps.job_queue import Job, JobOutcome, JobQueue
 
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -35,30 +33,6 @@ _THREAD_VARIABLES = (
 _EVENT_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
 _READY = "ready"
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One run to execute.
-
-    Attributes:
-        spec: Its description.
-        path: Its directory.
-        allow_code: Whether code that the description names may be imported.
-    """
-
-    spec: RunSpec
-    path: Path
-    allow_code: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class JobOutcome:
-    """How a run ended: ``done``, ``diverged`` or ``failed``, and why."""
-
-    run_id: str
-    status: RunStatus
-    reason: str = ""
 
 
 def execute(job: Job, *, progress: Progress = no_progress) -> JobOutcome:
@@ -86,7 +60,10 @@ def execute_here(
     jobs: Sequence[Job], *, progress: Progress = no_progress
 ) -> list[JobOutcome]:
     """Execute runs one after the other in this process."""
-    return [execute(job, progress=progress) for job in jobs]
+    queue, outcomes = JobQueue(jobs), list[JobOutcome]()
+    while (job := queue.take()) is not None:
+        outcomes += _ended(queue, execute(job, progress=progress), progress)
+    return outcomes
 
 
 def execute_in_processes(
@@ -95,30 +72,42 @@ def execute_in_processes(
     """Execute runs in spawned processes, at most ``workers`` at the same time.
 
     Args:
-        jobs: The runs.
+        jobs: The runs; one that starts from another begins once that is complete.
         workers: Most processes at the same time.
         threads: Threads of each process, set before its libraries are loaded.
         progress: Called in this process, with the events of all runs.
     """
-    waiting = deque(jobs)
+    queue = JobQueue(jobs)
     outcomes: list[JobOutcome] = []
     pool: list[_Worker] = []
     try:
         with _thread_variables(threads):
-            while waiting or any(worker.job for worker in pool):
+            while queue or any(worker.job for worker in pool):
                 busy = sum(worker.job is not None for worker in pool)
-                while len(pool) < min(workers, busy + len(waiting)):
+                while len(pool) < min(workers, busy + queue.num_ready):
                     pool.append(_Worker())
                 for worker in pool:
-                    if waiting and worker.job is None:
-                        worker.give(waiting.popleft())
-                outcomes += _heard(pool, progress)
+                    if worker.job is None and (job := queue.take()) is not None:
+                        worker.give(job)
+                for outcome in _heard(pool, progress):
+                    outcomes += _ended(queue, outcome, progress)
                 pool = [worker for worker in pool if worker.alive]
     finally:
         for worker in pool:
             worker.process.terminate()
         for worker in pool:
             worker.stop()
+    return outcomes
+
+
+def _ended(
+    queue: JobQueue, outcome: JobOutcome, progress: Progress
+) -> list[JobOutcome]:
+    """Return an outcome, and those of the runs that can no longer run after it."""
+    outcomes = [outcome]
+    for job, reason in queue.end(outcome):
+        outcomes.append(_failed(job, reason))
+        progress(_failure_event(outcomes[-1]))
     return outcomes
 
 

@@ -1,5 +1,6 @@
 """What a set of runs was made from, and how far its runs are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 from noisekit.core.errors import RecipeError, RunDirectoryError
 from noisekit.records import RunDirectory, RunStatus, read_set
 from noisekit.train.recipes.recipe import Recipe
+from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.recipes.tables import Table
+from noisekit.train.section import run_id_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,8 @@ class RunProgress:
 
     Attributes:
         run_id: The run.
-        status: As in its manifest, or ``missing``, ``damaged``, ``interrupted``.
+        status: As in its manifest, or ``missing``, ``damaged``, ``interrupted``, or
+            ``waiting`` for the run that it starts from.
         updates: Updates up to its last evaluation, or its last reading.
         max_updates: Most updates that it may take; ``None`` where no recipe says.
         snapshots: Snapshots that have been measured.
@@ -35,7 +39,7 @@ class RunProgress:
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
-        return self.status in {RunStatus.DONE, RunStatus.DIVERGED}
+        return self.status in set(RunStatus) and RunStatus(self.status).complete
 
     def cells(self) -> tuple[str, str, str, str, str]:
         """Return the row as text: run, status, updates, snapshots, detail."""
@@ -85,10 +89,24 @@ def status(set_dir: Path | str) -> list[RunProgress]:
         if not found:
             raise
         return [_run_progress(run.name, run, None) for run in found]
-    return [
-        _run_progress(spec.run_id, path / "runs" / spec.run_id, spec.max_updates)
+    rows = {
+        spec.run_id: _run_progress(
+            spec.run_id, path / "runs" / spec.run_id, spec.max_updates
+        )
         for spec in specs
-    ]
+    }
+    return [_waiting(spec, rows) for spec in specs]
+
+
+def _waiting(spec: RunSpec, rows: Mapping[str, RunProgress]) -> RunProgress:
+    """Return a run's row; one that has not begun says what it waits for, if so."""
+    row = rows[spec.run_id]
+    if spec.start is None or row.status not in {"missing", RunStatus.CREATED}:
+        return row
+    origin = rows[run_id_of(spec.start.arm, spec.seed)]
+    if origin.complete:
+        return row
+    return replace(row, status="waiting", detail=f"for run {origin.run_id}")
 
 
 def _run_progress(run_id: str, path: Path, max_updates: int | None) -> RunProgress:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,12 +36,8 @@ from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.recipes.tables import Table, differences
 from noisekit.train.runs.progress import Progress, no_progress
-from noisekit.train.sweeps.executors import (
-    Job,
-    JobOutcome,
-    execute_here,
-    execute_in_processes,
-)
+from noisekit.train.sweeps.executors import execute_here, execute_in_processes
+from noisekit.train.sweeps.job_queue import Job, JobOutcome
 from noisekit.train.sweeps.run_status import recorded_recipe, status
 
 _LISTED = 5
@@ -64,8 +61,9 @@ def run(
     """Execute every arm at every seed of a recipe, and return the runs.
 
     In a directory that already holds runs of the same recipe, only what is missing is
-    executed. A run that diverges is a result; one that fails does not stop the
-    others, and in the end ``RunFailedError`` names it. A directory that holds
+    executed. A run that starts from another begins once that is complete. A run that
+    diverges is a result; one that fails stops those alone that start from it, and in
+    the end ``RunFailedError`` names it. A directory that holds
     anything else, and what this machine lacks, are refused before the first run.
 
     Args:
@@ -180,7 +178,8 @@ def _check_what_is_left(path: Path, recipe: Recipe) -> None:
 
 def _identity(recipe: Recipe) -> Table:
     """Return what makes two recipes the same: not its words, nor how many workers."""
-    content: Table = recipe.model_dump(mode="json", exclude={"title", "cost"})
+    words: Any = {"title": True, "cost": True, "seeds": {"planned"}}
+    content: Table = recipe.model_dump(mode="json", exclude=words)
     compute = content["compute"]
     assert isinstance(compute, dict)
     del compute["workers"]

@@ -208,10 +208,10 @@ def test_grid_takes_the_place_of_arms(write) -> None:
     """
     recipe = load_recipe(write(), profile="rates")
     assert [arm.name for arm in recipe.arms] == [
-        "learning_rate-0.1.batch_size-8",
-        "learning_rate-0.1.batch_size-32",
-        "learning_rate-0.001.batch_size-8",
-        "learning_rate-0.001.batch_size-32",
+        "learning_rate=0.1/batch_size=8",
+        "learning_rate=0.1/batch_size=32",
+        "learning_rate=0.001/batch_size=8",
+        "learning_rate=0.001/batch_size=32",
     ]
     assert recipe.arms[3].set == {
         "optimizer.learning_rate": 1e-3,
@@ -550,8 +550,8 @@ def test_fault_names_key_and_remedy(write, settings, said) -> None:
             "seeds.first: needs a number at most 1e+15, got 9223372036854775807",
         ),
         (
-            {"arms": [{"name": "a" * 81}]},
-            "arms[1].name: needs text of at most 80 characters",
+            {"arms": [{"name": "a" * 161}]},
+            "arms[1].name: needs text of at most 160 characters",
         ),
         (
             {"measure__settings": {"epsilon_sharpness": {"epsilon": []}}},
@@ -603,10 +603,10 @@ def test_impossible_value_is_a_fault_and_not_an_error_later(
 
 
 def test_the_longest_names_can_be_run(write) -> None:
-    """Catches: an arm of 80 characters whose run's name is then too long."""
-    arms = [{"name": "a" * 80}, {"name": "b" * 79}]
+    """Catches: an arm of 160 characters whose run's name is then too long."""
+    arms = [{"name": "a" * 160}, {"name": "b" * 159}]
     recipe = load_recipe(write(arms=arms, contrasts=[], seeds__first=10**9))
-    assert max(len(spec.run_id) for spec in recipe.run_specs()) == 95
+    assert max(len(spec.run_id) for spec in recipe.run_specs()) == 175
 
 
 def test_grid_beyond_bounds_is_counted_and_not_made(write) -> None:
@@ -814,7 +814,7 @@ def test_adjusting_checks_what_it_is_given(write) -> None:
     recipe = load_recipe(write())
     assert recipe.adjusted() == recipe
     assert recipe.adjusted(seeds=7).seeds == recipe.seeds.model_copy(
-        update={"count": 7}
+        update={"count": 7, "planned": 2}
     )
     with pytest.raises(UsageError, match="count: needs a number at least 1, got 0"):
         recipe.adjusted(seeds=0)

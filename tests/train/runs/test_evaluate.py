@@ -33,7 +33,7 @@ def test_ragged_chunks_weigh_by_examples() -> None:
             model,
             {"train": data},
             LOSS,
-            start=torch.zeros(47),
+            starts={"distance_from_start": torch.zeros(47)},
             batch_size=batch_size,
         )
         assert abs(found.train_loss - wanted[0]) < 1e-6
@@ -47,7 +47,13 @@ def test_the_model_is_given_back() -> None:
     """
     model, data = model_and_data()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    evaluate(model, {"train": data}, LOSS, start=torch.zeros(47), batch_size=10)
+    evaluate(
+        model,
+        {"train": data},
+        LOSS,
+        starts={"distance_from_start": torch.zeros(47)},
+        batch_size=10,
+    )
     correct_examples(model, data, LOSS, batch_size=10)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -59,7 +65,13 @@ def test_norm_and_distance_are_over_all_parameters() -> None:
     """Catches: a norm of norms; buffers counted as weights."""
     model, data = model_and_data()
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    found = evaluate(model, {"train": data}, LOSS, start=weights - 2.0, batch_size=37)
+    found = evaluate(
+        model,
+        {"train": data},
+        LOSS,
+        starts={"distance_from_start": weights - 2.0},
+        batch_size=37,
+    )
     norm = weights.double().square().sum().sqrt().item()
     distance = (4.0 * len(weights)) ** 0.5
     assert abs(found.scores["weight_norm"] - norm) < 1e-6
