@@ -73,7 +73,7 @@ class FrameEncoder:
         return _LENGTH.pack(len(payload)) + self._next + payload
 
     def commit(self) -> None:
-        """Take the frame made last as written."""
+        """Chain the next checksum to the last frame, which has been written."""
         self._previous = self._next
 
 
@@ -161,7 +161,7 @@ def _frames(data: bytes) -> Iterator[bytes | str]:
     while place < len(data):
         start = place + _LENGTH.size + _CHECKSUM_BYTES
         if start > len(data):
-            yield "torn"
+            yield "torn"  # the file ends inside a frame: an interrupted write
             return
         (length,) = _LENGTH.unpack_from(data, place)
         payload = bytes(view[start : start + length])
@@ -170,7 +170,7 @@ def _frames(data: bytes) -> Iterator[bytes | str]:
             return
         previous = _checksum(previous, payload)
         if previous != data[start - _CHECKSUM_BYTES : start]:
-            yield "damaged"
+            yield "damaged"  # whole, but altered
             return
         yield payload
         place = start + length

@@ -16,6 +16,7 @@ from noisekit.records.segments import FrameEncoder, encode_batch, segment_path
 
 Cell = bool | int | float | str | None
 
+# Rows share the fixed cost of a frame; a killed process loses at most those of one.
 _FLUSH_ROWS = 256
 _FLUSH_SECONDS = 2.0
 
@@ -42,8 +43,8 @@ class TableWriter:
         self._path = segment_path(run, table, number)
         self._pending: list[Mapping[str, Cell]] = []
         self._flushed_at = time.monotonic()
-        self._size = 0
-        self._durable_size = 0
+        self._size = 0  # bytes of whole frames
+        self._durable_size = 0  # of those, bytes known to be on the disk
         self.num_rows = first_row
         self._frames = FrameEncoder()
         header = self._frames.header(
@@ -51,6 +52,7 @@ class TableWriter:
         )
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # O_EXCL: a second writer of the same segment would interleave its frames.
             self._file = os.open(
                 self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644
             )
@@ -58,6 +60,7 @@ class TableWriter:
             raise storage_error(self._path, error) from error
         try:
             self._write(header)
+            # A new file survives a power failure only once its directory entry does.
             sync_directory(self._path.parent)
         except StorageError:
             self.close()
@@ -78,10 +81,10 @@ class TableWriter:
         self.flush(durable=True)
 
     def flush(self, *, durable: bool = False) -> int:
-        """Write what is pending and return the number of rows of the table.
+        """Write pending rows and return the number of rows of the table.
 
         Args:
-            durable: Also wait until the disk has it.
+            durable: Also wait for ``fsync``.
 
         Raises:
             UsageError: If a row has a value of the wrong type.
@@ -106,7 +109,7 @@ class TableWriter:
         return self.num_rows
 
     def close(self) -> None:
-        """Give the file back; rows still pending are not written."""
+        """Close the file; pending rows are not written."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -121,7 +124,7 @@ class TableWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Flush unless an error is on its way, and close."""
+        """Flush unless an exception is propagating, and close."""
         try:
             if error is None:
                 self.flush(durable=True)
@@ -142,11 +145,15 @@ class TableWriter:
         view = memoryview(data)
         written = 0
         try:
+            # os.write may be short, as on a nearly full disk or after a signal.
             while written < len(view):
                 written += os.write(self._file, view[written:])
         except OSError as error:
+            # Back to the last whole frame: a reader stops at the first torn one, and
+            # would not see frames written after it.
             os.ftruncate(self._file, self._size)
             os.lseek(self._file, self._size, os.SEEK_SET)
             raise storage_error(self._path, error) from error
         self._size += written
+        # Only now does the next checksum chain to this frame; a failed one is retried.
         self._frames.commit()

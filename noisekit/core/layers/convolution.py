@@ -19,17 +19,18 @@ from noisekit.core.layers.rule import (
 )
 
 GRAM_ADVANTAGE = 2
-"""How much cheaper the Gram form must look: it copies patches, which costs."""
+"""Ratio of multiplications at which the Gram form pays for copying the patches."""
 
 CACHE_SHARE = 4
-"""Slices this much smaller stay in a processor's cache, and go twice as fast."""
+"""Divides the working memory of a slice, so that it stays in the processor's cache:
+twice as fast."""
 
 FEW_CHANNELS = 4
-"""So few input channels leave the vector units of a grouped convolution idle."""
+"""Input channels up to which a grouped convolution leaves vector units idle."""
 
 
 class Form(Enum):
-    """An exact way to the squared norms."""
+    """Equivalent formulas for the squared norms, of different cost."""
 
     GROUPED = "one convolution whose groups are the examples"
     PATCHES = "a product of patches and output gradients"
@@ -112,7 +113,7 @@ class ConvRule(LayerRule):
 
 
 def form_for(call: LayerCall) -> Form:
-    """Return the cheapest exact form: the sizes decide, so that runs repeat."""
+    """Return the cheapest form by operation counts, not by timing: runs repeat."""
     conv = _conv(call)
     fan_in, out_channels = conv.weight[0].numel(), conv.weight.shape[0]
     transposed = isinstance(conv, _ConvTransposeNd)
@@ -132,7 +133,7 @@ def _gradient_form(call: LayerCall) -> Form:
 
 
 def _working_memory(call: LayerCall, form: Form) -> int:
-    """Elements that one example takes while it is worked on."""
+    """Elements of temporary memory per example."""
     conv = _conv(call)
     signal = call.input[0].numel()
     if form is Form.GROUPED:

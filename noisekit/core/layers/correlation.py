@@ -1,8 +1,13 @@
-"""The weight gradient of a convolution, as a correlation of two signals.
+r"""The weight gradient of a convolution, as a correlation of two signals.
+
+With input ``x``, output gradient ``r``, stride ``s``, dilation ``d`` and padding ``p``,
+in one dimension and one group:
+
+.. math:: \frac{\partial L}{\partial W_{oik}} = \sum_l r_{ol}\; x_{i,\, s l + d k - p}
 
 A transposed convolution is the adjoint of a convolution, so that in its weight
-gradient the input and the output gradient change places. Everything below knows
-convolutions only.
+gradient the input and the output gradient change places. Everything below is written
+for convolutions only.
 """
 
 from dataclasses import dataclass
@@ -18,11 +23,11 @@ from noisekit.core.layers.rule import LayerCall, widen
 
 @dataclass(frozen=True, slots=True)
 class Correlation:
-    """What is correlated for some examples of one call.
+    """The two signals of some examples of one call, and the convolution's geometry.
 
     Attributes:
-        signal: What the weight slides over ``(n, in, *extents)``.
-        response: What each of its positions is weighted with ``(n, out, *positions)``.
+        signal: ``x``, over which the kernel moves ``(n, in, *extents)``.
+        response: ``r``, one value per position of the kernel ``(n, out, *positions)``.
         kernel: Shape of the weight ``(out, in / groups, *sizes)``.
         stride: Per axis.
         padding: Zeros on both sides, per axis.
@@ -62,8 +67,13 @@ class Correlation:
         )
 
     def example_grads(self) -> Tensor:
-        """Weight gradients ``(n, *kernel)``, as one convolution of many groups."""
+        """Weight gradients ``(n, *kernel)``, by one convolution with ``n groups``.
+
+        Groups of channels do not mix, so that examples laid out as groups of a single
+        image have separate gradients (Rochette et al. 2019, arXiv:1912.06015).
+        """
         count = self.signal.shape[0]
+        # (n, in, *extents) -> (1, n in, *extents), and the same for the response.
         grads = self._weight_grad(
             self.signal.reshape(1, -1, *self.signal.shape[2:]),
             self.response.reshape(1, -1, *self.response.shape[2:]),
@@ -77,6 +87,7 @@ class Correlation:
 
     def _weight_grad(self, signal: Tensor, response: Tensor, copies: int) -> Tensor:
         out_channels, *rest = self.kernel
+        # Only the weight's shape is read, so that one element stands for all of it.
         weight = signal.new_empty(1).expand(copies * out_channels, *rest)
         grad: Tensor = torch.ops.aten.convolution_backward(
             response,
@@ -86,20 +97,24 @@ class Correlation:
             self.stride,
             self.padding,
             self.dilation,
-            False,
+            False,  # not transposed
             (0,) * len(self.stride),
             copies * self.groups,
-            (False, True, False),
+            (False, True, False),  # of the weight only
         )[1]
         return grad
 
     def grads_by_patches(self) -> Tensor:
-        """Weight gradients as products ``(n, groups, fan_in, out / groups)``."""
+        """Weight gradients ``(n, groups, fan_in, out / groups)``, as matrix products.
+
+        The sum over positions ``l`` is a product of unfolded patches ("im2col"),
+        ``(fan_in, L)``, with responses ``(L, out)``.
+        """
         patches, response = self._by_group()
         return patches @ response.mT
 
     def gram_sq_norms(self) -> Tensor:
-        """Squared norms ``(n,)`` from products over pairs of positions."""
+        """Squared norms ``(n,)``, as ``sum_lm <x_l, x_m> <r_l, r_m>`` over patches."""
         patches, response = self._by_group()
         return gram_sq_norms(patches.mT, response.mT).sum(1)
 
@@ -111,7 +126,12 @@ class Correlation:
         return patches, response.reshape(*by_group, response.shape[2])
 
     def _patches(self) -> Tensor:
-        """What each position of the response sees ``(n, in, *sizes, *positions)``."""
+        """The patch under each position of the kernel ``(n, in, *sizes, *positions)``.
+
+        Element ``[k, l]`` is ``x[s l + d k]``: a strided view of the padded signal,
+        which copies nothing until it is reshaped. Its elements overlap in memory, so
+        that it must not be written to.
+        """
         pads = [pad for pad in reversed(self.padding) for _ in range(2)]
         signal = functional.pad(self.signal, pads) if any(pads) else self.signal
         sizes, positions = self.kernel[2:], self.response.shape[2:]
@@ -130,8 +150,12 @@ def _sizes(padding: str | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _all_positions(conv: _ConvTransposeNd, signal: Tensor, response: Tensor) -> Tensor:
-    """The response with zeros where output padding makes room for further positions."""
-    pads: list[int] = []
+    """The response, padded with zeros to all positions of the kernel.
+
+    A signal of ``e`` extents has ``(e + 2 p - d (k - 1) - 1) // s + 1`` of them; output
+    padding makes the signal longer than the response is for.
+    """
+    pads: list[int] = []  # in the order of functional.pad: last axis first
     for axis, size in enumerate(conv.kernel_size):
         padding, stride = _sizes(conv.padding)[axis], conv.stride[axis]
         reach = signal.shape[2 + axis] + 2 * padding - conv.dilation[axis] * (size - 1)
@@ -140,8 +164,12 @@ def _all_positions(conv: _ConvTransposeNd, signal: Tensor, response: Tensor) -> 
 
 
 def _padded(conv: _ConvNd, inputs: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The input with all padding written out that is not zeros alike on both sides."""
-    pads = conv._reversed_padding_repeated_twice
+    """The input, and its zero padding per axis; other padding is written out.
+
+    ``aten.convolution_backward`` takes zeros only, as many on both sides of an axis:
+    reflection and the like, and ``padding="same"`` with an even kernel, are neither.
+    """
+    pads = conv._reversed_padding_repeated_twice  # (left, right), last axis first
     if conv.padding_mode != "zeros":
         written = functional.pad(inputs, pads, mode=conv.padding_mode)
         return written, (0,) * len(conv.stride)

@@ -20,7 +20,7 @@ from noisekit.core.layers.rule import (
 class EmbeddingRule(LayerRule):
     """``nn.Embedding``: an example's gradient has as many rows as it has indices.
 
-    ``max_norm`` is no matter: it rescales the table before the lookup, and the
+    ``max_norm`` makes no difference: it rescales the table before the lookup, and the
     gradient of a lookup does not depend on the table.
     """
 
@@ -100,14 +100,18 @@ def _occurrences(call: LayerCall) -> tuple[Tensor, Tensor]:
 
 
 def _rows_used(indices: Tensor, grads: Tensor, num_rows: int) -> Tensor:
-    """Each example's rows of the table, in the smaller of two orders."""
+    """Each example's gradient rows ``(N, rows, d)``, numbered the shorter way.
+
+    By row of the table, or by the distinct indices of the example.
+    """
     if num_rows <= indices.shape[1]:
         return _added_to_slots(indices, grads, num_rows)
     return _added_to_slots(_slots(indices), grads, indices.shape[1])
 
 
 def _slots(indices: Tensor) -> Tensor:
-    """Number the different indices of each example from zero: ``(N, T)``."""
+    """Number the distinct indices of each example from zero: ``(N, T)``."""
+    # Sort, count the changes along the sorted row, and undo the sort.
     ordered, order = indices.sort(1)
     numbers = torch.zeros_like(indices)
     numbers[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
@@ -115,7 +119,10 @@ def _slots(indices: Tensor) -> Tensor:
 
 
 def _added_to_slots(slots: Tensor, grads: Tensor, num_slots: int) -> Tensor:
-    """Sums over the positions of every slot: ``(N, num_slots, d)``."""
+    """Sums over the positions of every slot: ``(N, num_slots, d)``.
+
+    One ``index_add_`` over all examples, each with an offset of its own.
+    """
     count, width = len(slots), grads.shape[2]
     first = torch.arange(0, count * num_slots, num_slots, device=slots.device)
     sums = grads.new_zeros(count * num_slots, width)

@@ -15,15 +15,17 @@ from noisekit.core.layers.rule import (
 )
 
 BLOCK = 32
-"""Positions taken at a time: long enough for fast products, short enough to halve."""
+"""Rows of Gram matrices formed at a time: enough for fast matrix products, few enough
+that the skipped blocks below the diagonal are nearly half of all."""
 
 
 def gram_sq_norms(inputs: Tensor, grads: Tensor) -> Tensor:
-    r"""Return :math:`|\sum_t b_t a_t^\top|^2` of every matrix in the batch.
+    r"""Return :math:`\|\sum_t b_t a_t^\top\|_F^2` of every matrix in the batch.
 
-    It is the sum of :math:`\langle a_t, a_s \rangle \langle b_t, b_s \rangle` over the
-    pairs of positions. The pairs are symmetric, so that blocks below the diagonal are
-    left out: with many positions that is nearly half of the arithmetic.
+    It equals :math:`\sum_{ts} \langle a_t, a_s \rangle \langle b_t, b_s \rangle`, the
+    sum of the element-wise product of two Gram matrices, and takes no memory for the
+    matrix itself. The Gram matrices are symmetric, so that blocks below the diagonal
+    are not computed: with many positions that saves nearly half of the arithmetic.
 
     Args:
         inputs: The ``a_t``, as ``(*batch, T, d_in)``.
@@ -32,11 +34,12 @@ def gram_sq_norms(inputs: Tensor, grads: Tensor) -> Tensor:
     parts = []
     for start in range(0, inputs.shape[-2], BLOCK):
         rows = slice(start, start + BLOCK)
-        # (*batch, block, T - start); those left of the diagonal are never formed.
+        # (*batch, block, T - start): block rows from the diagonal to the right.
         products = inputs[..., rows, :] @ inputs[..., start:, :].mT
         products.mul_(grads[..., rows, :] @ grads[..., start:, :].mT)
         parts.append(products[..., : products.shape[-2]].sum((-2, -1)))
         if start + BLOCK < inputs.shape[-2]:
+            # Each block right of the diagonal stands for its transpose as well.
             above = products[..., products.shape[-2] :].sum((-2, -1))
             parts.append(above.mul_(2))
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
@@ -64,8 +67,9 @@ class LinearRule(LayerRule):
 
     def sq_norms(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
         """Two row norms, a product of Gram matrices, or the gradients themselves."""
-        inputs, grads = _positions(call)
+        inputs, grads = _positions(call)  # (N, T, in) and (N, T, out)
         if inputs.shape[1] == 1:
+            # |b a'|_F = |a| |b|: the gradient of one position has rank one.
             bias = row_sq_norms(grads)
             both = {"weight": row_sq_norms(inputs) * bias, "bias": bias}
             return {name: both[name] for name in names}
@@ -79,6 +83,7 @@ class LinearRule(LayerRule):
     def _weight_sq_norms(self, inputs: Tensor, grads: Tensor) -> Tensor:
         num_examples, positions, fan_in = inputs.shape
         fan_out = grads.shape[2]
+        # Gram matrices take T^2 (in + out) multiplications, gradients T in out.
         if gram_cost(positions, fan_in + fan_out) < positions * fan_in * fan_out:
             return over_rows(
                 lambda rows: gram_sq_norms(inputs[rows], grads[rows]),
@@ -127,6 +132,7 @@ class LinearRule(LayerRule):
         inputs, grads = _positions(call)
         if inputs.shape[1] > 1:
             return super().square_sums(call, names)
+        # (b_o a_i)^2 = b_o^2 a_i^2, so that the sum over examples is one product.
         squares = grads[:, 0].square()  # (N, out)
         found = {}
         if "weight" in names:
