@@ -24,6 +24,7 @@ from noisekit.auditing.problem import (
     question_of,
 )
 from noisekit.auditing.report import AuditReport, AuditRow, AuditVerdict
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
@@ -31,6 +32,7 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import Count, Fraction, check_settings
 from noisekit.curvature.random_vectors import entropy_generator
 
 _DENSE = "dense Hessian"
@@ -51,8 +53,8 @@ class Comparison:
         max_params: Most parameters for a dense Hessian.
     """
 
-    rtol: float = 0.01
-    max_params: int = 2000
+    rtol: Fraction = 0.01
+    max_params: Count = 2000
 
     def __post_init__(self) -> None:
         """Refuse a tolerance that is none.
@@ -60,13 +62,13 @@ class Comparison:
         Raises:
             UsageError: If ``rtol`` is out of range.
         """
-        if not 0 < self.rtol < 1:
-            raise UsageError(f"rtol needs to be between 0 and 1, got {self.rtol}.")
+        check_settings(self)
 
 
 _DEFAULT_COMPARISON = Comparison()
 
 
+@checked
 def audit(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -280,13 +282,9 @@ def _checked(
     quantities: tuple[AuditQuantity, ...],
     reported: Mapping[str, Mapping[AuditQuantity, float]],
 ) -> tuple[AuditQuantity, ...]:
-    known = get_args(AuditQuantity)
-    unknown = [name for name in quantities if name not in known]
-    if unknown or not quantities:
-        raise UsageError(
-            f"audit needs quantities of {', '.join(known)}, got "
-            f"{', '.join(map(repr, unknown)) or 'none'}."
-        )
+    if not quantities:
+        listed = ", ".join(get_args(AuditQuantity))
+        raise UsageError(f"quantities needs one of {listed} or more, got none.")
     strangers = [name for name in reported if name not in CONVENTIONS]
     if strangers:
         raise UsageError(

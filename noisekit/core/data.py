@@ -9,6 +9,7 @@ from typing import overload
 import torch
 from torch import nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import (
     Batch,
     ModelBatches,
@@ -29,6 +30,7 @@ from noisekit.core.evaluation_mode import BatchNormPolicy, batch_norms
 from noisekit.core.model_state import ModelState
 from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.restorable import GENERATORS
+from noisekit.core.settings import Count, PositiveInt
 
 MEMORY_BUDGET = 2**30
 _MASK = 2**128 - 1
@@ -124,11 +126,12 @@ class StreamedBatches:
         return f"{self._digest:032x}"
 
 
+@checked
 def freeze(
     loader: Iterable[Batch],
     *,
-    num_examples: int | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    num_examples: PositiveInt | None = None,
+    memory_budget: Count = MEMORY_BUDGET,
 ) -> HeldBatches:
     """Return the batches of one pass over ``loader``, held in memory.
 
@@ -152,8 +155,6 @@ def freeze(
         >>> [len(inputs) for inputs, _ in batches]
         [4, 2]
     """
-    if num_examples is not None and num_examples < 1:
-        raise UsageError(f"num_examples needs to be at least 1, got {num_examples}.")
     batches, complete = read_batches(
         loader, num_examples=num_examples, memory_budget=memory_budget
     )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from noisekit.core.arguments import shown
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import unwrap_compiled
 
@@ -68,6 +69,13 @@ def ranks_of(source: RanksSource) -> Ranks:
         source = wrapped.process_group
     if source is None:
         return Ranks()
+    if not dist.is_initialized() or not _is_group(source):
+        started = "" if dist.is_initialized() else " in a process without any"
+        raise UsageError(
+            "process_group needs to be a torch.distributed.ProcessGroup, got "
+            f"{shown(source)}{started}; leave it out for a process on its own, or call "
+            "torch.distributed.init_process_group() first."
+        )
     rank = dist.get_rank(source)
     if rank < 0:
         raise UsageError(
@@ -75,6 +83,12 @@ def ranks_of(source: RanksSource) -> Ranks:
             f"rank {dist.get_rank()} is not in; call this on the group's ranks only."
         )
     return Ranks(source, dist.get_world_size(source), rank)
+
+
+def _is_group(source: object) -> bool:
+    """Whether this is a process group, or what stands for it outside of it."""
+    outside = source is dist.GroupMember.NON_GROUP_MEMBER
+    return outside or isinstance(source, dist.ProcessGroup)
 
 
 def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:

@@ -1,5 +1,7 @@
-"""PyTorch's own losses: what each divides by, and which likelihood it stands for."""
+"""Losses that are known: PyTorch's, what each divides by, and a model's own."""
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -7,6 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from noisekit.core.batches import tensors_in
+from noisekit.core.errors import LossShapeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +116,52 @@ def declared_reduction(loss_fn: object) -> object:
     if isinstance(loss_fn, partial):
         return loss_fn.keywords.get("reduction", declared_reduction(loss_fn.func))
     return getattr(loss_fn, "reduction", None)
+
+
+class ModelLoss:
+    """The loss that a model returns itself, for ``loss_fn="model"``.
+
+    It is the outputs where they are a scalar, their ``loss``, or their only scalar.
+    """
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss among the outputs.
+
+        Raises:
+            LossShapeError: If there is none, or more than one.
+        """
+        loss = getattr(outputs, "loss", None)
+        if isinstance(loss, Tensor):
+            return loss
+        if isinstance(outputs, Mapping):
+            loss = outputs.get("loss")
+            if isinstance(loss, Tensor):
+                return loss
+        scalars = [
+            t for t in tensors_in(outputs) if not t.ndim and t.is_floating_point()
+        ]
+        if len(scalars) == 1:
+            return scalars[0]
+        raise LossShapeError(
+            "loss_fn='model' needs a model that returns its loss, as a scalar, .loss "
+            f"or the only scalar of its outputs, got {type(outputs).__name__} with "
+            f"{len(scalars)} scalars; does the model get its labels?"
+        )
+
+
+def own_loss_normalisers() -> list[Callable[[Any], Tensor | float] | None]:
+    """Return what a model's own loss may divide by, from its labels.
+
+    The examples; the labels that are not ignored; those after the first of a sequence,
+    which a causal language model predicts.
+    """
+
+    def labels(targets: Any) -> Tensor | float:
+        known = isinstance(targets, Tensor)
+        return (targets != -100).sum() if known else math.nan
+
+    def shifted(targets: Any) -> Tensor | float:
+        known = isinstance(targets, Tensor) and targets.ndim > 1
+        return (targets[..., 1:] != -100).sum() if known else math.nan
+
+    return [None, labels, shifted]

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from noisekit.core.arguments import call_given
 from noisekit.core.batches import Batch, count_examples
 from noisekit.core.errors import NormaliserError
 from noisekit.core.known_losses import known_loss
@@ -46,7 +47,12 @@ def normaliser_value(batch: Batch, normaliser: Normaliser | None) -> float:
     """
     if normaliser is None:
         return float(count_examples(batch))
-    value = float(normaliser(batch[1]))
+    value = call_given(
+        "normaliser",
+        lambda targets: float(normaliser(targets)),
+        batch[1],
+        takes="a batch's targets and returns a number",
+    )
     if not 0.0 <= value < float("inf"):
         raise NormaliserError(
             f"normaliser needs to return a finite number of at least 0, got {value}; "

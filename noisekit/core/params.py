@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.arguments import as_patterns
+from noisekit.core.arguments import shown
 from noisekit.core.errors import (
     DeviceMismatchError,
     NoParametersError,
@@ -97,7 +97,7 @@ def select_parameters(
         )
     if params is None:
         return {names[0]: parameter for names, parameter in aliases}
-    patterns = as_patterns(params)
+    patterns = _as_patterns(params)
     for pattern in patterns:
         if not any(_matches(names, pattern) for names, _ in aliases):
             raise NoParametersError(_nothing_matches(pattern, aliases))
@@ -153,6 +153,19 @@ def flatten(tensors: Iterable[Tensor]) -> Tensor:
             (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1)
             for t in tensors
         ]
+    )
+
+
+def _as_patterns(params: object) -> tuple[str, ...]:
+    """One name or several as a tuple; refuse others."""
+    texts = (params,) if isinstance(params, str) else params
+    if isinstance(texts, Iterable) and not isinstance(texts, Tensor | nn.Module):
+        names = tuple(texts)
+        if all(isinstance(text, str) for text in names):
+            return names
+    raise UsageError(
+        f"params needs names or patterns such as 'layers.*.weight', got "
+        f"{shown(params)}; list(dict(model.named_parameters())) has the names."
     )
 
 

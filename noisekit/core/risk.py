@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from noisekit.core.arguments import check_function
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch, ModelBatches
 from noisekit.core.data import MEMORY_BUDGET, DataRules, HeldBatches
 from noisekit.core.distributed import (
@@ -29,7 +29,11 @@ from noisekit.core.evaluation_mode import (
 )
 from noisekit.core.graph_check import check_followed
 from noisekit.core.held_model import HeldModel
-from noisekit.core.known_losses import declared_reduction
+from noisekit.core.known_losses import (
+    ModelLoss,
+    declared_reduction,
+    own_loss_normalisers,
+)
 from noisekit.core.normalisation import (
     Normaliser,
     Reduction,
@@ -46,12 +50,9 @@ from noisekit.core.params import (
 )
 from noisekit.core.precision import Precision, coarsest_dtype, is_narrower, widened
 from noisekit.core.restorable import TensorContent
-from noisekit.core.risk_arguments import (
-    ModelLoss,
-    check_arguments,
-    own_loss_normalisers,
-)
+from noisekit.core.risk_arguments import check_arguments
 from noisekit.core.risk_value import RiskSums, RiskValue, scalar_loss, zero
+from noisekit.core.settings import Count
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -105,6 +106,7 @@ class EmpiricalRisk:
         4.0
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -114,7 +116,7 @@ class EmpiricalRisk:
         bn: BatchNormPolicy = "running",
         normaliser: Normaliser | None = None,
         params: ParameterPatterns = None,
-        memory_budget: int = MEMORY_BUDGET,
+        memory_budget: Count = MEMORY_BUDGET,
         check: bool = True,
         process_group: "ProcessGroup | None" = None,
     ) -> None:
@@ -151,7 +153,6 @@ class EmpiricalRisk:
         whole = loss_fn == "model"
         loss_fn = ModelLoss() if loss_fn == "model" else loss_fn
         check_arguments(model, loss_fn, batches)
-        check_function("normaliser", normaliser)
         batches = ModelBatches(batches) if whole else batches
         candidates = [normaliser or known_normaliser(loss_fn)]
         if isinstance(loss_fn, ModelLoss) and normaliser is None:
@@ -518,6 +519,7 @@ class EmpiricalRisk:
         self.checked = found.checked
 
 
+@checked
 def as_risk(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | Literal["model"] | None = None,
@@ -526,7 +528,7 @@ def as_risk(
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
-    memory_budget: int | None = None,
+    memory_budget: Count | None = None,
 ) -> EmpiricalRisk:
     """Return the risk of a model on data, or the risk that was passed in its place.
 

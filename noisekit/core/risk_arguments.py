@@ -1,14 +1,12 @@
 """Checks of what a risk is built from: each mistake is named, with what to do."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from noisekit.core.batches import tensors_in
-from noisekit.core.errors import LossShapeError, UsageError
+from noisekit.core.arguments import shown
+from noisekit.core.errors import UsageError
 
 
 def check_arguments(model: object, loss_fn: object, batches: object) -> None:
@@ -36,7 +34,7 @@ def check_arguments(model: object, loss_fn: object, batches: object) -> None:
     if not callable(loss_fn):
         raise UsageError(
             "loss_fn needs to be a function of outputs and targets, or 'model' for a "
-            f"model that returns its loss, got {_shown(loss_fn)}."
+            f"model that returns its loss, got {shown(loss_fn)}."
         )
     if not list(model.parameters()) and isinstance(loss_fn, nn.Module):
         raise UsageError(
@@ -59,58 +57,5 @@ def _check_batches(batches: object) -> None:
     if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
         raise UsageError(
             "batches needs to be an iterable of pairs (inputs, targets), got "
-            f"{_shown(batches)}; a single batch is written [(inputs, targets)]."
+            f"{shown(batches)}; a single batch is written [(inputs, targets)]."
         )
-
-
-def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, str) else type(value).__name__
-
-
-class ModelLoss:
-    """The loss that a model returns itself, for ``loss_fn="model"``.
-
-    It is the outputs where they are a scalar, their ``loss``, or their only scalar.
-    """
-
-    def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the loss among the outputs.
-
-        Raises:
-            LossShapeError: If there is none, or more than one.
-        """
-        loss = getattr(outputs, "loss", None)
-        if isinstance(loss, Tensor):
-            return loss
-        if isinstance(outputs, Mapping):
-            loss = outputs.get("loss")
-            if isinstance(loss, Tensor):
-                return loss
-        scalars = [
-            t for t in tensors_in(outputs) if not t.ndim and t.is_floating_point()
-        ]
-        if len(scalars) == 1:
-            return scalars[0]
-        raise LossShapeError(
-            "loss_fn='model' needs a model that returns its loss, as a scalar, .loss "
-            f"or the only scalar of its outputs, got {type(outputs).__name__} with "
-            f"{len(scalars)} scalars; does the model get its labels?"
-        )
-
-
-def own_loss_normalisers() -> list[Callable[[Any], Tensor | float] | None]:
-    """Return what a model's own loss may divide by, from its labels.
-
-    The examples; the labels that are not ignored; those after the first of a sequence,
-    which a causal language model predicts.
-    """
-
-    def labels(targets: Any) -> Tensor | float:
-        known = isinstance(targets, Tensor)
-        return (targets != -100).sum() if known else math.nan
-
-    def shifted(targets: Any) -> Tensor | float:
-        known = isinstance(targets, Tensor) and targets.ndim > 1
-        return (targets[..., 1:] != -100).sum() if known else math.nan
-
-    return [None, labels, shifted]

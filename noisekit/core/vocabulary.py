@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import UsageError
 
 Invariance = Literal["raw", "layers", "neurons", "norms"]
@@ -662,6 +663,7 @@ QUANTITIES: Mapping[str, Quantity] = MappingProxyType(
 """Every quantity by its name."""
 
 
+@checked
 def quantity(name: str) -> Quantity:
     """Return the quantity called ``name``.
 

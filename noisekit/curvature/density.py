@@ -9,8 +9,10 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import UsageError
 from noisekit.core.results import Estimate
+from noisekit.core.settings import NumSamples, Positive, PositiveInt
 from noisekit.curvature.operators.operator import MatrixLike, SymmetricOperator
 from noisekit.curvature.outliers import Atom, outliers
 from noisekit.curvature.quadrature import Quadrature, spectral_quadrature
@@ -165,12 +167,13 @@ class SpectralDensity:
         return LogDensity(10**grid, mean, low, high, mass)
 
 
+@checked
 def spectral_density(
     H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
     *,
-    num_probes: int = 4,
-    num_steps: int = 40,
-    bandwidth: float | None = None,
+    num_probes: NumSamples = 4,
+    num_steps: PositiveInt = 40,
+    bandwidth: Positive | None = None,
     generator: torch.Generator | None = None,
 ) -> SpectralDensity:
     """Estimate how eigenvalues are distributed, by stochastic Lanczos quadrature.
@@ -202,8 +205,6 @@ def spectral_density(
         >>> print(density.negative_share)  # a quarter of them is below zero
         0.1972 ± 0.0048
     """
-    if bandwidth is not None and not bandwidth > 0.0:
-        raise UsageError(f"bandwidth needs to be positive, got {bandwidth}.")
     found = spectral_quadrature(
         H, num_probes=num_probes, num_steps=num_steps, generator=generator
     )

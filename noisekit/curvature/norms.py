@@ -1,13 +1,16 @@
 """Frobenius norm, participation ratio and effective dimension, from random probes."""
 
 import math
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
-from noisekit.core.errors import UsageError
+from noisekit.core.arguments import checked
 from noisekit.core.results import ErrorSource, Estimate, Status
+from noisekit.core.settings import NumSamples, Positive, PositiveInt
 from noisekit.curvature.operators.operator import (
     MatrixLike,
     SymmetricOperator,
@@ -16,17 +19,17 @@ from noisekit.curvature.operators.operator import (
 from noisekit.curvature.quadratic_forms import Probes, mean_estimate
 from noisekit.curvature.quadrature import spectral_quadrature
 from noisekit.curvature.random_vectors import Probe
-from noisekit.curvature.traces import check_probes
 
 # Eigenvalues further below zero than this part of the shift make the sum of
 # lambda / (lambda + shift) depend on where they are, not on how many they are.
 _NEGATIVE_SHARE = 0.1
 
 
+@checked
 def frobenius_norm(
     H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
     *,
-    num_matvecs: int = 32,
+    num_matvecs: NumSamples = 32,
     probe: Probe = "rademacher",
     generator: torch.Generator | None = None,
 ) -> Estimate:
@@ -53,7 +56,6 @@ def frobenius_norm(
         >>> round(float(nk.frobenius_norm(H, num_matvecs=8, generator=generator)), 4)
         5.0
     """
-    check_probes(num_matvecs)
     probes = Probes(as_operator(H), generator, probe=probe)
     squares = probes.sums(num_matvecs, lambda _, product: product.square())
     square = mean_estimate(squares, num_matvecs)
@@ -70,10 +72,11 @@ def frobenius_norm(
     )
 
 
+@checked
 def participation_ratio(
     H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
     *,
-    num_matvecs: int = 32,
+    num_matvecs: Annotated[int, Ge(3), Le(10**12)] = 32,
     generator: torch.Generator | None = None,
 ) -> Estimate:
     r"""Estimate :math:`(\sum \lambda)^2 / \sum \lambda^2`, an effective rank.
@@ -98,10 +101,6 @@ def participation_ratio(
         Gao et al. 2017, "A theory of multineuronal dimensionality, dynamics and
         measurement", equation 1, for the ratio.
     """
-    if num_matvecs < 3:
-        raise UsageError(
-            f"participation_ratio needs num_matvecs of at least 3, got {num_matvecs}."
-        )
     probes = Probes(as_operator(H), generator)
     parts = [
         torch.stack([(z * p).sum(0), p.square().sum(0)])
@@ -129,12 +128,13 @@ def participation_ratio(
     )
 
 
+@checked
 def effective_dimension(
     H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
-    shift: float,
+    shift: Positive,
     *,
-    num_probes: int = 8,
-    num_steps: int = 20,
+    num_probes: NumSamples = 8,
+    num_steps: PositiveInt = 20,
     generator: torch.Generator | None = None,
 ) -> Estimate:
     r"""Estimate :math:`\sum_i \lambda_i / (\lambda_i + z)`, by Lanczos quadrature.
@@ -159,8 +159,6 @@ def effective_dimension(
         MacKay 1992, "Bayesian interpolation", section 4.3; Maddox et al. 2020,
         arXiv:2003.02139, section 3.
     """
-    if not shift > 0.0:
-        raise UsageError(f"effective_dimension needs a positive shift, got {shift}.")
     found = spectral_quadrature(
         H, num_probes=num_probes, num_steps=num_steps, generator=generator
     )

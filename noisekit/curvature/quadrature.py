@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noisekit.core.errors import UsageError
+from noisekit.core.arguments import checked
 from noisekit.core.results import ErrorSource, Estimate, Status
+from noisekit.core.settings import NumSamples, PositiveInt
 from noisekit.curvature.eigenvalues.krylov import KrylovBasis
 from noisekit.curvature.operators.operator import (
     MatrixLike,
@@ -99,11 +100,12 @@ class Quadrature:
         )
 
 
+@checked
 def spectral_quadrature(
     H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
     *,
-    num_probes: int = 4,
-    num_steps: int = 40,
+    num_probes: NumSamples = 4,
+    num_steps: PositiveInt = 40,
     generator: torch.Generator | None = None,
 ) -> Quadrature:
     """Return nodes and weights of the spectrum by stochastic Lanczos quadrature.
@@ -135,11 +137,6 @@ def spectral_quadrature(
         [1.0, 1.0]
     """
     operator = as_operator(H)
-    if num_probes < 2 or num_steps < 1:
-        raise UsageError(
-            "a spectrum needs num_probes of at least 2 for its error, and num_steps of "
-            f"at least 1, got {num_probes} and {num_steps}."
-        )
     drawn = shared_generator(generator, operator.ranks, operator.device)
     runs = [_run(operator, num_steps, drawn) for _ in range(num_probes)]
     width = max(len(nodes) for nodes, _, _ in runs)

@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from noisekit.core.arguments import check_generator
 from noisekit.core.distributed import Ranks, gather_over_ranks
 
 Probe = Literal["rademacher", "normal"]
@@ -14,7 +13,6 @@ Probe = Literal["rademacher", "normal"]
 
 def entropy_generator(generator: torch.Generator | None) -> torch.Generator:
     """Return ``generator``, or a new one of fresh entropy: never a fixed seed."""
-    check_generator(generator)
     if generator is not None:
         return generator
     return torch.Generator().manual_seed(secrets.randbits(63))

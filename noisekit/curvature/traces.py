@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Estimate, Status
+from noisekit.core.settings import NumSamples, Positive, check_settings
 from noisekit.curvature.operators.operator import (
     MatrixLike,
     SymmetricOperator,
@@ -65,14 +67,19 @@ class Target:
         relative: Whether that is a part of the trace's magnitude, or absolute.
     """
 
-    stderr: float
+    stderr: Positive
     relative: bool = True
 
+    def __post_init__(self) -> None:
+        """Check the standard error."""
+        check_settings(self)
 
+
+@checked
 def trace(
     H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
     *,
-    num_matvecs: int = 32,
+    num_matvecs: NumSamples = 32,
     method: TraceMethod = "hutch++",
     probe: Probe = "rademacher",
     target: Target | None = None,
@@ -141,11 +148,12 @@ def trace(
     return two_stage_estimate(probes, exact, left, (target.stderr, target.relative))
 
 
+@checked
 def weighted_trace(
     H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
     weights: Tensor,
     *,
-    num_matvecs: int = 32,
+    num_matvecs: NumSamples = 32,
     generator: torch.Generator | None = None,
 ) -> Estimate:
     r"""Estimate :math:`\sum_i w_i^2 H_{ii}`, invariant to rescaling of layers.
@@ -169,15 +177,15 @@ def weighted_trace(
             f"weights needs shape ({operator.shape[0]},), got {tuple(weights.shape)}; "
             "risk.vector() has the model's own."
         )
-    check_probes(num_matvecs)
     probes = Probes(operator, generator, weights=weights)
     return mean_estimate(probes.forms(num_matvecs), num_matvecs)
 
 
+@checked
 def diagonal(
     H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
     *,
-    num_matvecs: int = 32,
+    num_matvecs: NumSamples = 32,
     generator: torch.Generator | None = None,
 ) -> DiagonalEstimate:
     r"""Estimate the diagonal as the mean of :math:`z \odot H z` over random signs.
@@ -195,7 +203,6 @@ def diagonal(
         tensor([1., 4.])
     """
     operator = as_operator(H)
-    check_probes(num_matvecs)
     probes = Probes(operator, generator)
     dtype = torch.promote_types(operator.dtype, torch.float32)
     mean = torch.zeros(operator.shape[0], dtype=dtype, device=operator.device)
@@ -210,19 +217,6 @@ def diagonal(
             squares += change * (sample - mean)
     variance = squares / (num_matvecs - 1)
     return DiagonalEstimate(mean, (variance / num_matvecs).sqrt(), num_matvecs)
-
-
-def check_probes(num_matvecs: int) -> None:
-    """Check that there are enough probes for a standard error.
-
-    Raises:
-        UsageError: If there are fewer than 2.
-    """
-    if num_matvecs < 2:
-        raise UsageError(
-            f"num_matvecs needs to be at least 2 for an error estimate, got "
-            f"{num_matvecs}."
-        )
 
 
 def _dominant_trace(probes: Probes, rank: int) -> float:
@@ -267,12 +261,6 @@ def _xtrace(probes: Probes, num_matvecs: int) -> Estimate:
 def _check_trace(
     num_matvecs: int, method: str, probe: str, target: Target | None
 ) -> None:
-    if method not in get_args(TraceMethod):
-        raise UsageError(
-            f"method needs to be 'hutch++', 'hutchinson' or 'xtrace', got {method!r}."
-        )
-    if probe not in get_args(Probe):
-        raise UsageError(f"probe needs to be 'rademacher' or 'normal', got {probe!r}.")
     least = _MIN_MATVECS[method] * (1 if target is None else 3)
     if num_matvecs < least:
         raise UsageError(
@@ -286,5 +274,3 @@ def _check_trace(
             "a target needs method 'hutch++' or 'hutchinson', got 'xtrace', whose "
             "probes all depend on how many there are."
         )
-    if not target.stderr > 0.0:
-        raise UsageError(f"target needs a positive stderr, got {target.stderr}.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import NoisekitError, UsageError
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import LossFn
@@ -97,6 +98,7 @@ def attach(  # noqa: D417 - ProbeOptions describes the options
         [1, 3]
     """
     given = dict(locals())
+    _check_place(save_to=save_to)
     options = ProbeOptions(**{f.name: given[f.name] for f in fields(ProbeOptions)})
     probe = attach_probe(model, optimizer, options)
     if save_to is not None and probe.ranks.rank == 0:
@@ -105,6 +107,11 @@ def attach(  # noqa: D417 - ProbeOptions describes the options
 
 
 _documented(attach)
+
+
+@checked
+def _check_place(*, save_to: Path | str | None) -> None:
+    """Check the type of a path, before hooks are set."""
 
 
 def _record(probe: Probe, path: Path | str) -> None:

@@ -5,22 +5,25 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch, count_examples, take_examples
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError, UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import PositiveInt
 from noisekit.curvature import HessianOperator
 from noisekit.noise.hessian_noise import HessianNoiseScale, hessian_noise_of_sums
 
 
+@checked
 def hessian_weighted_noise(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    chunk_size: int = 1,
+    chunk_size: PositiveInt = 1,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
@@ -91,7 +94,7 @@ def _check(risk: EmpiricalRisk, chunk_size: int) -> None:
             "'recalibrated'."
         )
     sizes = [count_examples(batch) for _, batch in risk.weighted_batches()]
-    if chunk_size < 1 or any(size % chunk_size for size in sizes):
+    if any(size % chunk_size for size in sizes):
         raise BatchSizeError(
             "hessian_weighted_noise needs a chunk_size that divides every batch, got "
             f"{chunk_size} and batches of {min(sizes)} to {max(sizes)} examples; use "

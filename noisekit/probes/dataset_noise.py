@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import CoupledExamplesError, LayerReadError
 from noisekit.core.evaluation_mode import BatchNormPolicy
@@ -20,7 +21,7 @@ from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.step_record import ForwardPass
 from noisekit.probes.capture.tokens import TokenCounts
 from noisekit.probes.dataset_tokens import sequence_shares
-from noisekit.probes.options import Unit, check_unit
+from noisekit.probes.options import Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class GradientNoise:
         )
 
 
+@checked
 def gradient_noise(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -103,7 +105,6 @@ def gradient_noise(
         >>> round(float(noise.grad_sq_norm), 4), round(float(noise.variance_trace), 2)
         (17.0, 17.17)
     """
-    check_unit(unit)
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser, params=params)
     with recording(risk) as recorder:
         sq_norms = torch.cat(list(_example_sq_norms(risk, recorder)))
@@ -131,6 +132,7 @@ def gradient_noise(
     )
 
 
+@checked
 def example_sq_norms(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

@@ -2,13 +2,20 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
+from annotated_types import Ge, Gt, Le
 
 from noisekit.core.errors import UsageError
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import LossFn
+from noisekit.core.settings import (
+    CheckedElsewhere,
+    Fraction,
+    PositiveInt,
+    check_settings,
+)
 from noisekit.core.vocabulary import EstimatorName, QuantityName
 from noisekit.probes.capture.example_weights import ExampleWeights
 from noisekit.probes.capture.hooks import OnError
@@ -24,6 +31,10 @@ Estimator = Literal["auto"] | EstimatorName | NoiseEstimator
 Metric = QuantityName | StepMetric
 
 Kind = TypeVar("Kind", NoiseEstimator, StepMetric)
+T = TypeVar("T")
+
+_Made = Annotated[T, CheckedElsewhere()]
+"""Names and instances, which are checked against their tables."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,14 +105,14 @@ class ProbeOptions:
     """
 
     loss_fn: LossFn | None = None
-    every: int | Callable[[int], bool] = 1
-    estimator: Estimator | tuple[Estimator, ...] = "auto"
-    row_share: float = 0.25
-    num_chunks: int = 4
-    num_signs: int = 1
-    calibrate_every: int | None = None
+    every: PositiveInt | Callable[[int], bool] = 1
+    estimator: _Made[Estimator | tuple[Estimator, ...]] = "auto"
+    row_share: Annotated[float, Gt(0), Le(1)] = 0.25
+    num_chunks: Annotated[int, Ge(2)] = 4
+    num_signs: PositiveInt = 1
+    calibrate_every: PositiveInt | None = None
     generator: torch.Generator | None = None
-    ghost_batch: int | None = None
+    ghost_batch: PositiveInt | None = None
     example_weights: ExampleWeights | None = None
     loss_reduction: LossReduction = "mean"
     microbatch_weights: MicrobatchWeights = "equal"
@@ -112,9 +123,9 @@ class ProbeOptions:
     scaler: "torch.amp.GradScaler | None" = None
     exact_bits: bool = True
     on_error: OnError = "warn"
-    quantities: Metric | Iterable[Metric] = ()
-    hessian_every: int = 100
-    budget: float | None = None
+    quantities: _Made[Metric | Iterable[Metric]] = ()
+    hessian_every: PositiveInt = 100
+    budget: Fraction | None = None
     repeatable: bool = False
     sinks: Iterable[Callable[[Any], object]] = ()
 
@@ -124,12 +135,7 @@ class ProbeOptions:
         Raises:
             UsageError: With what is possible instead.
         """
-        if not callable(self.every) and self.every < 1:
-            raise UsageError(f"every needs to be 1 or more steps, got {self.every}.")
-        _check_choice("loss_reduction", self.loss_reduction, LossReduction)
-        _check_choice("microbatch_weights", self.microbatch_weights, MicrobatchWeights)
-        _check_choice("on_error", self.on_error, OnError)
-        check_unit(self.unit)
+        check_settings(self)
         uncounted = refusal_of_tokens(self.unit, self.tokens, self.loss_fn)
         if uncounted is not None:
             raise UsageError(uncounted)
@@ -138,42 +144,13 @@ class ProbeOptions:
                 "example_weights= needs the loss to be seen, got loss_fn=None; give it "
                 "to attach() and call it through probe.loss_fn."
             )
-        self._check_ranges()
         self._check_budget()
-
-    def _check_ranges(self) -> None:
-        """Check the numbers, also those of estimators that are not asked for."""
-        if not 0.0 < self.row_share <= 1.0:
-            raise UsageError(
-                f"row_share needs a share of the batch in (0, 1], got {self.row_share}."
-            )
-        for name, least in (("num_chunks", 2), ("num_signs", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(
-                    f"{name} needs to be {least} or more, got {getattr(self, name)}."
-                )
-        if self.calibrate_every is not None and self.calibrate_every < 1:
-            raise UsageError(
-                f"calibrate_every needs to be 1 or more, got {self.calibrate_every}."
-            )
-        if self.ghost_batch is not None and self.ghost_batch < 1:
-            raise UsageError(
-                f"ghost_batch needs 1 or more examples, got {self.ghost_batch}."
-            )
-        if self.hessian_every < 1:
-            raise UsageError(
-                f"hessian_every needs 1 or more readings, got {self.hessian_every}."
-            )
 
     def _check_budget(self) -> None:
         """Check that the clock may decide which steps are read."""
         budget = self.budget
         if budget is None:
             return
-        if not 0.0 < budget < 1.0:
-            raise UsageError(
-                f"budget needs a share of the time in (0, 1), got {budget}."
-            )
         if self.every != 1:
             raise UsageError(
                 f"budget={budget} and every={self.every} both say which steps are "
@@ -209,7 +186,9 @@ class ProbeOptions:
             UsageError: If a name is unknown or a setting out of range.
         """
         chosen = self.quantities
-        several = (chosen,) if isinstance(chosen, str | StepMetric) else tuple(chosen)
+        several: Iterable[object] = (chosen,)
+        if isinstance(chosen, Iterable) and not isinstance(chosen, str):
+            several = chosen
         return tuple(
             self._made(one, StepMetric, METRICS, "quantities") for one in several
         )
@@ -237,10 +216,3 @@ def check_unit(unit: str) -> None:
     if unit not in get_args(Unit):
         listed = "'example', 'sequence' or 'token'"
         raise UsageError(f"unit needs to be {listed}, got {unit!r}.")
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:  # a Literal
-    known = get_args(choices)
-    if value not in known:
-        listed = ", ".join(repr(choice) for choice in known)
-        raise UsageError(f"{name} needs to be one of {listed}, got {value!r}.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch, count_examples, take_examples
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.layers.chunks import chunk_slices
@@ -63,6 +64,7 @@ class SelfCheck:
         )
 
 
+@checked
 def self_check(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

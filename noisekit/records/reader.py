@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import NewerFormatError, RunDirectoryError
 from noisekit.records.files import plain, read_json, write_json_atomic
 from noisekit.records.integrity import check_object, signed
@@ -149,6 +150,7 @@ class Runs:
         return frame
 
 
+@checked
 def open_runs(where: Path | str | Iterable[Path | str]) -> Runs:
     """Open a set of runs, one run, or several of either.
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy, unwrap_compiled
@@ -17,6 +18,7 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.results import Estimate, Interval, Status
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import Fraction
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.invariance_report import (
     Invariance,
@@ -38,6 +40,7 @@ _LEVEL = 0.95
 MeasureFn = Callable[[nn.Module, LossFn, Iterable[Batch]], Any]
 
 
+@checked
 def check_invariance(
     measure: MeasureFn | Measure | str,
     model: nn.Module | EmpiricalRisk,
@@ -46,7 +49,7 @@ def check_invariance(
     *,
     rescalings: Mapping[str, RescaleFn] | None = None,
     factors: Iterable[float] = (2.0, 4.0, 8.0),
-    tolerance: float = 0.01,
+    tolerance: Fraction = 0.01,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
@@ -321,6 +324,4 @@ def _checked_factors(factors: Iterable[float], tolerance: float) -> tuple[float,
             "factors needs at least two different ones above 0 that are not 1, got "
             f"{', '.join(f'{f:g}' for f in chosen) or 'none'}."
         )
-    if not 0 < tolerance < 1:
-        raise UsageError(f"tolerance needs to be between 0 and 1, got {tolerance}.")
     return chosen

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.evaluation_mode import BatchNormPolicy, batch_norms
 from noisekit.core.normalisation import Normaliser
@@ -35,6 +36,7 @@ ON_EVERY_CARD = ("lambda_min", "grad_norm")
 """Without these nobody can tell whether the point is a minimum."""
 
 
+@checked
 def measure(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

@@ -1,10 +1,15 @@
 """The update rule of SGD, in PyTorch's convention."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Lt
 
 from noisekit.core.errors import UsageError
+from noisekit.core.settings import NonNegative, Positive, check_settings
+
+Momentum = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,21 +27,15 @@ class SGDRule:
         weight_decay: Coefficient of the L2 penalty.
     """
 
-    lr: float
-    momentum: float = 0.0
-    dampening: float = 0.0
+    lr: Positive
+    momentum: Momentum = 0.0
+    dampening: Momentum = 0.0
     nesterov: bool = False
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what PyTorch refuses, and what is never stable."""
-        if not self.lr > 0:
-            raise UsageError(f"lr needs to be positive, got {self.lr}.")
-        if not 0 <= self.momentum < 1 or not 0 <= self.dampening < 1:
-            raise UsageError(
-                "momentum and dampening need to be from 0 to below 1, got "
-                f"{self.momentum} and {self.dampening}."
-            )
+        check_settings(self)
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise UsageError(
                 "nesterov needs momentum above 0 and no dampening, got "

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
@@ -16,6 +17,7 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import Fraction, PositiveInt, check_settings
 from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
 from noisekit.curvature.eigenvalues.subsample_start import can_be_subsampled
 from noisekit.curvature.operators.hessian import HessianOperator
@@ -97,9 +99,13 @@ class TrackedEigenvalues:
         tol: Wanted relative accuracy.
     """
 
-    k: int = 1
+    k: PositiveInt = 1
     smallest: bool = False
-    tol: float = 1e-3
+    tol: Fraction = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self)
 
 
 _LARGEST = TrackedEigenvalues()
@@ -117,11 +123,12 @@ class SharpnessTracker:
         readings: One for each visit, oldest first.
     """
 
+    @checked
     def __init__(
         self,
         risk: EmpiricalRisk,
         *,
-        every: int = 100,
+        every: PositiveInt = 100,
         targets: TrackedEigenvalues = _LARGEST,
         optimizer: torch.optim.Optimizer | None = None,
         generator: torch.Generator | None = None,
@@ -132,8 +139,6 @@ class SharpnessTracker:
             UsageError: If ``every`` is below 1, or the optimizer's threshold of
                 stability is unknown, as it is of a sum loss.
         """
-        if every < 1:
-            raise UsageError(f"every needs to be at least 1 step, got {every}.")
         if optimizer is not None:
             check_steps_of_mean(risk.reduction)
             edge_of_stability_ratio(Estimate(0.0), optimizer)
@@ -261,12 +266,13 @@ class SharpnessTracker:
         return float((before.T @ vectors).double().square().sum() / k)
 
 
+@checked
 def track_sharpness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    every: int = 100,
+    every: PositiveInt = 100,
     targets: TrackedEigenvalues = _LARGEST,
     optimizer: torch.optim.Optimizer | None = None,
     generator: torch.Generator | None = None,

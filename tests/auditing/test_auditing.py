@@ -467,9 +467,12 @@ def test_reports_read_well() -> None:
     [
         (
             {"quantities": ("rank",)},
-            "quantities of lambda_max, lambda_min, trace, got 'rank'",
+            "one of 'lambda_max', 'lambda_min', 'trace', got \\('rank',\\)",
         ),
-        ({"quantities": ()}, "lambda_min, trace, got none"),
+        (
+            {"quantities": ()},
+            "lambda_min, trace or more, got none",
+        ),
         (
             {"reported": {"Hessian++": {"trace": 1.0}}},
             "reported needs names of PyHessian, curvlinops, .* got 'Hessian\\+\\+'",

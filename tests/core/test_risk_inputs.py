@@ -286,7 +286,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         "'model' for a.*got 'mse'",
     ),
     "path": (lambda: (mlp(), LOSS, "data"), "pairs .inputs, targets., got 'data'"),
-    "number": (lambda: (mlp(), LOSS, 3), "got int; a single batch is written"),
+    "number": (lambda: (mlp(), LOSS, 3), "got 3; a single batch is written"),
     "double data": (
         lambda: (mlp(), LOSS, RAGGED),
         r"parameters of torch.float32, data of torch.float64\); convert the data, as "

@@ -161,6 +161,6 @@ def test_adam_without_a_state_is_refused() -> None:
         adam_preconditioned(H, torch.optim.Adam(model[3].parameters()))
     sgd: Any = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(
-        UsageError, match=r"torch.optim.Adam or AdamW, got SGD; give an"
+        UsageError, match=r"torch.optim.Adam or a torch.optim.AdamW, got a SGD; give an"
     ):
         adam_preconditioned(H, sgd)

@@ -238,9 +238,9 @@ def test_quadrature_repeats_with_its_generator() -> None:
 
 
 def test_arguments_are_checked() -> None:
-    with pytest.raises(UsageError, match=r"num_probes of at least 2 .* got 1 and 40"):
+    with pytest.raises(UsageError, match=r"num_probes .* at least 2 .* got 1;"):
         spectral_density(torch.eye(3), num_probes=1)
-    with pytest.raises(UsageError, match=r"bandwidth needs to be positive, got 0\.0"):
+    with pytest.raises(UsageError, match=r"bandwidth .* positive and finite, got 0"):
         spectral_density(torch.eye(3), bandwidth=0.0)
     nothing = Undefined()
     with pytest.raises(UsageError, match="finite products, got NaN or infinity"):

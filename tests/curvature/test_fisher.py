@@ -249,7 +249,10 @@ def test_soft_targets_are_residuals_of_probabilities() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"kind": "exact"}, r"'true', 'monte_carlo' or 'empirical', got 'exact'; 'tr"),
+        (
+            {"kind": "exact"},
+            r"'empirical' or a MonteCarlo, got 'exact'",
+        ),
         ({"likelihood": "poisson"}, r"'categorical' or 'gaussian', got 'poisson'"),
     ],
 )

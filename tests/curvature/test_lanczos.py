@@ -465,9 +465,9 @@ def test_single_precision_agrees_with_double() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"k": 0}, "between 1 and the size 4, got 0"),
+        ({"k": 0}, "k needs to be at least 1, got 0"),
         ({"k": 5}, "between 1 and the size 4, got 5"),
-        ({"which": "LM"}, "'LA' .*'SA' .*got 'LM'.*not by magnitude"),
+        ({"which": "LM"}, "'LA', 'SA', 'BE', got 'LM'.*not by magnitude"),
         ({"tol": 0.0}, "tol needs to be between 0 and 1, got 0.0"),
         ({"k": 3, "max_matvecs": 2}, "at least k=3, got 2"),
         ({"start": torch.zeros(3)}, r"needs shape \(4,\) or \(4, j\), got \(3,\)"),

@@ -87,7 +87,7 @@ def test_what_has_no_answer_says_so() -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(UsageError, match="at least 2 for an error estimate, got 1"):
         frobenius_norm(MATRIX, num_matvecs=1)
-    with pytest.raises(UsageError, match="num_matvecs of at least 3, got 2"):
+    with pytest.raises(UsageError, match="num_matvecs needs to be at least 3, got 2"):
         participation_ratio(MATRIX, num_matvecs=2)
-    with pytest.raises(UsageError, match=r"a positive shift, got 0\.0"):
+    with pytest.raises(UsageError, match=r"shift needs to be positive .* got 0"):
         effective_dimension(MATRIX, 0.0)

@@ -216,7 +216,7 @@ def test_memory_does_not_grow_with_products(k: int, block_size: int) -> None:
             {"k": 3, "block_size": 2, "max_matvecs": 3},
             "room for 4 products, whole blocks of block_size=2 for k=3, got 3",
         ),
-        ({"start": "warm"}, "vectors, 'random' or None, got 'warm'"),
+        ({"start": "warm"}, "start needs to be a torch.Tensor or 'random', got 'warm'"),
     ],
 )
 def test_arguments_are_checked(options: dict[str, object], match: str) -> None:

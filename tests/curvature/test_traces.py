@@ -268,17 +268,17 @@ def test_products_that_are_not_finite_give_diverged() -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(UsageError, match=r"at least 6 .* by 'hutch.*', got 5"):
         trace(MATRIX, num_matvecs=5)
-    with pytest.raises(UsageError, match=r"at least 2 .* by 'hutchinson', got 1"):
+    with pytest.raises(UsageError, match=r"at least 2 for an error estimate, got 1"):
         trace(MATRIX, num_matvecs=1, method="hutchinson")
     with pytest.raises(UsageError, match=r"probe needs .*'normal', got 'sphere'"):
         trace(MATRIX, probe="sphere")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"a target needs method .* got 'xtrace'"):
         trace(MATRIX, method="xtrace", target=Target(0.1))
-    with pytest.raises(UsageError, match=r"target needs a positive stderr, got 0.0"):
+    with pytest.raises(UsageError, match=r"stderr needs to be positive .* got 0"):
         trace(MATRIX, target=Target(0.0))
     with pytest.raises(UsageError, match="at least 2"):
         diagonal(MATRIX, num_matvecs=1)
-    with pytest.raises(UsageError, match="'hutchinson' or 'xtrace', got 'exact'"):
+    with pytest.raises(UsageError, match=r"'hutch.*', 'xtrace', got 'exact'"):
         trace(MATRIX, method="exact")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"needs shape \(33,\), got \(3,\)"):
         weighted_trace(MATRIX, torch.ones(3))

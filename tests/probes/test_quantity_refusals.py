@@ -90,7 +90,7 @@ def _adam(model: nn.Module) -> torch.optim.Optimizer:
                 "hessian_every": 0,
                 "loss_fn": functional.cross_entropy,
             },
-            "hessian_every needs 1 or more readings, got 0.",
+            "hessian_every needs to be at least 1, got 0.",
         ),
         (
             _sgd,

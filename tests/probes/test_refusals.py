@@ -158,7 +158,7 @@ def test_a_model_on_two_devices() -> None:
 
 
 OPTIONS: list[tuple[dict[str, object], str]] = [
-    ({"every": 0}, "every needs to be 1 or more steps, got 0"),
+    ({"every": 0}, "every needs to be at least 1 or a function, got 0"),
     (
         {"estimator": "exact"},
         "estimator needs to be one of 'auto', 'per_example', 'rows', 'chunks', "
@@ -167,13 +167,16 @@ OPTIONS: list[tuple[dict[str, object], str]] = [
     ),
     (
         {"loss_reduction": "none"},
-        "loss_reduction needs to be one of 'mean', 'sum', got 'none'",
+        "loss_reduction needs to be 'mean' or 'sum', got 'none'",
     ),
     (
         {"microbatch_weights": "alike"},
-        "microbatch_weights needs to be one of 'equal', 'by_size', got 'alike'",
+        "microbatch_weights needs to be 'equal' or 'by_size', got 'alike'",
     ),
-    ({"unit": "word"}, "unit needs to be 'example', 'sequence' or 'token', got 'word'"),
+    (
+        {"unit": "word"},
+        "unit needs to be one of 'example', 'sequence', 'token', got 'word'",
+    ),
     ({"estimator": ()}, "estimator needs one or more different names, got ()"),
     (
         {"estimator": ("rows", "rows")},
@@ -184,10 +187,10 @@ OPTIONS: list[tuple[dict[str, object], str]] = [
         "needs an estimator in front of it, got it first; write estimator=('auto', "
         "'preconditioned')",
     ),
-    ({"row_share": 0.0}, "row_share needs a share of the batch in (0, 1], got 0.0"),
-    ({"num_chunks": 1}, "num_chunks needs to be 2 or more, got 1"),
-    ({"num_signs": 0}, "num_signs needs to be 1 or more, got 0"),
-    ({"calibrate_every": 0}, "calibrate_every needs to be 1 or more, got 0"),
+    ({"row_share": 0.0}, "row_share needs to be positive, got 0.0"),
+    ({"num_chunks": 1}, "num_chunks needs to be at least 2, got 1"),
+    ({"num_signs": 0}, "num_signs needs to be at least 1, got 0"),
+    ({"calibrate_every": 0}, "calibrate_every needs to be at least 1, got 0"),
     (
         {"estimator": ("auto", "preconditioned")},
         "needs one of Adam, AdamW, NAdam, RMSprop, got SGD; leave it out",
@@ -202,9 +205,9 @@ OPTIONS: list[tuple[dict[str, object], str]] = [
     ),
     (
         {"on_error": "ignore"},
-        "on_error needs to be one of 'warn', 'raise', got 'ignore'",
+        "on_error needs to be 'warn' or 'raise', got 'ignore'",
     ),
-    ({"ghost_batch": 0}, "ghost_batch needs 1 or more examples, got 0"),
+    ({"ghost_batch": 0}, "ghost_batch needs to be at least 1, got 0"),
 ]
 
 

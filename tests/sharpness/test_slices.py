@@ -438,10 +438,10 @@ def test_an_unknown_treatment_of_one_axis_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dims": 3}, "a slice needs dims 1 or 2, got 3"),
+        ({"dims": 3}, "dims needs to be from 1 to 2, got 3"),
         ({"extent": 0.0}, r"extent needs to be positive and finite, got 0\.0"),
         ({"num_points": 1}, "num_points needs to be at least 2, got 1"),
-        ({"directions": "flat"}, "or a list of flat vectors, got 'flat'"),
+        ({"directions": "flat"}, "directions needs to be one of 'filter_.* got 'flat'"),
         (
             {"directions": [torch.ones(3)]},
             r"needs 1 directions of shape \(63,\), got \(3,\); flatten them",

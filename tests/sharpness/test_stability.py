@@ -113,8 +113,11 @@ def test_rules_without_a_threshold_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, "lr needs to be positive, got 0.0"),
-        ({"lr": 0.1, "momentum": 1.0}, "from 0 to below 1, got 1.0 and 0.0"),
+        ({"lr": 0.0}, "lr needs to be positive and finite, got 0.0"),
+        (
+            {"lr": 0.1, "momentum": 1.0},
+            "momentum needs to be below 1, got 1.0",
+        ),
         ({"lr": 0.1, "nesterov": True}, "nesterov needs momentum above 0"),
     ],
 )

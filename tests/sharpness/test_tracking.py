@@ -228,7 +228,7 @@ def test_a_training_that_blew_up_is_recorded() -> None:
 
 def test_arguments_are_checked() -> None:
     model, batches = problem(300)
-    with pytest.raises(UsageError, match="every needs to be at least 1 step, got 0"):
+    with pytest.raises(UsageError, match="every needs to be at least 1, got 0"):
         track_sharpness(model, LOSS, batches, every=0)
     with pytest.raises(UsageError, match=r"torch.optim.SGD, got Adam"):
         track_sharpness(

@@ -386,7 +386,10 @@ def test_model_is_given_back() -> None:
         ({"steps": 0}, "steps needs to be at least 1, got 0"),
         ({"restarts": -1}, "restarts needs to be at least 0, got -1"),
         ({"eta": 0.01}, "goes with adaptive=True, got eta=0.01 and adaptive=False"),
-        ({"eta": -1.0, "adaptive": True}, "eta needs to be 0 or more"),
+        (
+            {"eta": -1.0, "adaptive": True},
+            "eta needs to be at least 0 and finite",
+        ),
         ({"batch_size": 0}, "batch_size needs to be at least 1, got 0"),
         ({"batch_size": 9}, "got at most 8; pass larger batches, or a smaller batch_"),
         ({"logits": "std"}, "one of 'raw', 'unit_norm', 'unit_std', got 'std'"),

@@ -1,13 +1,15 @@
 """The largest or smallest eigenvalues of a symmetric operator."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from noisekit.core.arguments import checked
 from noisekit.core.results import ErrorSource, Estimate, Status
+from noisekit.core.settings import Fraction, Hint, PositiveInt
 from noisekit.curvature.eigenvalues.deflation import DeflatedOperator, End
 from noisekit.curvature.eigenvalues.krylov import KrylovBasis, RitzPairs, Which
 from noisekit.curvature.eigenvalues.stopping import (
@@ -100,16 +102,20 @@ class EigenPairs:
         return "\n".join([f"eigenvalues after {spent}:", *lines])
 
 
+_ORDER = Hint(advice="eigenvalues are ordered with their sign, not by magnitude")
+
+
+@checked
 def top_eigenpairs(
     H: SymmetricOperator | Tensor | np.ndarray | MatrixLike,
-    k: int = 1,
+    k: PositiveInt = 1,
     *,
-    which: Which = "LA",
-    tol: float = 1e-3,
-    max_matvecs: int | None = None,
+    which: Annotated[Which, _ORDER] = "LA",
+    tol: Fraction = 1e-3,
+    max_matvecs: PositiveInt | None = None,
     generator: torch.Generator | None = None,
     start: Tensor | Literal["random"] | None = None,
-    block_size: int = 1,
+    block_size: PositiveInt = 1,
 ) -> EigenPairs:
     """Return the ``k`` largest or smallest (algebraic) eigenpairs, by Lanczos.
 

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch, count_examples
 from noisekit.core.distributed import sum_over_ranks
 from noisekit.core.errors import BatchSizeError, CoupledExamplesError, UsageError
@@ -52,6 +53,7 @@ class GradientCovarianceOperator(OutputSpaceOperator):
     per: Per
     centred: bool
 
+    @checked
     def __init__(
         self,
         model: nn.Module | EmpiricalRisk,

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch, count_examples
 from noisekit.core.data import StreamedBatches
 from noisekit.core.errors import UsageError
@@ -15,6 +16,7 @@ from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.randomness import stream
 from noisekit.core.risk import EmpiricalRisk, LossFn
+from noisekit.core.settings import PositiveInt, check_settings
 from noisekit.curvature.operators.likelihoods import (
     Likelihood,
     check_outputs,
@@ -46,7 +48,7 @@ class MonteCarlo:
         generator: Of the draws; fresh entropy by default.
     """
 
-    num_samples: int = 1
+    num_samples: PositiveInt = 1
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
@@ -55,10 +57,7 @@ class MonteCarlo:
         Raises:
             UsageError: If there is none.
         """
-        if self.num_samples < 1:
-            raise UsageError(
-                f"num_samples needs to be at least 1, got {self.num_samples}."
-            )
+        check_settings(self)
 
 
 class FisherOperator(OutputSpaceOperator):
@@ -99,6 +98,7 @@ class FisherOperator(OutputSpaceOperator):
     num_samples: int
     seed: int
 
+    @checked
     def __init__(
         self,
         model: nn.Module | EmpiricalRisk,
@@ -154,11 +154,6 @@ class FisherOperator(OutputSpaceOperator):
     def _choose_kind(self, kind: FisherKind | MonteCarlo) -> None:
         drawing = kind if isinstance(kind, MonteCarlo) else MonteCarlo()
         name = "monte_carlo" if isinstance(kind, MonteCarlo) else kind
-        if name not in get_args(FisherKind):
-            raise UsageError(
-                "kind needs to be 'true', 'monte_carlo' or 'empirical', got "
-                f"{name!r}; 'true' is exact and costs no more than the others."
-            )
         self.kind, self.num_samples = name, drawing.num_samples
         bits = torch.randint(2**62, (), generator=entropy_generator(drawing.generator))
         self.seed = int(bits)

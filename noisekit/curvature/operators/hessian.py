@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch, count_examples
 from noisekit.core.data import HeldBatches
 from noisekit.core.errors import UsageError
@@ -79,6 +80,7 @@ class HessianOperator(RiskOperator):
 
     trial: Trial | None = None
 
+    @checked
     def __init__(
         self,
         model: nn.Module | EmpiricalRisk,

@@ -1,14 +1,17 @@
 """Operators in other coordinates: scaled by the weights, or by Adam's steps."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import Adam, AdamW
 
+from noisekit.core.arguments import checked
 from noisekit.core.distributed import Ranks
 from noisekit.core.errors import UsageError
 from noisekit.core.params import flatten
+from noisekit.core.settings import Hint
 from noisekit.curvature.operators.operator import SymmetricOperator
 from noisekit.curvature.operators.risk_operator import RiskOperator
 
@@ -72,6 +75,7 @@ class ScaledOperator(SymmetricOperator):
         return scales * (self.operator @ (scales * block))
 
 
+@checked
 def weight_scaled(operator: RiskOperator) -> ScaledOperator:
     r"""Return ``|w| H |w|``, which rescaling a layer's neurons leaves alone.
 
@@ -100,7 +104,13 @@ def weight_scaled(operator: RiskOperator) -> ScaledOperator:
     return ScaledOperator(operator, lambda: operator.risk.vector().abs())
 
 
-def adam_preconditioned(operator: RiskOperator, optimizer: Adam) -> ScaledOperator:
+_OTHERS = Hint(advice="give another optimizer's diagonal to ScaledOperator")
+
+
+@checked
+def adam_preconditioned(
+    operator: RiskOperator, optimizer: Annotated[Adam | AdamW, _OTHERS]
+) -> ScaledOperator:
     r"""Return ``P^{-1/2} H P^{-1/2}`` with Adam's preconditioner at its present state.
 
     .. math:: P = (1 - \beta_1^t) \left( \operatorname{diag}
@@ -121,15 +131,12 @@ def adam_preconditioned(operator: RiskOperator, optimizer: Adam) -> ScaledOperat
     Source:
         Cohen et al. 2022, arXiv:2207.14484, section 2.
     """
-    if not isinstance(optimizer, Adam | torch.optim.AdamW):
-        raise UsageError(
-            f"Adam's preconditioner needs torch.optim.Adam or AdamW, got "
-            f"{type(optimizer).__name__}; give another diagonal to ScaledOperator."
-        )
     return ScaledOperator(operator, lambda: _inverse_roots(operator, optimizer))
 
 
-def _inverse_roots(operator: RiskOperator, optimizer: Adam) -> Tensor:
+def _inverse_roots(
+    operator: RiskOperator, optimizer: Annotated[Adam | AdamW, _OTHERS]
+) -> Tensor:
     """The diagonal of ``P^{-1/2}`` for the operator's parameters."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     risk, parts = operator.risk, []

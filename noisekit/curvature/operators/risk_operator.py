@@ -11,6 +11,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch, count_examples, take_examples
 from noisekit.core.data import HeldBatches
 from noisekit.core.distributed import Ranks, sum_over_ranks
@@ -73,6 +74,7 @@ class RiskOperator(SymmetricOperator):
     weight_decay: dict[str, float]
     num_kept_batches: int
 
+    @checked
     def __init__(
         self,
         model: nn.Module | EmpiricalRisk,

@@ -7,8 +7,9 @@ from torch.optim import Optimizer
 from noisekit.core.errors import UsageError
 from noisekit.core.params import ParameterLayout, flatten
 from noisekit.core.risk import EmpiricalRisk
+from noisekit.core.settings import NonNegative
 
-WeightDecay = float | Optimizer
+WeightDecay = NonNegative | Optimizer
 
 
 def decay_by_parameter(decay: WeightDecay, risk: EmpiricalRisk) -> dict[str, float]:
@@ -23,8 +24,6 @@ def decay_by_parameter(decay: WeightDecay, risk: EmpiricalRisk) -> dict[str, flo
             decay is decoupled from the gradient, so that it is no penalty.
     """
     if not isinstance(decay, Optimizer):
-        if not decay >= 0.0:
-            raise UsageError(f"weight_decay needs to be at least 0, got {decay}.")
         return dict.fromkeys(risk.layout.names, float(decay))
     found: dict[int, float] = {}
     for group in decay.param_groups:

@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
-from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import flatten
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import Count, Positive, check_settings
 from noisekit.curvature.random_vectors import entropy_generator
 from noisekit.sharpness.landscape.interpolation import (
     Interpolation,
@@ -78,8 +80,8 @@ class CurveTraining:
         generator: Source of the points that are trained on; by default a fresh one.
     """
 
-    num_steps: int = 200
-    learning_rate: float = 0.05
+    num_steps: Count = 200
+    learning_rate: Positive = 0.05
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
@@ -88,16 +90,13 @@ class CurveTraining:
         Raises:
             UsageError: If steps or rate are out of range.
         """
-        if self.num_steps < 0 or not self.learning_rate > 0:
-            raise UsageError(
-                "a curve needs num_steps >= 0 and learning_rate > 0, got "
-                f"{self.num_steps} and {self.learning_rate}."
-            )
+        check_settings(self)
 
 
 _DEFAULT_TRAINING = CurveTraining()
 
 
+@checked
 def connecting_curve(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -106,7 +105,7 @@ def connecting_curve(
     start: Mapping[str, Tensor],
     end: Mapping[str, Tensor],
     shape: CurveShape = "bezier",
-    num_points: int = 21,
+    num_points: Annotated[int, Ge(3), Le(10**6)] = 21,
     training: CurveTraining = _DEFAULT_TRAINING,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
@@ -142,10 +141,6 @@ def connecting_curve(
     Source:
         Garipov et al. 2018, arXiv:1802.10026, section 3.
     """
-    if shape not in get_args(CurveShape):
-        raise UsageError(f"shape needs to be 'bezier' or 'polychain', got {shape!r}.")
-    if num_points < 3:
-        raise UsageError(f"num_points needs to be at least 3, got {num_points}.")
     if bn is None and not isinstance(model, EmpiricalRisk):
         bn = "recalibrated"
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser)

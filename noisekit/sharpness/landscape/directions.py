@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
 from noisekit.core.risk import EmpiricalRisk
+from noisekit.core.settings import check_settings
 from noisekit.curvature.eigenvalues.lanczos import top_eigenpairs
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.random_vectors import entropy_generator
@@ -73,16 +74,7 @@ class DirectionSpec:
         Raises:
             UsageError: If an attribute is none of those above.
         """
-        if self.kind not in get_args(DirectionKind):
-            raise UsageError(
-                "directions needs 'filter_normalised', 'random', 'eigenvectors' or a "
-                f"list of flat vectors, got {self.kind!r}."
-            )
-        if self.one_dimensional not in get_args(OneDimensional):
-            raise UsageError(
-                "one_dimensional needs to be 'fixed' or 'scaled', got "
-                f"{self.one_dimensional!r}."
-            )
+        check_settings(self)
 
 
 def directions_for(

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import NumPoints
 from noisekit.sharpness.landscape.points import (
     loss_range,
     own_state,
@@ -158,6 +160,7 @@ class Interpolation:
         return self.alphas[last], False
 
 
+@checked
 def interpolate(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -165,7 +168,7 @@ def interpolate(
     *,
     start: Mapping[str, Tensor],
     end: Mapping[str, Tensor],
-    num_points: int = 25,
+    num_points: NumPoints = 25,
     span: tuple[float, float] = (-1.0, 2.0),
     path: Path = "linear",
     bn: BatchNormPolicy | None = None,

@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
-from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import NumPoints, Positive
 from noisekit.sharpness.landscape.directions import (
     DirectionKind,
     Directions,
@@ -82,6 +84,7 @@ class LossSlice:
         return pd.DataFrame(columns | values)
 
 
+@checked
 def loss_slice(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -91,9 +94,9 @@ def loss_slice(
     | DirectionSpec
     | Directions
     | Sequence[Tensor] = "filter_normalised",
-    dims: int | None = None,
-    extent: float = 1.0,
-    num_points: int = 25,
+    dims: Annotated[int, Ge(1), Le(2)] | None = None,
+    extent: Positive = 1.0,
+    num_points: NumPoints = 25,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
     params: ParameterPatterns = None,
@@ -184,10 +187,6 @@ def loss_slice(
 
 def _grid(extent: float, num_points: int) -> np.ndarray:
     """Even points from ``-extent`` to ``extent``, with exactly 0 among them."""
-    if not 0 < extent < np.inf:
-        raise UsageError(f"extent needs to be positive and finite, got {extent}.")
-    if num_points < 2:
-        raise UsageError(f"num_points needs to be at least 2, got {num_points}.")
     even = np.linspace(-extent, extent, num_points)
     # linspace rounds the middle of an odd grid to 1e-17 instead of 0.
     nonzero = even[np.abs(even) > 1e-9 * extent]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
@@ -162,6 +163,7 @@ class AverageCase(Perturbation):
         )
 
 
+@checked
 def average_sharpness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch, count_examples, take_examples
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
@@ -128,6 +129,7 @@ class BatchSharpness(Measure):
         return _Batches(fitting, wanted, int((sizes != wanted).sum()))
 
 
+@checked
 def batch_sharpness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -183,6 +185,7 @@ def batch_sharpness(
     return measure.result(risk, entropy_generator(generator))
 
 
+@checked
 def step_sharpness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

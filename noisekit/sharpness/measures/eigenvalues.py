@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
@@ -169,6 +170,7 @@ class GaugeFixedLambdaMax(_Eigenvalue):
         yield self.measured(found, data_stderr=error)
 
 
+@checked
 def lambda_max(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -227,6 +229,7 @@ def lambda_max(
     return measure.estimate(risk, generator=generator, data_error=data_error)
 
 
+@checked
 def lambda_min(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -270,6 +273,7 @@ def lambda_min(
     return measure.estimate(risk, generator=generator, data_error=data_error)
 
 
+@checked
 def gauge_fixed_lambda_max(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

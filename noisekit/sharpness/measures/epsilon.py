@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
@@ -219,6 +220,7 @@ class EpsilonSharpness(Measure):
         )
 
 
+@checked
 def epsilon_sharpness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

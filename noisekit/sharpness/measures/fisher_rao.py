@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
@@ -81,6 +82,7 @@ class FisherRaoNorm(Measure):
         )
 
 
+@checked
 def fisher_rao_norm(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
@@ -244,6 +245,7 @@ class PacBayesSharpness(_Tolerated):
         return times(data_stderr(increases, shares), factor)
 
 
+@checked
 def pac_bayes_flatness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -318,6 +320,7 @@ def pac_bayes_flatness(
     return measure.result(risk, entropy_generator(generator))
 
 
+@checked
 def pac_bayes_sharpness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

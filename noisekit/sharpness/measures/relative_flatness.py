@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
@@ -93,6 +94,7 @@ class RelativeFlatness(Measure):
         return found
 
 
+@checked
 def relative_flatness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
@@ -131,6 +132,7 @@ class EffectiveDimension(Measure):
         return product_stderr(gauss_newton, noted, self.shift * mean_weights(noted))
 
 
+@checked
 def hessian_frobenius_norm(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -173,6 +175,7 @@ def hessian_frobenius_norm(
     return measure.estimate(risk, generator=generator, data_error=data_error)
 
 
+@checked
 def effective_dimension(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

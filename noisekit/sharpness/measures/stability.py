@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import UsageError
 from noisekit.core.results import Estimate
 from noisekit.core.settings import Positive, PositiveInt
@@ -92,6 +93,7 @@ def _rule_of(context: MeasurementContext) -> SGDRule:
     return SGDRule.of(context.update_rule)
 
 
+@checked
 def stability_threshold(
     rule: SGDRule | torch.optim.Optimizer, *, kind: StabilityKind = "full_batch"
 ) -> float:
@@ -145,6 +147,7 @@ def stability_threshold(
     return limit - sgd.weight_decay
 
 
+@checked
 def edge_of_stability_ratio(
     curvature: Estimate,
     rule: SGDRule | torch.optim.Optimizer,

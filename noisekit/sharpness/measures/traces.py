@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
@@ -84,6 +85,7 @@ class WeightedHessianTrace(Measure):
         yield self.measured(found, data_stderr=product_stderr(hessian, noted, weights))
 
 
+@checked
 def hessian_trace(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
@@ -129,6 +131,7 @@ def hessian_trace(
     return measure.estimate(risk, generator=generator, data_error=data_error)
 
 
+@checked
 def weighted_hessian_trace(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch, count_examples, take_examples
 from noisekit.core.distributed import sum_over_ranks
 from noisekit.core.errors import UsageError
@@ -220,6 +221,7 @@ class WorstCase(Perturbation):
         )
 
 
+@checked
 def worst_case_sharpness(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,

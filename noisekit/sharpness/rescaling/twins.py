@@ -3,16 +3,20 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Gt, Lt
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.results import Estimate
 from noisekit.core.risk import EmpiricalRisk, LossFn, as_risk
+from noisekit.core.settings import Fraction, Positive
 from noisekit.curvature.eigenvalues.lanczos import EigenPairs, top_eigenpairs
 from noisekit.curvature.operators.hessian import HessianOperator
 from noisekit.curvature.operators.preconditioned import ScaledOperator
@@ -122,13 +126,14 @@ class RescaledTwin:
         )
 
 
+@checked
 def rescaled_twin(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    factor: float = 4.0,
-    tol: float = 1e-3,
+    factor: Annotated[float, Gt(1), Lt(math.inf)] = 4.0,
+    tol: Fraction = 1e-3,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,
@@ -171,8 +176,6 @@ def rescaled_twin(
         >>> torch.allclose(model(x), twin.model(x), atol=1e-5), twin.ratio > 1
         (True, True)
     """
-    if not 1 < factor < math.inf:
-        raise UsageError(f"factor needs to be above 1 and finite, got {factor}.")
     risk = as_risk(model, loss_fn, batches, bn=bn, normaliser=normaliser)
     generator = entropy_generator(generator)
     with HessianOperator(risk) as hessian:
@@ -189,13 +192,14 @@ def rescaled_twin(
     return _twin(risk, best, factor, (pairs.estimate(), twin_pairs.estimate()))
 
 
+@checked
 def sharpened_twin(
     model: nn.Module | EmpiricalRisk,
     loss_fn: LossFn | None = None,
     batches: Iterable[Batch] | None = None,
     *,
-    target: float,
-    tol: float = 1e-3,
+    target: Positive,
+    tol: Fraction = 1e-3,
     generator: torch.Generator | None = None,
     bn: BatchNormPolicy | None = None,
     normaliser: Normaliser | None = None,

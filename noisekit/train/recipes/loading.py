@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import RecipeError
 from noisekit.train.recipes.catalogue import find_recipe
 from noisekit.train.recipes.recipe import Recipe
@@ -24,6 +25,7 @@ from noisekit.train.recipes.tables import (
 )
 
 
+@checked
 def load_recipe(
     name_or_path: str | Path,
     *,

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import RunDirectoryError
 from noisekit.core.evaluation_mode import BatchNormPolicy, batch_norms
 from noisekit.core.risk import LossFn
@@ -62,6 +63,7 @@ class Revisited:
         return list(zip(*parts, strict=True))
 
 
+@checked
 def revisit(runs: Runs, run_id: str, snapshot: str) -> Revisited:
     """Return the network of a run as it was at a snapshot.
 

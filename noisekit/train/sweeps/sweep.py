@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import (
     NewerFormatError,
     RecipeError,
@@ -47,6 +48,7 @@ _OF_A_SET = frozenset(
 """What noisekit writes into the directory of a set."""
 
 
+@checked
 def run(
     recipe: Recipe,
     out_dir: Path | str,
@@ -92,6 +94,7 @@ def run(
             return _execute_remaining(path, recipe, workers, progress)
 
 
+@checked
 def resume(
     set_dir: Path | str,
     *,
