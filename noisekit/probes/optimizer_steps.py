@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from noisekit.probes.capture.hooks import guarded
+from noisekit.probes.capture.hooks import guarded, is_suspended
 from noisekit.probes.capture.recorder import Recorder
 
 
@@ -88,7 +88,7 @@ class OptimizerSteps:
     def _on_start(
         self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _is_nested(self.optimizer):
+        if _is_nested(self.optimizer) or is_suspended(self._recorder):
             return None
         self.num_evaluations, self.clip_factor = 0, None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -112,7 +112,7 @@ class OptimizerSteps:
         return evaluate
 
     def _on_end(self, *_: object) -> None:
-        if not _is_nested(self.optimizer):
+        if not (_is_nested(self.optimizer) or is_suspended(self._recorder)):
             self._after()
 
     @guarded

@@ -10,20 +10,30 @@ import numpy as np
 import torch
 from pydantic import Discriminator, Tag
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from noisekit.core.errors import UsageError
 from noisekit.core.randomness import stream
-from noisekit.train.data.embedded import Digits, Gaussian, OwnData
-from noisekit.train.data.files import Cifar10, FashionMnist, Mnist
+from noisekit.train.data.embedded import Blobs, Digits, Gaussian, Mnist5k, OwnData
+from noisekit.train.data.files import Cifar10, Cifar100, FashionMnist, Mnist, Svhn
+from noisekit.train.data.folder import ImageFolder
+from noisekit.train.data.labels import relabelled
 from noisekit.train.data.section import DataSection, Pools, TensorPair
+from noisekit.train.data.text import Text
 from noisekit.train.section import OWN, Split, kind_of
 
 DataSpec = Annotated[
     Annotated[Digits, Tag("digits")]
     | Annotated[FashionMnist, Tag("fashion-mnist")]
     | Annotated[Mnist, Tag("mnist")]
+    | Annotated[Mnist5k, Tag("mnist-5k")]
     | Annotated[Cifar10, Tag("cifar10")]
+    | Annotated[Cifar100, Tag("cifar100")]
+    | Annotated[Svhn, Tag("svhn")]
+    | Annotated[ImageFolder, Tag("folder")]
     | Annotated[Gaussian, Tag("gaussian")]
+    | Annotated[Blobs, Tag("blobs")]
+    | Annotated[Text, Tag("text")]
     | Annotated[OwnData, Tag(OWN)],
     Discriminator(kind_of()),
 ]
@@ -71,8 +81,9 @@ def load_data(spec: DataSection, *, allow_download: bool = False) -> DataSplits:
 
     The split keeps the shares of the classes, and depends on the sizes and
     ``split_seed`` alone. Test examples are drawn first, so that other sizes of
-    training or validation set leave them as they are. Standardising uses the training
-    examples' mean and standard deviation, one per channel.
+    training or validation set leave them as they are. Images are pooled first; labels
+    are replaced in the training set only. Standardising uses the training examples'
+    mean and standard deviation, one per channel; tokens are left as they are.
 
     Args:
         spec: Which examples.
@@ -84,9 +95,10 @@ def load_data(spec: DataSection, *, allow_download: bool = False) -> DataSplits:
 @lru_cache(maxsize=2)
 def _load(spec: DataSection, allow_download: bool) -> DataSplits:
     pools = spec.read(allow_download=allow_download)
-    train, validation, test = _split(pools, spec)
+    train, validation, test = (_pooled(part, spec) for part in _split(pools, spec))
+    train, changed = relabelled(train, pools.num_classes, spec)
     digest = _digest(train, validation, test)
-    if spec.normalise == "standardise":
+    if spec.normalise == "standardise" and train.inputs.is_floating_point():
         mean, deviation = _channel_moments(train.inputs)
         train, validation, test = (
             TensorPair((part.inputs - mean) / deviation, part.targets)
@@ -98,9 +110,22 @@ def _load(spec: DataSection, allow_download: bool) -> DataSplits:
         test=test,
         num_classes=pools.num_classes,
         name=spec.name,
-        origin=pools.origin,
+        origin=f"{pools.origin}; {changed}" if changed else pools.origin,
         sha256=digest,
     )
+
+
+def _pooled(part: TensorPair, spec: DataSection) -> TensorPair:
+    """Average over squares of ``pool`` by ``pool`` pixels."""
+    if spec.pool == 1:
+        return part
+    shape = tuple(part.inputs.shape[1:])
+    if len(shape) != 3 or shape[1] % spec.pool or shape[2] % spec.pool:
+        raise UsageError(
+            f"data.pool = {spec.pool} needs images whose height and width it divides, "
+            f"got examples of shape {shape} from {spec.name}; use pool = 1."
+        )
+    return TensorPair(avg_pool2d(part.inputs, spec.pool), part.targets)
 
 
 def _split(
@@ -146,6 +171,8 @@ def _stratified_order(targets: Tensor, spec: DataSection, pool: str) -> Tensor:
     """Return a random order whose every prefix has the classes in equal shares."""
     generator = stream(spec.split_seed, "split", spec.name, pool)
     shuffled = torch.randperm(len(targets), generator=generator)
+    if targets.dim() > 1:
+        return shuffled  # examples with many targets belong to no class
     classes = targets[shuffled]
     # An example's place is its rank within its class, as a fraction of the class.
     place = torch.empty(len(targets), dtype=torch.float64)

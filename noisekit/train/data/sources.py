@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from noisekit.core.errors import DataNotFoundError
+import numpy as np
+import torch
+
+from noisekit.core.errors import DataFileError, DataNotFoundError
 from noisekit.train.data.idx import find_files
+from noisekit.train.data.section import TensorPair
 
 _DEBIAN = Path("/usr/share/datasets")
 _IDX_FILES = MappingProxyType(
@@ -27,6 +31,8 @@ class Source:
     Attributes:
         name: Its name in recipes.
         files: What each file is for, and its name.
+        other_files: The same of another version of the data set, looked for where the
+            first is missing.
         folders: Folders below a data folder that hold it, as its publishers and
             torchvision call them.
         ways: How to get it.
@@ -42,6 +48,7 @@ class Source:
     sha256: Mapping[str, str] = field(default_factory=dict)
     debian: bool = False
     torchvision: str = ""
+    other_files: Mapping[str, str] = field(default_factory=dict)
 
 
 SOURCES: Mapping[str, Source] = MappingProxyType(
@@ -81,8 +88,32 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                     {f"train-{i}": f"data_batch_{i}.bin" for i in range(1, 6)}
                     | {"test": "test_batch.bin"}
                 ),
-                folders=("cifar10", "cifar-10-batches-bin"),
+                folders=("cifar10", "cifar-10-batches-bin", "cifar-10-batches-py"),
                 ways=("unpack the publishers' CIFAR-10 binary version",),
+                torchvision="CIFAR10",
+                other_files=MappingProxyType(
+                    {f"train-{i}": f"data_batch_{i}" for i in range(1, 6)}
+                    | {"test": "test_batch", "classes": "batches.meta"}
+                ),
+            ),
+            Source(
+                name="cifar100",
+                files=MappingProxyType({"train": "train.bin", "test": "test.bin"}),
+                folders=("cifar100", "cifar-100-binary", "cifar-100-python"),
+                ways=("unpack the publishers' CIFAR-100 binary version",),
+                torchvision="CIFAR100",
+                other_files=MappingProxyType(
+                    {"train": "train", "test": "test", "classes": "meta"}
+                ),
+            ),
+            Source(
+                name="svhn",
+                files=MappingProxyType(
+                    {"train": "train_32x32.mat", "test": "test_32x32.mat"}
+                ),
+                folders=("svhn", ""),
+                ways=("get the publishers' cropped digits (format 2)",),
+                torchvision="SVHN",
             ),
         )
     }
@@ -110,9 +141,10 @@ def locate(
     places = list(_places(source, path))
     for attempt in range(2):
         for place in places:
-            files = find_files(place, source.files)
-            if files is not None:
-                return place, files
+            for version in (source.files, source.other_files):
+                files = find_files(place, version) if version else None
+                if files is not None:
+                    return place, files
         if attempt or not (allow_download and source.torchvision):
             break
         _download(source, data_home() if path is None else Path(path))
@@ -147,12 +179,44 @@ def _not_found(source: Source, path: str | None, places: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def from_torchvision(source: Source, root: Path, **part: bool | str) -> TensorPair:
+    """Return a part of a data set as torchvision reads it, with pixels from 0 to 1.
+
+    torchvision compares each file with the publishers' digest before it opens it.
+
+    Args:
+        source: The data set.
+        root: The folder that torchvision was given.
+        part: Which part, in the words of its class, such as ``train=True``.
+
+    Raises:
+        DataFileError: If a file is not as published.
+    """
+    from torchvision import datasets
+
+    try:
+        found = getattr(datasets, source.torchvision)(root, **part)
+    except (OSError, RuntimeError) as error:
+        raise DataFileError(
+            f"{root} needs the files of {source.name} as published: {error}; get them "
+            "again."
+        ) from error
+    images = torch.from_numpy(np.asarray(found.data))
+    if images.shape[-1] == 3:  # channels last, as CIFAR's reader has them
+        images = images.permute(0, 3, 1, 2)
+    labels = found.labels if hasattr(found, "labels") else found.targets
+    targets = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+    return TensorPair(images.float() / 255, targets)
+
+
 def _download(source: Source, root: Path) -> None:
     # Importing torchvision takes two seconds, and only downloads need it.
     from torchvision import datasets
 
+    parts = ({"split": "train"}, {"split": "test"}) if source.name == "svhn" else ({},)
     try:
-        getattr(datasets, source.torchvision)(root, download=True)
+        for part in parts:
+            getattr(datasets, source.torchvision)(root, download=True, **part)
     except (OSError, RuntimeError) as error:
         raise DataNotFoundError(
             f"data set {source.name!r} could not be downloaded to {root}: {error}. "

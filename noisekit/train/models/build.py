@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import batch_norms
 from noisekit.core.randomness import stream_seed
+from noisekit.train.models.alexnet import AlexNet
+from noisekit.train.models.c1_c2 import C1, C2
 from noisekit.train.models.fully_connected import F1, Mlp
+from noisekit.train.models.gpt import Gpt
+from noisekit.train.models.resnet import ResNet
+from noisekit.train.models.resnet50 import ResNet50
 from noisekit.train.models.section import NetworkSection
 from noisekit.train.models.small_cnn import SmallCnn
+from noisekit.train.models.vgg import Vgg11
 from noisekit.train.references import resolve
 from noisekit.train.section import OWN, OwnSection, kind_of
 
@@ -47,6 +53,15 @@ ModelSpec = Annotated[
     Annotated[Mlp, Tag("mlp")]
     | Annotated[F1, Tag("f1")]
     | Annotated[SmallCnn, Tag("small_cnn")]
+    | Annotated[C1, Tag("c1")]
+    | Annotated[C2, Tag("c2")]
+    | Annotated[C1, Tag("c3")]
+    | Annotated[C2, Tag("c4")]
+    | Annotated[AlexNet, Tag("alexnet")]
+    | Annotated[ResNet, Tag("resnet")]
+    | Annotated[Vgg11, Tag("vgg11_bn")]
+    | Annotated[ResNet50, Tag("resnet50")]
+    | Annotated[Gpt, Tag("gpt")]
     | Annotated[OwnNetwork, Tag(OWN)],
     Discriminator(kind_of()),
 ]
@@ -73,6 +88,7 @@ def build_model(
         generator.manual_seed(stream_seed(seed, "init"))
         network = spec.build(tuple(input_shape), num_classes)
         _initialise(network, spec.init)
+        _scale(network, spec.init_scale)
     finally:
         generator.set_state(before)
     return network
@@ -98,6 +114,20 @@ def _initialise(network: nn.Module, init: str) -> None:
             draw(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def _scale(network: nn.Module, factor: float) -> None:
+    """Multiply drawn weights; a weight that two layers share counts once."""
+    if factor == 1.0:
+        return
+    weights = {
+        id(layer.weight): layer.weight
+        for layer in network.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.mul_(factor)
 
 
 def _he_normal(weight: Tensor) -> Tensor:

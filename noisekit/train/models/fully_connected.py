@@ -1,8 +1,9 @@
 """Fully connected networks: of any widths, and Keskar's F1."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,23 +15,41 @@ from noisekit.train.section import PositiveInt
 _F1_HIDDEN = (512,) * 5
 _HIDDEN = (128, 128)
 
+Activation = Literal["relu", "tanh", "silu", "gelu", "elu", "sigmoid"]
+_ACTIVATIONS: Mapping[str, type[nn.Module]] = MappingProxyType(
+    {
+        "relu": nn.ReLU,
+        "tanh": nn.Tanh,
+        "silu": nn.SiLU,
+        "gelu": nn.GELU,
+        "elu": nn.ELU,
+        "sigmoid": nn.Sigmoid,
+    }
+)
+
 
 class Mlp(NetworkSection):
-    """A fully connected ReLU network.
+    """A fully connected network.
 
     Attributes:
         hidden: Widths of the hidden layers; 128, 128 if left out.
-        norm: Normalisation before each ReLU.
+        norm: Normalisation before each activation.
+        activation: What follows each hidden layer.
     """
 
     name: Literal["mlp"] = "mlp"
     hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = _HIDDEN
     norm: Literal["none", "batch"] = "none"
+    activation: Activation = "relu"
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
         """Return the network for inputs of any shape, which are flattened."""
         return fully_connected(
-            prod(input_shape), self.hidden, num_classes, batch_norm=self.norm == "batch"
+            prod(input_shape),
+            self.hidden,
+            num_classes,
+            batch_norm=self.norm == "batch",
+            activation=self.activation,
         )
 
 
@@ -51,9 +70,14 @@ class F1(NetworkSection):
 
 
 def fully_connected(
-    num_inputs: int, hidden: Sequence[int], num_classes: int, *, batch_norm: bool
+    num_inputs: int,
+    hidden: Sequence[int],
+    num_classes: int,
+    *,
+    batch_norm: bool,
+    activation: Activation = "relu",
 ) -> nn.Sequential:
-    """Return a ReLU network, with BatchNorm before each ReLU where asked for.
+    """Return a network with BatchNorm before each activation where asked for.
 
     Inputs of any shape are flattened.
     """
@@ -64,6 +88,6 @@ def fully_connected(
         layers[f"linear{i}"] = nn.Linear(before, after)
         if batch_norm:
             layers[f"norm{i}"] = nn.BatchNorm1d(after)
-        layers[f"relu{i}"] = nn.ReLU()
+        layers[f"{activation}{i}"] = _ACTIVATIONS[activation]()
     layers["output"] = nn.Linear(hidden[-1], num_classes)
     return nn.Sequential(layers)

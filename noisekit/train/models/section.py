@@ -1,11 +1,11 @@
 """What every network of a recipe is: a section that can be built."""
 
 from abc import abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
-from noisekit.train.section import Section
+from noisekit.train.section import PositiveFloat, Section
 
 
 class NetworkSection(Section):
@@ -14,10 +14,16 @@ class NetworkSection(Section):
     Attributes:
         name: The network.
         init: PyTorch's own starting weights, He's normal or Glorot's uniform ones.
+        init_scale: What the drawn weights of dense layers and convolutions are
+            multiplied by; biases are not.
+        reads_tokens: Whether inputs are tokens, and not real numbers.
     """
 
     name: str
     init: Literal["default", "he_normal", "glorot_uniform"] = "default"
+    init_scale: PositiveFloat = 1.0
+
+    reads_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import nn
 
-from noisekit.core.errors import UsageError
+from noisekit.train.models.convolutional import check_images
 from noisekit.train.models.fully_connected import fully_connected
 from noisekit.train.models.section import NetworkSection
 from noisekit.train.section import PositiveInt
@@ -25,13 +25,9 @@ class SmallCnn(NetworkSection):
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
         """Return the network for images of shape (channels, height, width)."""
-        if len(input_shape) != 3:
-            raise UsageError(
-                "small_cnn needs images of shape (channels, height, width), got "
-                f"examples of shape {input_shape}; use model.name = 'mlp'."
-            )
+        shape = check_images(self.name, input_shape)
         return small_cnn(
-            input_shape, self.width, num_classes, batch_norm=self.norm == "batch"
+            shape, self.width, num_classes, batch_norm=self.norm == "batch"
         )
 
 

@@ -45,6 +45,8 @@ def section_faults(arm: ParsedSections) -> Iterator[Fault]:
         (("data", "measure", "snapshots", "training"), _measure_faults),
         (("training", "probe", "optimizer"), _estimator_faults),
         (("data", "model", "probe"), _coupling_faults),
+        (("data", "augment"), _augment_faults),
+        (("data", "model", "training"), _token_faults),
     )
     for needed, check in checks:
         if arm.having(needed):
@@ -258,10 +260,39 @@ def _estimator_faults(run: RunSections) -> Iterator[Fault]:
         )
 
 
+def _augment_faults(run: RunSections) -> Iterator[Fault]:
+    shape = run.data.shape
+    if run.augment.active and shape is not None and len(shape) != 3:
+        yield Fault(
+            "augment",
+            "needs images of shape (channels, height, width), got examples of shape "
+            f"{shape} from data.name = {run.data.name!r}; leave augment out",
+        )
+
+
+def _token_faults(run: RunSections) -> Iterator[Fault]:
+    """Yield what takes real numbers where the data are tokens, or the reverse."""
+    own = is_reference(run.model.name) or is_reference(run.data.name)
+    if not own and run.model.reads_tokens != run.data.tokens:
+        wanted = "tokens" if run.model.reads_tokens else "real inputs"
+        yield Fault(
+            "model.name",
+            f"{run.model.name!r} reads {wanted}, which data.name = {run.data.name!r} "
+            "does not have; use 'gpt' with 'text', and only with it",
+        )
+    kinds = [term.kind for term in run.training.terms]
+    if run.data.tokens and "adversarial" in kinds:
+        yield Fault(
+            "training.terms",
+            "kind = 'adversarial' changes real inputs, and data.name = "
+            f"{run.data.name!r} has tokens; leave the term out",
+        )
+
+
 def _coupling_faults(run: RunSections) -> Iterator[Fault]:
     """Yield what a network of noisekit's own couples, on data of known shape."""
     data = run.data
-    own = is_reference(run.model.name)
+    own = is_reference(run.model.name) or run.model.reads_tokens != data.tokens
     if own or data.shape is None or data.known_classes is None:
         return
     try:

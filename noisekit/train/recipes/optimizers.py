@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -10,6 +11,8 @@ from pydantic import Discriminator, Tag, model_validator
 from torch import nn
 
 from noisekit.core.errors import UsageError
+from noisekit.train.gradients.rules import GradientScaling
+from noisekit.train.gradients.trust_ratio import scale_by_trust_ratio
 from noisekit.train.references import resolve
 from noisekit.train.section import (
     OWN,
@@ -68,6 +71,11 @@ class OptimizerSection(Section):
         """Return the optimizer; its rate is set anew before each update."""
 
     @property
+    def gradient_scaling(self) -> GradientScaling | None:
+        """What is done to gradients before each step, if anything."""
+        return None
+
+    @property
     def settings(self) -> Settings:
         """What the parameter groups hold beside the rate."""
         return {}
@@ -92,12 +100,22 @@ class OptimizerSection(Section):
 
 
 class Sgd(OptimizerSection):
-    """SGD with PyTorch's momentum: ``v = momentum v + g; w -= rate v``."""
+    """SGD with PyTorch's momentum: ``v = momentum v + g; w -= rate v``.
+
+    Attributes:
+        momentum: Factor of the buffer.
+        nesterov: Whether the buffer is applied as Nesterov's.
+        weight_decay: What of the weights is added to the gradient.
+        trust_ratio: LARS's coefficient: ``g`` becomes ``trust_ratio |w| (g + decay w)
+            / (|g| + decay |w|)`` for each weight matrix. Left out, gradients are
+            applied as they are.
+    """
 
     name: Literal["sgd"] = "sgd"
     momentum: Fraction = 0.0
     nesterov: bool = False
     weight_decay: NonNegativeFloat = 0.0
+    trust_ratio: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Self:
@@ -111,8 +129,20 @@ class Sgd(OptimizerSection):
         return {
             "momentum": self.momentum,
             "nesterov": self.nesterov,
-            "weight_decay": self.weight_decay,
+            # The trust ratio scales the decay too, and adds it itself.
+            "weight_decay": self.weight_decay if self.trust_ratio is None else 0.0,
         }
+
+    @property
+    def gradient_scaling(self) -> GradientScaling | None:
+        """The trust ratio, where one is stated."""
+        if self.trust_ratio is None:
+            return None
+        return partial(
+            scale_by_trust_ratio,
+            coefficient=self.trust_ratio,
+            weight_decay=self.weight_decay,
+        )
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Return ``torch.optim.SGD``."""

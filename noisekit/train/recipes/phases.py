@@ -14,6 +14,7 @@ CHANGEABLE = (
     "training.microbatch",
     "training.clip_norm",
     "training.terms",
+    "augment",
     "optimizer",
     "schedule",
     "batch_policy",

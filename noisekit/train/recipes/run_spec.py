@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, JsonValue
 
 from noisekit.core.randomness import stream_seed
+from noisekit.train.data.augment import AugmentSpec
 from noisekit.train.data.datasets import DataSpec
 from noisekit.train.models import ModelSpec
 from noisekit.train.recipes.batch_policies import BatchPolicySpec, ConstantBatch
@@ -35,6 +36,7 @@ class RunSections(Section):
     """The sections that one arm and seed need, resolved."""
 
     data: DataSpec
+    augment: AugmentSpec = AugmentSpec()
     model: ModelSpec
     optimizer: OptimizerSpec
     schedule: ScheduleSpec = Constant()

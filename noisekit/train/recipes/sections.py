@@ -5,13 +5,21 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from noisekit.train.losses import LOSSES
+from noisekit.train.gradients import TermSpec
+from noisekit.train.losses import LOSSES, Loss, find_loss
 from noisekit.train.recipes.clock import EpochEnd
 from noisekit.train.recipes.measure_spec import MeasureName
 from noisekit.train.recipes.points import Length, Point, Stop
 from noisekit.train.recipes.recipe_errors import not_one_of
 from noisekit.train.references import is_reference
-from noisekit.train.section import Name, PositiveFloat, PositiveInt, Section, Split
+from noisekit.train.section import (
+    Fraction,
+    Name,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Split,
+)
 
 
 def _known_loss(name: str) -> str:
@@ -33,6 +41,11 @@ class TrainingSpec(Section):
             batches need to divide it, the rest is left out (``drop``), the last batch
             is smaller (``ragged``) or runs on into the next epoch (``run_on``).
         loss: The loss, as a mean over examples.
+        label_smoothing: Share of the target that all classes have evenly, under
+            cross-entropy.
+        clip_norm: Largest norm of an update's gradient, which is scaled down to it;
+            no limit if left out.
+        terms: What is added to the gradient, each kind at most once.
         stop: Where the run ends: at the first of its keys that is reached.
     """
 
@@ -40,12 +53,32 @@ class TrainingSpec(Section):
     microbatch: PositiveInt | None = None
     epoch_end: EpochEnd = "divides"
     loss: Annotated[str, AfterValidator(_known_loss)] = "cross_entropy"
+    label_smoothing: Fraction = 0.0
+    clip_norm: PositiveFloat | None = None
+    terms: tuple[TermSpec, ...] = ()
     stop: Stop
+
+    def find_loss(self) -> Loss:
+        """Return the loss, imported where it is the user's own."""
+        return find_loss(self.loss, label_smoothing=self.label_smoothing)
 
     @property
     def examples_per_forward(self) -> int:
         """Examples of one forward pass."""
         return self.microbatch or self.batch_size
+
+    @model_validator(mode="after")
+    def _rules_fit_together(self) -> Self:
+        if self.label_smoothing and self.loss != "cross_entropy":
+            raise ValueError(
+                "label_smoothing belongs to loss = 'cross_entropy', got "
+                f"{self.loss!r}; leave it out"
+            )
+        kinds = [term.kind for term in self.terms]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise ValueError(f"terms need different kinds, got {twice} twice")
+        return self
 
     @model_validator(mode="after")
     def _a_microbatch_is_a_part_of_the_batch(self) -> Self:

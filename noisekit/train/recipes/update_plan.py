@@ -17,6 +17,8 @@ from noisekit.policies import (
     Scheduled,
     State,
 )
+from noisekit.train.data.augment import AugmentSpec
+from noisekit.train.gradients import GradientRules
 from noisekit.train.recipes.clock import Clock, Position
 from noisekit.train.recipes.optimizers import Settings
 from noisekit.train.recipes.run_spec import RunSections
@@ -52,6 +54,8 @@ class PlannedUpdate:
         base_rate: The rate without the schedule's factor.
         settings: What the optimizer's parameter groups hold beside the rate.
         microbatch: Examples per forward pass; ``None`` is the whole batch.
+        rules: What fills ``.grad``.
+        augment: How images are changed.
         reason: Why the policy asked for this size.
     """
 
@@ -63,6 +67,8 @@ class PlannedUpdate:
     base_rate: float
     settings: Settings
     microbatch: int | None
+    rules: GradientRules
+    augment: AugmentSpec
     reason: str
 
     @property
@@ -142,6 +148,8 @@ class UpdatePlan:
             base_rate=base_rate,
             settings=phase.settings(decision),
             microbatch=phase.microbatch,
+            rules=phase.rules,
+            augment=phase.augment,
             reason=decision.reason,
         )
 
@@ -178,6 +186,8 @@ class _Phase:
         constant: The policy's one decision, where it has only one.
         factor: The schedule's factor of the rate.
         microbatch: Examples per forward pass; ``None`` is the whole batch.
+        rules: What fills ``.grad``.
+        augment: How images are changed.
     """
 
     def __init__(self, run: RunSections, clock: Clock) -> None:
@@ -186,6 +196,12 @@ class _Phase:
         if isinstance(self.policy, Constant):
             self.constant = self.policy.decide(Observation())
         self.microbatch = run.training.microbatch
+        self.rules = GradientRules(
+            run.training.terms,
+            clip_norm=run.training.clip_norm,
+            scaling=run.optimizer.gradient_scaling,
+        )
+        self.augment = run.augment
         self._optimizer = run.optimizer
         self._start = run.training.batch_size
         self.factor = run.schedule.factor(clock)

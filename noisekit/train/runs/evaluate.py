@@ -97,20 +97,20 @@ def evaluate(
     return Evaluation(dict(zip(names, listed, strict=True)))
 
 
-def correct_examples(
+def errors_of_examples(
     model: nn.Module, data: TensorPair, loss: Loss, *, batch_size: int
-) -> list[bool]:
-    """Return for each example whether the model classifies it correctly."""
+) -> list[float]:
+    """Return the error of each example: 0 or 1, or the share of its positions."""
     training = model.training
     model.eval()
     with torch.no_grad():
         parts = [
-            loss.wrong(model(inputs), targets) == 0
+            loss.wrong(model(inputs), targets).double()
             for inputs, targets in _chunks(data, batch_size)
         ]
     model.train(training)
-    flags: list[bool] = torch.cat(parts).tolist()
-    return flags
+    errors: list[float] = torch.cat(parts).tolist()
+    return errors
 
 
 def _loss_and_error(

@@ -137,15 +137,7 @@ def _skip(run: RunDirectory, reason: str) -> None:
 
 def _on_device(splits: DataSplits, spec: RunSpec) -> dict[str, TensorPair]:
     device, dtype = spec.compute.device, _DTYPES[spec.compute.dtype]
-    parts = {
-        "train": splits.train,
-        "validation": splits.validation,
-        "test": splits.test,
-    }
-    return {
-        name: TensorPair(part.inputs.to(device, dtype), part.targets.to(device))
-        for name, part in parts.items()
-    }
+    return {name: part.to(device, dtype) for name, part in splits.items()}
 
 
 @contextmanager

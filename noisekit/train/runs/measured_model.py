@@ -15,7 +15,6 @@ from noisekit.records.files import plain
 from noisekit.sharpness import Measurement, MeasurementContext, SGDRule
 from noisekit.sharpness.measurement import take
 from noisekit.train.data.section import TensorPair
-from noisekit.train.losses import find_loss
 from noisekit.train.recipes.optimizers import Sgd
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.runs.state import Row
@@ -98,7 +97,7 @@ class MeasuredModel:
         )
         return EmpiricalRisk(
             self.model,
-            find_loss(self._spec.training.loss).mean,
+            self._spec.training.find_loss().mean,
             list(batches),
             bn=settings.bn,
         )
@@ -132,7 +131,8 @@ def measurement_row(measure: str, item: Measurement) -> Row:
 def _update_rule(spec: RunSpec, learning_rate: float, phase: int) -> SGDRule | None:
     """The rule of the update that led to weights; ``None`` of another optimizer."""
     optimizer = spec.in_phases[phase].optimizer
-    if not isinstance(optimizer, Sgd) or learning_rate <= 0:
+    scaled = optimizer.gradient_scaling is not None
+    if not isinstance(optimizer, Sgd) or scaled or learning_rate <= 0:
         return None
     return SGDRule(
         lr=learning_rate,

@@ -14,7 +14,6 @@ from noisekit.core.risk import LossFn
 from noisekit.records import Runs
 from noisekit.train.data.datasets import DataSplits, load_data
 from noisekit.train.data.section import TensorPair
-from noisekit.train.losses import find_loss
 from noisekit.train.models import build_model
 from noisekit.train.recipes.run_spec import RunSpec
 
@@ -37,7 +36,7 @@ class Revisited:
     @property
     def loss_fn(self) -> LossFn:
         """The loss that the run was trained with, as a mean over examples."""
-        return find_loss(self.spec.training.loss).mean
+        return self.spec.training.find_loss().mean
 
     @property
     def bn_along_a_line(self) -> BatchNormPolicy:
@@ -57,9 +56,9 @@ class Revisited:
         self, split: Literal["train", "validation", "test"]
     ) -> list[tuple[Tensor, Tensor]]:
         """Return all examples of a split, in as few batches as memory allows."""
-        pair: TensorPair = getattr(self.data, split)
-        inputs = pair.inputs.to(next(self.model.parameters()).dtype)
-        parts = (torch.split(tensor, _CHUNK) for tensor in (inputs, pair.targets))
+        weight = next(self.model.parameters())
+        pair: TensorPair = getattr(self.data, split).to(weight.device, weight.dtype)
+        parts = (torch.split(tensor, _CHUNK) for tensor in (pair.inputs, pair.targets))
         return list(zip(*parts, strict=True))
 
 

@@ -10,9 +10,8 @@ from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.records import RunDirectory
 from noisekit.sharpness import Measurement
 from noisekit.train.data.section import TensorPair
-from noisekit.train.losses import find_loss
 from noisekit.train.recipes.run_spec import RunSpec
-from noisekit.train.runs.evaluate import correct_examples
+from noisekit.train.runs.evaluate import errors_of_examples
 from noisekit.train.runs.measured_model import MeasuredModel, measurement_row
 from noisekit.train.runs.snapshots import load_weights
 from noisekit.train.runs.state import Row
@@ -153,17 +152,21 @@ class SnapshotMeasurements:
     def _outcomes(self, task: Task) -> TaskRows:
         """Return the error of one split, and the outcome of each of its examples."""
         split = OUTCOMES[task.measure]
-        correct = correct_examples(
+        errors = errors_of_examples(
             self._measured_model.model,
             self._data[split],
-            find_loss(self._spec.training.loss),
+            self._spec.training.find_loss(),
             batch_size=self._spec.evaluation.batch_size,
         )
-        count = len(correct)
-        error = 1 - sum(correct) / count
+        count = len(errors)
+        correct = [error == 0 for error in errors]
+        error = 1 - sum(1 - error for error in errors) / count
+        mean_square = sum(error**2 for error in errors) / count
+        # mean_square is the error itself where each example is right or wrong.
+        variance = error * (1 - error) - (sum(errors) / count - mean_square)
         estimate = Estimate(
             error,
-            stderr=(error * (1 - error) / count) ** 0.5,
+            stderr=(max(variance, 0.0) / count) ** 0.5,
             error_source=ErrorSource.DATA,
             num_samples=count,
         )

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from noisekit.records import RunDirectory
 from noisekit.train.data.section import TensorPair
-from noisekit.train.losses import find_loss
 from noisekit.train.recipes.clock import Position, Span
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.recipes.sections import SPLITS
@@ -76,7 +75,7 @@ class Training:
         self._starts = starts
         self._clock = spec.clock
         self._max_updates = spec.max_updates
-        self._loss = find_loss(spec.training.loss)
+        self._loss = spec.training.find_loss()
         self._series = series
         self._plan = UpdatePlan(spec)
         state.plan = self._plan.start()

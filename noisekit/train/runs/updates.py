@@ -1,11 +1,12 @@
 """One optimizer step: examples, rate, settings and gradient, as planned."""
 
-import torch
 from torch import Tensor
 
 from noisekit.core.risk import LossFn
-from noisekit.train.data.batch_order import BatchOrder
 from noisekit.train.data.section import TensorPair
+from noisekit.train.data.update_batches import UpdateBatches
+from noisekit.train.gradients.step import GradientStep
+from noisekit.train.models.random_layers import may_draw
 from noisekit.train.recipes.optimizers import Settings
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.recipes.update_plan import PlannedUpdate
@@ -16,14 +17,15 @@ class Updates:
     """Fills gradients and sets the optimizer, each a function of the plan alone."""
 
     def __init__(self, spec: RunSpec, train: TensorPair, loss_fn: LossFn) -> None:
-        self._train = train
+        self._seed = spec.seed
         self._loss_fn = loss_fn
-        self._order = BatchOrder(
-            spec.seed,
-            num_examples=len(train),
+        self._batches = UpdateBatches(
+            train,
+            seed=spec.seed,
             device=spec.compute.device,
             order=0 if spec.start is None else spec.start.order,
         )
+        self._draws: bool | None = None
         self._settings: Settings = {}
 
     def gradient(self, state: TrainState, planned: PlannedUpdate) -> Tensor:
@@ -36,21 +38,19 @@ class Updates:
             for group in groups:
                 group.update(self._settings)
         state.optimizer.zero_grad()
-        chosen = self._order.indices(planned.begin, planned.num_examples)
-        return self._backward(state, chosen, planned.microbatch)
+        batch = self._batches.batch(
+            planned.begin,
+            planned.num_examples,
+            microbatch=planned.microbatch,
+            augment=planned.augment,
+        )
+        names = self._names_of_draws(state)
+        step = GradientStep(state.model, self._loss_fn, state.optimizer, batch, names)
+        return planned.rules.fill(step)
 
-    def _backward(
-        self, state: TrainState, chosen: Tensor, microbatch: int | None
-    ) -> Tensor:
-        """Sum the gradients of micro-batches, weighted to the mean over the batch."""
-        size = microbatch or len(chosen)
-        parts = (chosen,) if size >= len(chosen) else torch.split(chosen, size)
-        losses = []
-        for part in parts:
-            outputs = state.model(self._train.inputs.index_select(0, part))
-            loss = self._loss_fn(outputs, self._train.targets.index_select(0, part))
-            if len(parts) > 1:
-                loss = loss * (len(part) / len(chosen))
-            torch.autograd.backward(loss)
-            losses.append(loss.detach())
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    def _names_of_draws(self, state: TrainState) -> tuple[int | str, ...] | None:
+        """Return the stream of what layers draw in this update, if any may draw."""
+        if self._draws is None:
+            self._draws = may_draw(state.model)
+        names = (self._seed, "layers", state.position.updates)
+        return names if self._draws else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.train.data.datasets import load_data
-from noisekit.train.losses import find_loss
+from noisekit.train.data.section import TensorPair
 from noisekit.train.models import build_model
 from noisekit.train.recipes.probe_spec import ProbeSpec
 from noisekit.train.recipes.recipe import Recipe
@@ -199,10 +199,11 @@ def _time_run(spec: RunSpec, budget: float) -> _Timing:
         parameters = list(model.parameters())
 
         def batch(size: int) -> tuple[Tensor, Tensor]:
-            inputs = data.train.inputs[:size].to(device, dtype)
-            return inputs, data.train.targets[:size].to(device)
+            first = TensorPair(data.train.inputs[:size], data.train.targets[:size])
+            pair = first.to(device, dtype)
+            return pair.inputs, pair.targets
 
-        loss_fn = find_loss(spec.training.loss).mean
+        loss_fn = spec.training.find_loss().mean
 
         def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
             return loss_fn(model(batch[0]), batch[1])

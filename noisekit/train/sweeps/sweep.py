@@ -30,7 +30,6 @@ from noisekit.records.files import exists, make_directory
 from noisekit.records.provenance import software_versions
 from noisekit.train import references
 from noisekit.train.data.datasets import DataSplits, load_data
-from noisekit.train.losses import find_loss
 from noisekit.train.models import build_model
 from noisekit.train.recipes.consistency import coupling_faults
 from noisekit.train.recipes.recipe import Recipe
@@ -209,7 +208,7 @@ def _check_network(spec: RunSpec, data: DataSplits) -> None:
         num_classes=data.num_classes,
         seed=spec.seed,
     )
-    find_loss(spec.training.loss)
+    spec.training.find_loss()
     for name in spec.measure.names:
         spec.measure.measures(name)
     faults = list(coupling_faults(spec, coupled=bool(batch_norms(model))))

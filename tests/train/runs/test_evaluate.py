@@ -5,7 +5,7 @@ from torch import nn
 
 from noisekit.train.data.section import TensorPair
 from noisekit.train.losses import find_loss
-from noisekit.train.runs.evaluate import correct_examples, evaluate
+from noisekit.train.runs.evaluate import errors_of_examples, evaluate
 from tests.reference.training import mean_loss_and_error
 
 LOSS = find_loss("cross_entropy")
@@ -54,7 +54,7 @@ def test_the_model_is_given_back() -> None:
         starts={"distance_from_start": torch.zeros(47)},
         batch_size=10,
     )
-    correct_examples(model, data, LOSS, batch_size=10)
+    errors_of_examples(model, data, LOSS, batch_size=10)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, tensor in model.state_dict().items():
@@ -81,10 +81,10 @@ def test_norm_and_distance_are_over_all_parameters() -> None:
 def test_each_example_is_judged() -> None:
     """Catches: outcomes in another order than the examples."""
     model, data = model_and_data()
-    found = correct_examples(model, data, LOSS, batch_size=10)
+    found = errors_of_examples(model, data, LOSS, batch_size=10)
     model.eval()
     one_by_one = [
-        int(model(data.inputs[i : i + 1]).argmax()) == int(data.targets[i])
+        float(int(model(data.inputs[i : i + 1]).argmax()) != int(data.targets[i]))
         for i in range(37)
     ]
     assert found == one_by_one

@@ -1,0 +1,6 @@
+"""Gradient rules: what fills ``.grad`` before the optimizer steps."""
+
+from noisekit.train.gradients.rules import GradientRules
+from noisekit.train.gradients.terms import TermSpec
+
+__all__ = ["GradientRules", "TermSpec"]
