@@ -2,5 +2,6 @@
 
 from noisekit.train.gradients.rules import GradientRules
 from noisekit.train.gradients.terms import TermSpec
+from noisekit.train.gradients.trust_ratio import TrustRatio
 
-__all__ = ["GradientRules", "TermSpec"]
+__all__ = ["GradientRules", "TermSpec", "TrustRatio"]

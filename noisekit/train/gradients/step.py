@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ class GradientStep:
         batch: The examples.
         draws: Names of the stream of what layers draw, such as the seed and the
             update; ``None`` where no layer draws.
-        parameters: The parameters that have gradients.
     """
 
     model: nn.Module
@@ -32,11 +31,11 @@ class GradientStep:
     optimizer: torch.optim.Optimizer
     batch: UpdateBatch
     draws: tuple[int | str, ...] | None
-    parameters: tuple[nn.Parameter, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        wanted = (p for p in self.model.parameters() if p.requires_grad)
-        object.__setattr__(self, "parameters", tuple(wanted))
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that have gradients."""
+        return tuple(p for p in self.model.parameters() if p.requires_grad)
 
     def backward(self) -> Tensor:
         """Add the gradient of the mean loss over the batch to ``.grad``; return it.

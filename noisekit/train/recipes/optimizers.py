@@ -3,7 +3,6 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -11,8 +10,7 @@ from pydantic import Discriminator, Tag, model_validator
 from torch import nn
 
 from noisekit.core.errors import UsageError
-from noisekit.train.gradients.rules import GradientScaling
-from noisekit.train.gradients.trust_ratio import scale_by_trust_ratio
+from noisekit.train.gradients import TrustRatio
 from noisekit.train.references import resolve
 from noisekit.train.section import (
     OWN,
@@ -71,8 +69,8 @@ class OptimizerSection(Section):
         """Return the optimizer; its rate is set anew before each update."""
 
     @property
-    def gradient_scaling(self) -> GradientScaling | None:
-        """What is done to gradients before each step, if anything."""
+    def layer_scaling(self) -> TrustRatio | None:
+        """How each layer's gradient is scaled before the optimizer steps, if it is."""
         return None
 
     @property
@@ -134,15 +132,11 @@ class Sgd(OptimizerSection):
         }
 
     @property
-    def gradient_scaling(self) -> GradientScaling | None:
+    def layer_scaling(self) -> TrustRatio | None:
         """The trust ratio, where one is stated."""
         if self.trust_ratio is None:
             return None
-        return partial(
-            scale_by_trust_ratio,
-            coefficient=self.trust_ratio,
-            weight_decay=self.weight_decay,
-        )
+        return TrustRatio(self.trust_ratio, self.weight_decay)
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Return ``torch.optim.SGD``."""

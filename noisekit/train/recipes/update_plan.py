@@ -199,7 +199,7 @@ class _Phase:
         self.rules = GradientRules(
             run.training.terms,
             clip_norm=run.training.clip_norm,
-            scaling=run.optimizer.gradient_scaling,
+            trust_ratio=run.optimizer.layer_scaling,
         )
         self.augment = run.augment
         self._optimizer = run.optimizer

@@ -131,7 +131,7 @@ def measurement_row(measure: str, item: Measurement) -> Row:
 def _update_rule(spec: RunSpec, learning_rate: float, phase: int) -> SGDRule | None:
     """The rule of the update that led to weights; ``None`` of another optimizer."""
     optimizer = spec.in_phases[phase].optimizer
-    scaled = optimizer.gradient_scaling is not None
+    scaled = optimizer.layer_scaling is not None
     if not isinstance(optimizer, Sgd) or scaled or learning_rate <= 0:
         return None
     return SGDRule(

@@ -117,7 +117,7 @@ def test_penalty_vanishes_at_a_stationary_point() -> None:
     batches = UpdateBatches(zeros, seed=0, device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = GradientStep(model, cross_entropy, optimizer, batches.batch(0, 3), None)
-    GradientRules([GradientPenalty(kind="gradient_penalty", weight=1.0)]).fill(step)
+    GradientRules((GradientPenalty(kind="gradient_penalty", weight=1.0),)).fill(step)
     for parameter in model.parameters():
         assert parameter.grad.isfinite().all()
         assert parameter.grad.abs().max() < 1e-12
@@ -135,7 +135,7 @@ def test_adversarial_mixes_the_loss_at_the_sign_of_the_slope(
     model = network()
     step = step_of(model, microbatch=microbatch)
     term = Adversarial(kind="adversarial", epsilon=0.2, weight=weight)
-    GradientRules([term]).fill(step)
+    GradientRules((term,)).fill(step)
     every = data()
     expected = []
     for x, y in zip(every.inputs, every.targets, strict=True):
@@ -162,7 +162,7 @@ def test_proximal_takes_steps_on_one_batch_held_by_a_spring(microbatch, kind) ->
     twin = copy.deepcopy(model)
     optimizer, other = (kind(m.parameters(), lr=0.05) for m in (model, twin))
     step = step_of(model, microbatch=microbatch, optimizer=optimizer)
-    rules = GradientRules([Proximal(kind="proximal", weight=0.7, steps=4)])
+    rules = GradientRules((Proximal(kind="proximal", weight=0.7, steps=4),))
     start = [p.detach().clone() for p in twin.parameters()]
     every = data()
     for _ in range(2):
@@ -195,7 +195,7 @@ def test_terms_do_not_depend_on_their_order() -> None:
     found = []
     for order in (terms, terms[::-1]):
         model = network()
-        GradientRules(order).fill(step_of(model))
+        GradientRules(tuple(order)).fill(step_of(model))
         found.append(grads(model))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
@@ -252,7 +252,7 @@ def test_running_statistics_move_once_per_micro_batch(terms) -> None:
     Catches: running statistics of shifted weights or of adversarial examples.
     """
     model, twin = network(norm=True), network(norm=True)
-    GradientRules(terms).fill(step_of(model, microbatch=4))
+    GradientRules(tuple(terms)).fill(step_of(model, microbatch=4))
     GradientRules().fill(step_of(twin, microbatch=4))
     for found, wanted in zip(model.buffers(), twin.buffers(), strict=True):
         assert torch.equal(found, wanted)
@@ -269,16 +269,16 @@ def test_dropout_draws_the_same_in_all_passes_of_a_micro_batch(terms) -> None:
     model = network(dropout=0.5)
     torch.manual_seed(8)
     state = torch.get_rng_state()
-    GradientRules(terms).fill(step_of(model, microbatch=4, draws=draws))
+    GradientRules(tuple(terms)).fill(step_of(model, microbatch=4, draws=draws))
     assert torch.equal(torch.get_rng_state(), state)
     again = network(dropout=0.5)
     torch.manual_seed(9)
-    GradientRules(terms).fill(step_of(again, microbatch=4, draws=draws))
+    GradientRules(tuple(terms)).fill(step_of(again, microbatch=4, draws=draws))
     for found, wanted in zip(grads(model), grads(again), strict=True):
         assert torch.equal(found, wanted)
         assert found.abs().max() < 5  # a difference of masks would be of order 1/eps
     other = network(dropout=0.5)
-    GradientRules(terms).fill(step_of(other, microbatch=4, draws=(3, 1, 6)))
+    GradientRules(tuple(terms)).fill(step_of(other, microbatch=4, draws=(3, 1, 6)))
     assert any(
         not torch.equal(a, b) for a, b in zip(grads(model), grads(other), strict=True)
     )

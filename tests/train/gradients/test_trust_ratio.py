@@ -5,7 +5,7 @@ import pytorch_optimizer
 import torch
 from torch import nn
 
-from noisekit.train.gradients.trust_ratio import scale_by_trust_ratio
+from noisekit.train.gradients.trust_ratio import TrustRatio
 from noisekit.train.recipes.optimizers import Sgd
 
 
@@ -26,7 +26,7 @@ def test_each_matrix_has_the_ratio_of_the_paper() -> None:
         g, w = parameter.grad.clone(), parameter.detach()
         ratio = 0.01 * w.norm() / (g.norm() + 0.3 * w.norm()) if w.dim() > 1 else 1.0
         expected[name] = ratio * (g + 0.3 * w)
-    scale_by_trust_ratio(model.parameters(), 0.01, 0.3)
+    TrustRatio(0.01, 0.3).scale(model.parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
 
@@ -39,7 +39,7 @@ def test_zeros_leave_the_gradient_as_it_is(zero: str) -> None:
     )
     slope = torch.ones(2, 2) if zero == "weight" else torch.zeros(2, 2)
     parameter.grad = slope.clone()
-    scale_by_trust_ratio([parameter], 0.01, 0.0)
+    TrustRatio(0.01).scale([parameter])
     assert torch.equal(parameter.grad, slope)
 
 
@@ -77,7 +77,7 @@ def test_another_library_takes_the_same_steps(momentum, weight_decay) -> None:
             stepped.zero_grad()
             nn.functional.cross_entropy(model(inputs), targets).backward()
             if model is ours:
-                spec.gradient_scaling(ours.parameters())
+                spec.layer_scaling.scale(ours.parameters())
             stepped.step()
     for found, wanted in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
@@ -90,4 +90,4 @@ def test_optimizer_leaves_the_decay_to_the_ratio() -> None:
     assert group.param_groups[0]["weight_decay"] == 0.0
     plain = Sgd(learning_rate=1.0, weight_decay=0.1)
     assert plain.build(weights).param_groups[0]["weight_decay"] == 0.1
-    assert plain.gradient_scaling is None
+    assert plain.layer_scaling is None
