@@ -29,9 +29,11 @@ from noisekit.curvature import weight_scaled as weight_scaled
 from noisekit.integrations import attach as attach
 from noisekit.policies import CABS as CABS
 from noisekit.policies import AdaBatch as AdaBatch
+from noisekit.policies import AdaptiveBatchSampler as AdaptiveBatchSampler
 from noisekit.policies import At as At
 from noisekit.policies import Constant as Constant
 from noisekit.policies import Decision as Decision
+from noisekit.policies import GradientAccumulation as GradientAccumulation
 from noisekit.policies import GradientThreshold as GradientThreshold
 from noisekit.policies import GrowInsteadOfDecay as GrowInsteadOfDecay
 from noisekit.policies import Growth as Growth
@@ -42,8 +44,10 @@ from noisekit.policies import NormTest as NormTest
 from noisekit.policies import Observation as Observation
 from noisekit.policies import Policy as Policy
 from noisekit.policies import Progress as Progress
+from noisekit.policies import RateRule as RateRule
 from noisekit.policies import RelativeDecrease as RelativeDecrease
 from noisekit.policies import Table as Table
+from noisekit.policies import apply_rate as apply_rate
 from noisekit.probes import Probe as Probe
 from noisekit.probes import Reading as Reading
 from noisekit.probes import example_sq_norms as example_sq_norms

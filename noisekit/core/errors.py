@@ -69,6 +69,10 @@ class ProbeAdvice(ProbeWarning):
     """A step has no noise or a part of it, or another probe reads the same steps."""
 
 
+class PolicyWarning(UserWarning):
+    """A batch-size policy lacks what it needs; the batch size stays as it is."""
+
+
 class DataNotFoundError(NoisekitError, FileNotFoundError):
     """A data set is not on this machine; the message lists the ways to get it."""
 

@@ -59,6 +59,16 @@ class ReadingHistory:
         """Have ``sink`` called with every reading from now on."""
         self._sinks = (*self._sinks, sink)
 
+    def last(self) -> Reading | None:
+        """The latest reading; waits for no other."""
+        while self._kept:
+            found = self._kept.pop()
+            reading = found if isinstance(found, Reading) else found.resolved()
+            if reading is not None:
+                self._kept.append(reading)
+                return reading
+        return None
+
     def kept(self) -> list[Reading]:
         """The last readings, oldest first."""
         found = [r if isinstance(r, Reading) else r.resolved() for r in self._kept]

@@ -307,6 +307,11 @@ class Probe:
         """The last readings, oldest first; at most 10,000 are kept."""
         return self._history.kept()
 
+    @property
+    def last_reading(self) -> Reading | None:
+        """The latest reading, whatever its step; ``None`` before the first."""
+        return self._history.last()
+
     def frame(self) -> pd.DataFrame:
         """Return the readings as a table, one row per step."""
         return self._history.frame()

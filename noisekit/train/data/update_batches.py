@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from noisekit.core.batch_order import BatchOrder
 from noisekit.train.data.augment import UNCHANGED, Augmentation, AugmentSpec
-from noisekit.train.data.batch_order import BatchOrder
 from noisekit.train.data.section import TensorPair
 
 

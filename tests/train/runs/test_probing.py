@@ -9,12 +9,12 @@ import torch
 from pydantic import JsonValue
 from torch.nn.functional import cross_entropy
 
+from noisekit.core.batch_order import BatchOrder
 from noisekit.core.randomness import stream
 from noisekit.integrations import attach
 from noisekit.noise.moments import GradientMoments
 from noisekit.probes import Probe
 from noisekit.records import RunDirectory, open_runs
-from noisekit.train.data.batch_order import BatchOrder
 from noisekit.train.data.datasets import load_data
 from noisekit.train.models import build_model
 from noisekit.train.recipes.run_spec import RunSpec

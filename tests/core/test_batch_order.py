@@ -2,8 +2,8 @@
 
 import torch
 
+from noisekit.core.batch_order import BatchOrder
 from noisekit.core.randomness import stream
-from noisekit.train.data.batch_order import BatchOrder
 
 
 def order(seed: int = 0) -> BatchOrder:
