@@ -9,18 +9,18 @@ from noisekit.core.vocabulary import QUANTITIES
 from noisekit.stats.contrasts import arms_named
 from noisekit.train.models import uses_batch_norm
 from noisekit.train.recipes.catalogue import analyses
+from noisekit.train.recipes.change_faults import change_faults, timeline_faults
 from noisekit.train.recipes.design import ContrastSpec
 from noisekit.train.recipes.measure_spec import ALWAYS_RECORDED
 from noisekit.train.recipes.optimizers import Sgd
-from noisekit.train.recipes.parsing import ParsedSections, parse_sections
-from noisekit.train.recipes.phases import CHANGEABLE, with_phase
+from noisekit.train.recipes.parsing import ParsedSections
 from noisekit.train.recipes.points import MAX_UPDATES
+from noisekit.train.recipes.policy_section import OF_READINGS
 from noisekit.train.recipes.probe_spec import OF_EXAMPLES
 from noisekit.train.recipes.recipe_errors import Fault, not_one_of
 from noisekit.train.recipes.run_spec import RunSections
 from noisekit.train.recipes.schedules import DecayToTheEnd
 from noisekit.train.recipes.sections import multiples
-from noisekit.train.recipes.timeline import known_in_advance, stretches
 from noisekit.train.references import is_reference
 from noisekit.train.section import run_id_of
 
@@ -33,7 +33,7 @@ def section_faults(arm: ParsedSections) -> Iterator[Fault]:
     A check waits until the sections that it needs can be parsed.
     """
     run = arm.assembled()
-    changes = list(_change_faults(arm, run))
+    changes = list(change_faults(arm, run))
     yield from changes
     if changes:
         return  # what follows asks how many updates there are
@@ -43,7 +43,7 @@ def section_faults(arm: ParsedSections) -> Iterator[Fault]:
         (("data", "training", "snapshots"), _snapshot_faults),
         (("data", "training", "schedule"), _schedule_faults),
         (("data", "measure", "snapshots", "training"), _measure_faults),
-        (("training", "probe", "optimizer"), _estimator_faults),
+        (("data", "training", "probe", "optimizer"), _estimator_faults),
         (("data", "model", "probe"), _coupling_faults),
         (("data", "augment"), _augment_faults),
         (("data", "model", "training"), _token_faults),
@@ -53,77 +53,6 @@ def section_faults(arm: ParsedSections) -> Iterator[Fault]:
             yield from check(run)
 
 
-_CHANGING = ("data", "training", "batch_policy", "phases", "optimizer", "schedule")
-
-
-def _change_faults(arm: ParsedSections, run: RunSections) -> Iterator[Fault]:
-    """Yield what is wrong with the batch policy and with each phase."""
-    if not arm.having(_CHANGING):
-        return
-    phases = list(_phase_faults(run))
-    yield from phases
-    for number, part in enumerate([run] if phases else run.in_phases):
-        prefix = f"phases[{number}].set." if number else ""
-        for fault in _policy_faults(part):
-            yield Fault(f"{prefix}{fault.key}", fault.text)
-
-
-def _phase_faults(run: RunSections) -> Iterator[Fault]:
-    """Yield settings that cannot change in mid-run, or that do not fit."""
-    table = run.model_dump(mode="json", include=set(_CHANGING) - {"phases"})
-    for number, phase in enumerate(run.phases, start=1):
-        prefix = f"phases[{number}].set"
-        fixed = list(phase.unchangeable)
-        for key in fixed:
-            text = f"cannot change in mid-run; what can is {', '.join(CHANGEABLE)}"
-            yield Fault(f"{prefix}.{key}", text)
-        if fixed:
-            return
-        table = with_phase(table, phase.set)
-        parsed = parse_sections(table)
-        faults = [f for f in parsed.faults if f.key.split(".")[0] in table]
-        yield from (Fault(f"{prefix}.{fault.key}", fault.text) for fault in faults)
-        if faults:
-            return
-
-
-def _policy_faults(run: RunSections) -> Iterator[Fault]:
-    """Yield what is wrong with a batch policy; one of the user's own is not asked."""
-    policy, there = run.batch_policy, run.data.train
-    if is_reference(policy.name):
-        return
-    try:
-        _, largest = policy.build(run.training.batch_size).bounds()
-    except UsageError as error:
-        yield Fault("batch_policy", str(error).rstrip("."))
-        return
-    if largest > max(there, run.training.batch_size):
-        yield Fault(
-            "batch_policy",
-            f"may ask for {largest} examples, data.train has {there}; set its max to "
-            "at most that",
-        )
-
-
-def _timeline_faults(run: RunSections) -> Iterator[Fault]:
-    """Yield a batch that does not fit into its epoch, where batches are to divide."""
-    if run.training.epoch_end != "divides":
-        return
-    if not known_in_advance(run):
-        yield Fault(
-            "training.epoch_end",
-            f"under batch_policy.name = {run.batch_policy.name!r} needs 'run_on', "
-            "'ragged' or 'drop', since no size that follows readings is sure to "
-            "divide what is left of an epoch, got 'divides'",
-        )
-        return
-    try:
-        for _ in stretches(run):
-            pass
-    except UsageError as error:
-        yield Fault("training.epoch_end", str(error).rstrip("."))
-
-
 def _batch_faults(run: RunSections) -> Iterator[Fault]:
     batch, there = run.training.batch_size, run.data.train
     key = "training.batch_size"
@@ -131,7 +60,7 @@ def _batch_faults(run: RunSections) -> Iterator[Fault]:
         yield Fault(key, f"needs at most data.train ({there}) examples, got {batch}")
         return
     if run.phases or run.batch_policy.name != "constant":
-        yield from _timeline_faults(run)
+        yield from timeline_faults(run)
         return
     whole, rest = divmod(there, batch)
     if rest and run.training.epoch_end == "divides":
@@ -233,7 +162,7 @@ def _measure_faults(run: RunSections) -> Iterator[Fault]:
 
 def _estimator_faults(run: RunSections) -> Iterator[Fault]:
     """Yield which estimators of gradient noise could never be read, and why."""
-    if run.probe.every == 0:
+    if not run.reads_noise:
         return
     names, training = run.probe.estimator, run.training
     part = training.examples_per_forward
@@ -312,8 +241,18 @@ def coupling_faults(run: RunSections, *, coupled: bool) -> Iterator[Fault]:
         run: The sections of an arm.
         coupled: Whether the network has BatchNorm layers.
     """
-    names = run.probe.estimator if coupled and run.probe.every else ()
-    for name in names:
+    if not coupled:
+        return
+    needs = run.policy_needs & OF_READINGS - {"grad_sq_norm"}
+    if needs:
+        yield Fault(
+            "batch_policy.name",
+            f"{run.batch_policy.name!r} needs {min(needs)}, of examples with gradients "
+            "of their own, which the network's BatchNorm couples; use a policy that "
+            "follows the clock or the loss, or a network without BatchNorm",
+        )
+        return
+    for name in run.probe.estimator if run.probe.every else ():
         if name in OF_EXAMPLES or name == "preconditioned":
             yield Fault(
                 "probe.estimator",

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from noisekit.core.vocabulary import QuantityName
 from noisekit.train.section import NonNegativeInt, PositiveInt, Section
 
 EstimatorChoice = Literal[
@@ -41,6 +42,7 @@ class ProbeSpec(Section):
         row_share: Share of the examples that ``rows`` draws.
         num_chunks: Parts of the batch for ``chunks``.
         num_signs: Extra backward passes for ``random_signs``.
+        quantities: Step metrics that are recorded beside the noise, such as ``gsnr``.
         layers: Whether norms are recorded parameter by parameter too.
     """
 
@@ -52,6 +54,7 @@ class ProbeSpec(Section):
     row_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     num_chunks: Annotated[int, Field(ge=2)] = 4
     num_signs: PositiveInt = 1
+    quantities: tuple[QuantityName, ...] = ()
     layers: bool = False
 
     @model_validator(mode="after")

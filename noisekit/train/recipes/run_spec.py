@@ -11,7 +11,7 @@ from noisekit.core.randomness import stream_seed
 from noisekit.train.data.augment import AugmentSpec
 from noisekit.train.data.datasets import DataSpec
 from noisekit.train.models import ModelSpec
-from noisekit.train.recipes.batch_policies import BatchPolicySpec, ConstantBatch
+from noisekit.train.recipes.batch_policies import BatchPolicySpec
 from noisekit.train.recipes.clock import Clock
 from noisekit.train.recipes.design import StartSpec, is_none
 from noisekit.train.recipes.format1 import translated_run
@@ -19,7 +19,9 @@ from noisekit.train.recipes.measure_spec import MeasureSpec
 from noisekit.train.recipes.optimizers import OptimizerSpec
 from noisekit.train.recipes.phases import PhaseSpec, with_phase
 from noisekit.train.recipes.points import Point
+from noisekit.train.recipes.policy_section import OF_READINGS
 from noisekit.train.recipes.probe_spec import ProbeSpec
+from noisekit.train.recipes.scheduled_policies import ConstantBatch
 from noisekit.train.recipes.schedules import Constant, ScheduleSpec
 from noisekit.train.recipes.sections import (
     ComputeSpec,
@@ -69,6 +71,21 @@ class RunSections(Section):
             text = json.dumps(with_phase(table, phase.set))
             made.append(RunSections.model_validate_json(text))
         return tuple(made)
+
+    @cached_property
+    def policy_needs(self) -> frozenset[str]:
+        """What batch policies observe; of the user's own, that is not known here."""
+        return frozenset(
+            need.name
+            for run in self.in_phases
+            if not is_reference(run.batch_policy.name)
+            for need in run.batch_policy.build(run.training.batch_size).needs
+        )
+
+    @property
+    def reads_noise(self) -> bool:
+        """Whether a probe reads gradient noise, for the record or for a policy."""
+        return self.probe.every > 0 or bool(self.policy_needs & OF_READINGS)
 
     @property
     def max_updates(self) -> int:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from noisekit.train.recipes.batch_policies import ByClock
 from noisekit.train.recipes.clock import Clock, Position, Span
 from noisekit.train.recipes.points import Point
 from noisekit.train.recipes.recipe_errors import shown
 from noisekit.train.recipes.run_spec import RunSections
+from noisekit.train.recipes.scheduled_policies import ByClock
 from noisekit.train.recipes.sections import multiples
 from noisekit.train.recipes.update_plan import PlannedUpdate, UpdatePlan
 from noisekit.train.references import code_allowed, is_reference
