@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from tests.reference import curvature as reference
 
 Batches = list[tuple[Any, Any]]
 
@@ -34,6 +37,20 @@ class Case:
     def __str__(self) -> str:
         """Name of the case, for pytest's ids."""
         return self.name
+
+    def gradient_and_hessian(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return both at the initial weights, by the slow reference."""
+        return reference.gradient_and_hessian(
+            self.build(),
+            self.loss_fn,
+            self.batches,
+            counts=self.counts,
+            reduction=self.reduction,
+        )
+
+    def hessian(self) -> Tensor:
+        """Return the dense Hessian at the initial weights, by the slow reference."""
+        return torch.from_numpy(self.gradient_and_hessian()[1])
 
 
 class TiedNetwork(nn.Module):

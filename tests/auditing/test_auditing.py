@@ -16,6 +16,7 @@ from noisekit.auditing.peers import PyHessian
 from noisekit.auditing.report import AuditReport, AuditRow, AuditVerdict
 from noisekit.core.errors import UsageError
 from tests.cases import CASES, RAGGED, Case, classes, mlp, seeded
+from tests.randomness import seeded as generator
 from tests.reference import curvature as reference
 
 LOSS = nn.CrossEntropyLoss()
@@ -33,10 +34,6 @@ UNEVEN = classes((20, 20, 20, 4), 4)
 def pyhessian_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask one package, where the others have nothing to do with the matter."""
     monkeypatch.setattr(auditing, "PEERS", (PyHessian(),))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def case(name: str) -> Case:

@@ -6,11 +6,8 @@ import torch
 
 from noisekit.core.errors import UsageError
 from noisekit.curvature import spectral_density, spectral_quadrature
+from tests.randomness import seeded
 from tests.reference.spectra import SPECTRA, matrix_of
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class Undefined:

@@ -26,6 +26,7 @@ from noisekit.curvature import (
 )
 from tests.cases import CASES, RAGGED, batch_norm_network, mlp, seeded
 from tests.processes import run_in_processes
+from tests.randomness import seeded as seeded_generator
 
 LOSS = nn.CrossEntropyLoss()
 _IGNORED = next(case for case in CASES if case.name == "ignored_tokens")
@@ -72,12 +73,8 @@ def _measured(shard: slice, group: Any) -> dict[str, Any]:
     found["recalibrated"] = norms @ _vector(norms.shape[0])
     batches = GradientCovarianceOperator(plain, per="batch")
     found["batch_covariance"] = batches @ _vector(43)
-    found.update(_solved(HessianOperator(plain), _seeded(0)))
+    found.update(_solved(HessianOperator(plain), seeded_generator(0)))
     return found
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _solved(
@@ -122,8 +119,8 @@ def _on_a_rank(rank: int, world_size: int) -> dict[str, Any]:
     found["calls"] = calls
     generator = torch.Generator().manual_seed(0)
     found["top"] = top_eigenpairs(H, 1, generator=generator).values
-    found["own_seeds"] = _solved(H, _seeded(rank))
-    found["combined"] = _solved(2.0 * H, _seeded(rank))
+    found["own_seeds"] = _solved(H, seeded_generator(rank))
+    found["combined"] = _solved(2.0 * H, seeded_generator(rank))
     found["entropy"] = _solved(weight_scaled(H), None)
     try:
         pyhessian_top_eigenvalue(H.risk)
@@ -156,8 +153,8 @@ def test_two_processes_are_one() -> None:
     assert_close(ranks[0]["top"][0], torch.linalg.eigvalsh(H.to_dense())[-1])
     assert ranks[0]["parts"] + ranks[1]["parts"] == [0.4, 0.4, 0.2]
     for options, exact in (
-        ("own_seeds", _solved(H, _seeded(0))),
-        ("combined", _solved(2.0 * H, _seeded(0))),
+        ("own_seeds", _solved(H, seeded_generator(0))),
+        ("combined", _solved(2.0 * H, seeded_generator(0))),
     ):
         for found in ranks:
             assert_close(found[options], exact, rtol=1e-8, atol=1e-10)

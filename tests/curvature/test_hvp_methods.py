@@ -23,20 +23,8 @@ from tests.cases import (
     mlp,
     seeded,
 )
-from tests.reference import curvature as reference
 
 LOSS = nn.CrossEntropyLoss()
-
-
-def dense_reference(case: Case) -> Tensor:
-    _, hessian = reference.gradient_and_hessian(
-        case.build(),
-        case.loss_fn,
-        case.batches,
-        counts=case.counts,
-        reduction=case.reduction,
-    )
-    return torch.from_numpy(hessian)
 
 
 _TRACED = {"convolutional", "tied", "recurrent", "regression"}
@@ -68,7 +56,7 @@ def test_forward_forms_match_the_dense_hessian(case: Case, form: Any) -> None:
         case.build(), case.loss_fn, case.batches, normaliser=case.normaliser, form=form
     )
     vectors = torch.eye(H.shape[0], dtype=torch.float64)[:, ::4]
-    want = dense_reference(case)[:, ::4]
+    want = case.hessian()[:, ::4]
     assert_close(H @ vectors, want, rtol=1e-9, atol=1e-12)
     if (case.name, form) in _REFUSED:
         assert re.match(_REFUSED[case.name, form], H.trial.reason)
@@ -89,7 +77,7 @@ def test_finite_differences_match_within_their_stated_error(case: Case) -> None:
         form="finite_difference",
     )
     vectors = 100 * torch.eye(H.shape[0], dtype=torch.float64)[:, ::7]
-    want = 100 * dense_reference(case)[:, ::7]
+    want = 100 * case.hessian()[:, ::7]
     assert float((H @ vectors - want).norm() / want.norm()) < 1e-7
     assert H.trial.form == H.form == "finite_difference"
     assert H.trial.error < 1e-6

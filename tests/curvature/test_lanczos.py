@@ -13,6 +13,7 @@ from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
 from noisekit.curvature import HessianOperator, top_eigenpairs
 from tests.cases import CASES, RAGGED, Case, mlp, seeded
+from tests.randomness import seeded as seeded_generator
 from tests.reference import curvature as reference
 from tests.reference import sharpness as sharpness_reference
 
@@ -29,10 +30,6 @@ class Diagonal:
 
     def __matmul__(self, vector: Tensor) -> Tensor:
         return self.values * vector
-
-
-def seeded_generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def wide_spectrum() -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from noisekit.core.errors import UsageError
 from noisekit.curvature import top_eigenpairs
 from tests.benchmarks.largest_memory import largest_memory
+from tests.randomness import seeded
 from tests.reference.spectra import SPECTRA, matrix_of
 
 
@@ -24,10 +25,6 @@ class Diagonal:
         return (
             self.values * vector if vector.ndim == 1 else self.values[:, None] * vector
         )
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("which", ["LA", "SA", "BE"])

@@ -13,13 +13,10 @@ from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.curvature import HessianOperator, pyhessian_top_eigenvalue
 from tests.cases import CASES, RAGGED, Case, batch_norm_network, mlp, seeded
+from tests.randomness import seeded as seeded_generator
 from tests.reference import curvature as reference
 
 LOSS = nn.CrossEntropyLoss()
-
-
-def seeded_generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class Quadratic(nn.Module):
@@ -46,13 +43,7 @@ def test_agrees_with_the_dense_hessian_of_every_case(case: Case) -> None:
     Catches: PyHessian's own weighting by examples, its scale for sum losses (10.9 for
     36.5), its crash where a parameter has no gradient.
     """
-    _, hessian = reference.gradient_and_hessian(
-        case.build(),
-        case.loss_fn,
-        case.batches,
-        counts=case.counts,
-        reduction=case.reduction,
-    )
+    _, hessian = case.gradient_and_hessian()
     values = np.linalg.eigvalsh(hessian)
     risk = EmpiricalRisk(
         case.build(), case.loss_fn, case.batches, normaliser=case.normaliser

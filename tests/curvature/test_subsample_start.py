@@ -13,10 +13,7 @@ from noisekit.curvature.eigenvalues.subsample_start import (
     subsampled_hessian,
     together,
 )
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.randomness import seeded
 
 
 def regression(scales: Tensor, *, num_examples: int = 2048) -> HessianOperator:

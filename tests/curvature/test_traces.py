@@ -17,6 +17,7 @@ from noisekit.curvature import (
     weighted_trace,
 )
 from tests.cases import CASES, Case
+from tests.randomness import seeded
 from tests.reference.curvature import symmetric_with_spectrum
 
 MATRIX = torch.from_numpy(
@@ -24,10 +25,6 @@ MATRIX = torch.from_numpy(
 )
 NEGATIVE = MATRIX - torch.eye(33).double()
 WEIGHTS = torch.linspace(-2.0, 2.0, 33).double()
-
-
-def seeded_generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -38,10 +35,8 @@ def test_traces_of_every_case(case: Case) -> None:
     )
     entries = H.to_dense().diagonal()
     w = H.risk.vector()
-    plain = trace(
-        H, num_matvecs=100, method="hutchinson", generator=seeded_generator(0)
-    )
-    weighted = weighted_trace(H, w, num_matvecs=100, generator=seeded_generator(1))
+    plain = trace(H, num_matvecs=100, method="hutchinson", generator=seeded(0))
+    weighted = weighted_trace(H, w, num_matvecs=100, generator=seeded(1))
     assert abs(plain.value - float(entries.sum())) < 4 * plain.stderr
     assert abs(weighted.value - float((w**2 * entries).sum())) < 4 * weighted.stderr
     assert plain.num_matvecs == plain.num_samples == 100
@@ -94,7 +89,7 @@ def test_intervals_of_xtrace_cover_more_than_they_need(num_matvecs: int) -> None
             NEGATIVE,
             num_matvecs=num_matvecs,
             method="xtrace",
-            generator=seeded_generator(seed),
+            generator=seeded(seed),
         )
         for seed in range(300)
     ]
@@ -114,9 +109,7 @@ def test_low_rank_is_exact(method: str) -> None:
     values = [5.0, -3.0, 1.0, *[0.0] * 60]
     for dtype, digits in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         matrix = torch.from_numpy(symmetric_with_spectrum(values)).to(dtype)
-        found = trace(
-            matrix, num_matvecs=18, method=method, generator=seeded_generator(0)
-        )
+        found = trace(matrix, num_matvecs=18, method=method, generator=seeded(0))
         assert found.value == pytest.approx(3.0, abs=digits)
         assert found.interval().contains(3.0)
         assert found.stderr < 1e4 * digits
@@ -134,7 +127,7 @@ def test_dominant_directions_save_most_of_the_error() -> None:
                 MATRIX,
                 num_matvecs=18,
                 method=method,
-                generator=seeded_generator(seed),
+                generator=seeded(seed),
             ).value
             for seed in range(200)
         ]
@@ -157,7 +150,7 @@ def test_a_target_is_reached_and_its_intervals_cover(method: str) -> None:
             num_matvecs=2000,
             method=method,
             target=Target(0.8, relative=False),
-            generator=seeded_generator(seed),
+            generator=seeded(seed),
         )
         for seed in range(200)
     ]
@@ -169,14 +162,10 @@ def test_a_target_is_reached_and_its_intervals_cover(method: str) -> None:
 
 def test_a_relative_target_and_the_most_products() -> None:
     """Catches: a relative error of the signed trace; a silent stop at the maximum."""
-    loose = trace(
-        NEGATIVE, num_matvecs=500, target=Target(0.1), generator=seeded_generator(0)
-    )
+    loose = trace(NEGATIVE, num_matvecs=500, target=Target(0.1), generator=seeded(0))
     assert loose.status is Status.OK
     assert loose.stderr <= 0.1 * abs(loose.value) * 1.2
-    tight = trace(
-        NEGATIVE, num_matvecs=40, target=Target(1e-4), generator=seeded_generator(0)
-    )
+    tight = trace(NEGATIVE, num_matvecs=40, target=Target(1e-4), generator=seeded(0))
     assert tight.status is Status.NOT_CONVERGED
     assert tight.num_matvecs == 40
     flat = trace(
@@ -189,9 +178,7 @@ def test_a_relative_target_and_the_most_products() -> None:
 def test_weighted_intervals_cover() -> None:
     truth = float((WEIGHTS**2 * MATRIX.diagonal()).sum())
     estimates = [
-        weighted_trace(
-            MATRIX, WEIGHTS, num_matvecs=16, generator=seeded_generator(seed)
-        )
+        weighted_trace(MATRIX, WEIGHTS, num_matvecs=16, generator=seeded(seed))
         for seed in range(400)
     ]
     covered = sum(e.interval(0.95).contains(truth) for e in estimates)
@@ -220,8 +207,8 @@ def test_rescaling_two_layers_leaves_the_weighted_trace() -> None:
     """
     factors = torch.linspace(0.5, 3.0, 33).double()
     rescaled = MATRIX / factors[:, None] / factors[None, :]
-    before = weighted_trace(MATRIX, WEIGHTS, generator=seeded_generator(0))
-    after = weighted_trace(rescaled, WEIGHTS * factors, generator=seeded_generator(0))
+    before = weighted_trace(MATRIX, WEIGHTS, generator=seeded(0))
+    after = weighted_trace(rescaled, WEIGHTS * factors, generator=seeded(0))
     assert after.value == pytest.approx(before.value, rel=1e-10)
 
 
@@ -231,7 +218,7 @@ def test_diagonal_with_its_error() -> None:
     Catches: the variance of one probe given for that of the mean.
     """
     want = MATRIX.diagonal()
-    result = diagonal(MATRIX, num_matvecs=400, generator=seeded_generator(0))
+    result = diagonal(MATRIX, num_matvecs=400, generator=seeded(0))
     scores = (result.values - want) / result.stderr
     assert float(scores.abs().max()) < 4.5
     assert 0.6 < float(scores.pow(2).mean()) < 1.6
@@ -241,7 +228,7 @@ def test_diagonal_with_its_error() -> None:
 
 
 def test_estimates_say_where_their_error_is_from() -> None:
-    estimate = trace(MATRIX, num_matvecs=18, generator=seeded_generator(0))
+    estimate = trace(MATRIX, num_matvecs=18, generator=seeded(0))
     assert estimate.error_source is ErrorSource.PROBES
     assert estimate.dof == 5  # a third of the products are probes
     assert estimate.num_matvecs == 18
@@ -253,7 +240,7 @@ def test_none_is_fresh_entropy_and_a_generator_repeats() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     free = {trace(MATRIX, num_matvecs=6).value for _ in range(4)}
-    fixed = {trace(MATRIX, generator=seeded_generator(1)).value for _ in range(2)}
+    fixed = {trace(MATRIX, generator=seeded(1)).value for _ in range(2)}
     assert len(free) > 1
     assert len(fixed) == 1
     assert torch.equal(torch.get_rng_state(), before)
@@ -286,7 +273,7 @@ def test_arguments_are_checked() -> None:
 
 def test_printed_a_diagonal_is_a_line() -> None:
     """Catches: every entry on the screen."""
-    found = diagonal(MATRIX, num_matvecs=8, generator=seeded_generator(0))
+    found = diagonal(MATRIX, num_matvecs=8, generator=seeded(0))
     low, high = float(found.values.min()), float(found.values.max())
     assert str(found).startswith(
         f"diagonal of 33 entries from {low:.4g} to {high:.4g}, median error "

@@ -22,15 +22,12 @@ from noisekit.curvature import (
     spectral_density,
     top_eigenpairs,
 )
+from tests.randomness import seeded
 from tests.reference.curvature import symmetric_with_spectrum
 
 ONE_BATCH = (torch.zeros(4, 1), torch.zeros(4))
 BOTH_ENDS = [1.0, *np.linspace(-0.9, 0.9, 60), -0.99]
 Batches = list[tuple[Tensor, Tensor]]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class Quadratic(nn.Module):

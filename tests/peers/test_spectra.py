@@ -20,6 +20,7 @@ from noisekit.curvature import (
     top_eigenpairs,
     trace,
 )
+from tests.randomness import seeded
 from tests.reference.curvature import symmetric_with_spectrum
 
 with warnings.catch_warnings():
@@ -33,10 +34,6 @@ with warnings.catch_warnings():
     from hessian_eigenthings.algorithms import power_iteration_one
 
 SCRIPTED = "ignore:.*torch.jit.script:FutureWarning"
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def as_lambda(matrix: Tensor) -> LambdaOperator:

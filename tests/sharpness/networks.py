@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.sharpness import SHARPNESS_MEASURES, Measure
-from tests.sharpness.quadratics import seeded
+from tests.randomness import seeded
 
 LOSS = nn.CrossEntropyLoss()
 

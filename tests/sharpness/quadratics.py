@@ -35,10 +35,6 @@ def at_rest(weights: Tensor, num_examples: int = 3) -> list[tuple[Tensor, Tensor
     return [(rows[:1], rows[:1]), (rows[1:], rows[1:])]
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def coupled(dims: int, seed: int) -> tuple[Tensor, Tensor]:
     """A positive definite matrix and a point, both random."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,8 +10,9 @@ from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Status
 from noisekit.core.risk import EmpiricalRisk
 from noisekit.sharpness.measures.average import average_sharpness
+from tests.randomness import seeded
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
-from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled, seeded
+from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled
 
 
 @pytest.mark.parametrize("eta", [None, 0.0, 0.5])

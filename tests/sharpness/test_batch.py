@@ -16,9 +16,10 @@ from noisekit.sharpness.measures.batch import (
     batch_sharpness,
     step_sharpness,
 )
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
-from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled, seeded
+from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled
 
 
 def batches_of(size: int, num_batches: int, rest: int = 0) -> list:

@@ -35,9 +35,9 @@ from noisekit.sharpness import (
 )
 from noisekit.sharpness.data_error import curvature_parts, data_stderr
 from noisekit.sharpness.measures import MEASURES, chosen_measures
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, quick, ragged, rectified, state_of
-from tests.sharpness.quadratics import seeded
 
 QUICK = [
     *quick([name for name in MEASURES if "sharpness" not in name], num_matvecs=8),

@@ -13,8 +13,8 @@ from noisekit.sharpness.measures.average import average_sharpness
 from noisekit.sharpness.measures.batch import batch_sharpness
 from noisekit.sharpness.measures.worst_case import worst_case_sharpness
 from tests.cases import CASES, Case
+from tests.randomness import seeded
 from tests.reference import curvature as reference
-from tests.sharpness.quadratics import seeded
 
 
 def risk_of(case: Case) -> EmpiricalRisk:
@@ -49,13 +49,7 @@ def test_one_step_is_the_rise_of_the_whole_loss(case: Case) -> None:
 
     Catches: batches that weigh the same; ignored tokens and class weights left out.
     """
-    gradient, _ = reference.gradient_and_hessian(
-        case.build(),
-        case.loss_fn,
-        case.batches,
-        counts=case.counts,
-        reduction=case.reduction,
-    )
+    gradient, _ = case.gradient_and_hessian()
     step = torch.from_numpy(0.05 * gradient / np.linalg.norm(gradient))
     want = loss_at(case, step) - loss_at(case, 0 * step)
     got = worst_case_sharpness(risk_of(case), rho=0.05)
@@ -69,13 +63,7 @@ def test_noise_and_curvature_are_of_the_whole_loss(case: Case) -> None:
 
     Catches: a rise of batch averages; curvature of one batch.
     """
-    gradient, hessian = reference.gradient_and_hessian(
-        case.build(),
-        case.loss_fn,
-        case.batches,
-        counts=case.counts,
-        reduction=case.reduction,
-    )
+    gradient, hessian = case.gradient_and_hessian()
     risk = risk_of(case)
     got = average_sharpness(risk, sigma=1e-4, num_draws=2, generator=seeded())
     generator, rises = seeded(), []

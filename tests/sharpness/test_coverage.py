@@ -31,9 +31,9 @@ from noisekit.sharpness.measures.traces import (
     weighted_hessian_trace,
 )
 from noisekit.sharpness.measures.worst_case import worst_case_sharpness
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified
-from tests.sharpness.quadratics import seeded
 
 SPREAD = torch.tensor([3.0, 1.5, 1.0, 0.5]).double()
 WEIGHTS = torch.tensor([0.3, -1.0, 0.7, 2.0]).double()

@@ -13,7 +13,8 @@ from noisekit.sharpness.landscape.curves import (
     CurveTraining,
     connecting_curve,
 )
-from tests.sharpness.quadratics import Point, seeded
+from tests.randomness import seeded
+from tests.sharpness.quadratics import Point
 
 ANGLE = 2.0
 

@@ -16,7 +16,7 @@ from noisekit.sharpness.measures.stability import (
     edge_of_stability_ratio,
     stability_threshold,
 )
-from tests.sharpness.quadratics import seeded
+from tests.randomness import seeded
 
 LOSS = nn.MSELoss()
 

@@ -13,6 +13,7 @@ from noisekit.sharpness.measures.epsilon import (
     epsilon_sharpness,
 )
 from noisekit.sharpness.search.box_search import SearchMethod
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.quadratics import (
     CURVATURES,
@@ -21,7 +22,6 @@ from tests.sharpness.quadratics import (
     Quadratic,
     at_rest,
     coupled,
-    seeded,
 )
 
 METHODS: tuple[SearchMethod, ...] = ("vertex", "lbfgsb")

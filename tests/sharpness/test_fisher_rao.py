@@ -16,9 +16,9 @@ from noisekit.sharpness.measures.relative_flatness import (
     relative_flatness,
 )
 from tests.cases import CASES
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, ragged, rectified, state_of
-from tests.sharpness.quadratics import seeded
 
 
 def test_norm_is_that_of_the_definition() -> None:

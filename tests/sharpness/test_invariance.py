@@ -17,9 +17,9 @@ from noisekit.sharpness.invariance_report import Invariance, InvarianceReport
 from noisekit.sharpness.measures.eigenvalues import lambda_max
 from noisekit.sharpness.measures.traces import weighted_hessian_trace
 from noisekit.sharpness.rescaling.free_rescalings import free_rescalings
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, built
-from tests.sharpness.quadratics import seeded
 
 FACTORS = (2.0, 4.0, 8.0)
 

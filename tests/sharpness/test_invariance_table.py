@@ -28,14 +28,11 @@ from noisekit.sharpness import (
     worst_case_sharpness,
 )
 from noisekit.sharpness.landscape.directions import DirectionSpec, directions_for
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 
 LOSS = nn.CrossEntropyLoss()
 Batches = Iterable[tuple[Tensor, Tensor]]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @cache

@@ -19,9 +19,9 @@ from noisekit.core.risk import EmpiricalRisk
 from noisekit.core.vocabulary import quantity
 from noisekit.sharpness import Invariance, Measure, Measurement, MeasurementContext
 from noisekit.sharpness.measures import MEASURES
+from tests.randomness import seeded
 from tests.sharpness.networks import LOSS, state_of
 from tests.sharpness.own_measure import LargestWeight
-from tests.sharpness.quadratics import seeded
 
 CASES = [measure for usual in MEASURES.values() for measure in usual]
 CASES.append(LargestWeight())

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from noisekit.sharpness import SGDRule, SharpnessCard, WorstCase, measure
 from noisekit.sharpness.measures import MEASURES, chosen_measures
+from tests.randomness import seeded
 from tests.sharpness.networks import LOSS, classes, quick, rectified
-from tests.sharpness.quadratics import seeded
 
 SETTINGS = [
     *quick([name for name in MEASURES if name != "m_sharpness"], num_draws=6),

@@ -21,8 +21,9 @@ from noisekit.sharpness.measures.pac_bayes import (
 )
 from noisekit.sharpness.search.bracket import bracketed
 from noisekit.sharpness.search.criterion import CriterionIncrease
+from tests.randomness import seeded
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
-from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled, seeded
+from tests.sharpness.quadratics import Point, Quadratic, at_rest, coupled
 
 
 def quadratic(dims: int = 6) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,8 @@ from noisekit.sharpness import (
     worst_case_sharpness,
 )
 from noisekit.sharpness.landscape.points import loss_range
+from tests.randomness import seeded
 from tests.sharpness.networks import LOSS, ragged, rectified
-from tests.sharpness.quadratics import seeded
 
 DATA = ragged(24, 16)
 

@@ -23,9 +23,9 @@ from noisekit.sharpness.measures.worst_case import (
     worst_case_sharpness,
 )
 from tests.processes import run_in_processes
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified
-from tests.sharpness.quadratics import seeded
 
 WEIGHTS = torch.tensor([1.5, -1.0, 0.5]).double()
 HALF = nn.MSELoss()

@@ -11,15 +11,9 @@ from noisekit.sharpness.measures.epsilon import (
 )
 from noisekit.sharpness.search.box_search import SearchMethod
 from noisekit.sharpness.search.subspace import RandomSubspace
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
-from tests.sharpness.quadratics import (
-    MINIMIZER,
-    Point,
-    Quadratic,
-    at_rest,
-    coupled,
-    seeded,
-)
+from tests.sharpness.quadratics import MINIMIZER, Point, Quadratic, at_rest, coupled
 
 METHODS: tuple[SearchMethod, ...] = ("vertex", "lbfgsb")
 ORIGIN = torch.zeros(1, dtype=torch.float64)

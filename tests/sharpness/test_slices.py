@@ -19,9 +19,9 @@ from noisekit.sharpness.landscape.directions import (
 from noisekit.sharpness.landscape.points import values_at
 from noisekit.sharpness.landscape.slices import LossSlice, loss_slice
 from tests.cases import CASES, Case
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, FailsAfter, built
-from tests.sharpness.quadratics import seeded
 
 
 def network() -> nn.Sequential:

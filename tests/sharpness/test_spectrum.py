@@ -18,9 +18,9 @@ from noisekit.sharpness.measures.spectral_norms import (
     hessian_frobenius_norm,
 )
 from noisekit.sharpness.measures.traces import hessian_trace, weighted_hessian_trace
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS
-from tests.sharpness.quadratics import seeded
 
 
 def plain() -> nn.Sequential:

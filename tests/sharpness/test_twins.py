@@ -15,9 +15,9 @@ from noisekit.sharpness.rescaling.twins import (
     rescaled_twin,
     sharpened_twin,
 )
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, built
-from tests.sharpness.quadratics import seeded
 
 
 def perceptron() -> nn.Sequential:

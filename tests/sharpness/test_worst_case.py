@@ -14,6 +14,7 @@ from noisekit.sharpness.measures.worst_case import (
     worst_case_sharpness,
 )
 from noisekit.sharpness.search.regions import BallNorm
+from tests.randomness import seeded
 from tests.reference import sharpness as reference
 from tests.sharpness.networks import LOSS, classes, rectified, state_of
 from tests.sharpness.quadratics import (
@@ -23,7 +24,6 @@ from tests.sharpness.quadratics import (
     Quadratic,
     at_rest,
     coupled,
-    seeded,
 )
 
 
