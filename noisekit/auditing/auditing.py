@@ -198,15 +198,15 @@ class _Asking:
         if not peer.is_installed():
             return self._without_value(peer.name, AuditVerdict.ABSENT, peer.install)
         try:
-            found = peer.answer(self._question, seed=self._seed)
+            result = peer.answer(self._question, seed=self._seed)
         # Whatever a package raises belongs into its row.
         except Exception as error:
             text = (str(error).strip() or "no message").splitlines()[0]
             reasons = failure_reasons(peer.name, self._question, text)
             note = "; ".join([*reasons, f"{type(error).__name__}: {text}"])
             return self._without_value(peer.name, AuditVerdict.FAILED, note)
-        row = self._row(peer.name, found.value, found.seconds, found.num_passes)
-        row = replace(row, note=found.note)
+        row = self._row(peer.name, result.value, result.seconds, result.num_passes)
+        row = replace(row, note=result.note)
         return self._explained(
             peer.name,
             row,
@@ -223,11 +223,11 @@ class _Asking:
     ) -> AuditRow:
         if row.verdict is AuditVerdict.AGREES:
             return row
-        found = self._finder.explanations(
+        result = self._finder.explanations(
             name, row.value, self._truth, agree=self._agree, thorough=thorough
         )
-        verdict = AuditVerdict.EXPLAINED if found else AuditVerdict.UNEXPLAINED
-        return replace(row, verdict=verdict, explanations=found)
+        verdict = AuditVerdict.EXPLAINED if result else AuditVerdict.UNEXPLAINED
+        return replace(row, verdict=verdict, explanations=result)
 
     def _row(
         self, source: str, value: float, seconds: float, num_passes: int

@@ -188,16 +188,16 @@ def _names_of_matrices(question: Question) -> tuple[str, ...]:
 
 def failure_reasons(peer: str, question: Question, message: str) -> tuple[str, ...]:
     """Return what is known to make a package fail and holds for this problem."""
-    found = []
+    result = []
     if peer == "curvlinops" and not hasattr(question.loss_fn, "reduction"):
-        found.append("needs a loss with the attribute 'reduction'")
+        result.append("needs a loss with the attribute 'reduction'")
     if any(len(tensors_in(inputs)) > 1 for inputs, _ in question.batches):
-        found.append("takes one tensor of inputs")
+        result.append("takes one tensor of inputs")
     if _has_unused_parameters(question.risk()):
-        found.append("needs a gradient for every parameter")
+        result.append("needs a gradient for every parameter")
     if "scaled_dot_product" in message:
-        found.append("needs attention under sdpa_kernel(SDPBackend.MATH)")
-    return tuple(found)
+        result.append("needs attention under sdpa_kernel(SDPBackend.MATH)")
+    return tuple(result)
 
 
 def _has_unused_parameters(risk: EmpiricalRisk) -> bool:

@@ -99,9 +99,9 @@ class Peer(ABC):
             warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(seed)
             start = time.perf_counter()
-            found = self._ask(question, model, loader, thorough)
+            result = self._ask(question, model, loader, thorough)
             seconds = time.perf_counter() - start
-        value, stderr, num_samples, note = found
+        value, stderr, num_samples, note = result
         return PeerAnswer(value, stderr, num_samples, loader.num_passes, seconds, note)
 
     @abstractmethod
@@ -233,10 +233,10 @@ class HessianEigenthings(Peer):
 def _trace_of(peer_trace: Any, operator: Any, thorough: bool) -> _Found:
     if thorough:
         many = _THOROUGH * NUM_SAMPLES
-        found = peer_trace(operator, num_matvecs=many, method="hutchinson")
-        return found.estimate, found.stderr, many, ""
-    found = peer_trace(operator, num_matvecs=NUM_SAMPLES - 1)
-    return found.estimate, found.stderr, None, f"{NUM_SAMPLES - 1} products"
+        result = peer_trace(operator, num_matvecs=many, method="hutchinson")
+        return result.estimate, result.stderr, many, ""
+    result = peer_trace(operator, num_matvecs=NUM_SAMPLES - 1)
+    return result.estimate, result.stderr, None, f"{NUM_SAMPLES - 1} products"
 
 
 PEERS: tuple[Peer, ...] = (PyHessian(), Curvlinops(), HessianEigenthings())

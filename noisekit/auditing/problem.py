@@ -103,14 +103,14 @@ def by_noisekit(question: Question, generator: torch.Generator) -> Estimate:
         largest = question.quantity == "lambda_max"
         ends = {"LA": largest or question.by_magnitude}
         ends["SA"] = not largest or question.by_magnitude
-        found = [
+        result = [
             top_eigenpairs(
                 hessian, which=which, tol=_TOL, max_matvecs=1000, generator=generator
             ).estimate()
             for which in ("LA", "SA")
             if ends[which]
         ]
-    return max(found, key=lambda e: abs(e.value)) if len(found) > 1 else found[0]
+    return max(result, key=lambda e: abs(e.value)) if len(result) > 1 else result[0]
 
 
 def error_of_signs(
@@ -118,10 +118,10 @@ def error_of_signs(
 ) -> float:
     """Return the standard error of a trace from this many random signs, estimated."""
     with HessianOperator(question.risk()) as hessian:
-        found = trace(
+        result = trace(
             hessian, num_matvecs=num_samples, method="hutchinson", generator=generator
         )
-    return found.stderr or 0.0
+    return result.stderr or 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

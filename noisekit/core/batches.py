@@ -103,14 +103,14 @@ def _mapped_mapping(function: Any, value: Mapping[Any, Any]) -> Any:
 
 def tensors_in(value: object) -> list[Tensor]:
     """Return the tensors inside ``value``, in order."""
-    found: list[Tensor] = []
+    result: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        result.append(tensor)
         return tensor
 
     map_tensors(note, value)
-    return found
+    return result
 
 
 def count_examples(batch: Batch) -> int:

@@ -77,7 +77,7 @@ class DivisorCheck:
     def _reduction(
         self, batches: Sequence[Batch], telling: TellingExamples, declared: object
     ) -> Reduction:
-        found: set[Reduction] = set()
+        result: set[Reduction] = set()
         for batch in batches:
             probe = _probe(batch)
             try:
@@ -88,13 +88,13 @@ class DivisorCheck:
                 self._check_evaluates(batch)
                 raise NotSeparableError(f"{type(error).__name__}: {error}") from error
             if reduction is not None:
-                found.add(reduction)
-        if len(found) > 1:
+                result.add(reduction)
+        if len(result) > 1:
             raise NormaliserError(
                 "the loss needs one reduction, got a mean on one batch and a sum on "
                 f"another; if that is meant, {_BY_HAND}."
             )
-        reduction = found.pop() if found else ("sum" if declared == "sum" else "mean")
+        reduction = result.pop() if result else ("sum" if declared == "sum" else "mean")
         if self.separable:
             self._check_joined(telling, reduction)
         return reduction

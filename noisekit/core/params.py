@@ -173,11 +173,11 @@ def _trainable_aliases(
     model: nn.Module,
 ) -> list[tuple[list[str], nn.Parameter]]:
     """Every trainable parameter once, with all of its names in order."""
-    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    result: dict[int, tuple[list[str], nn.Parameter]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
-            found.setdefault(id(parameter), ([], parameter))[0].append(name)
-    return list(found.values())
+            result.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(result.values())
 
 
 def _matches(names: list[str], pattern: str) -> bool:

@@ -504,7 +504,7 @@ class EmpiricalRisk:
         plain = copy.copy(self)
         plain._held = HeldModel(self.model, "running", Precision())
         with plain.evaluating(), torch.no_grad():
-            found = established(
+            result = established(
                 lambda batch: plain.loss_of(batch).detach(),
                 self.batches,
                 candidates,
@@ -513,10 +513,10 @@ class EmpiricalRisk:
                 dtype=coarsest_dtype(self.model),
                 check=check,
             )
-        self.normaliser = found.normaliser
-        self.normalisers = found.values
-        self.reduction: Reduction = found.reduction
-        self.checked = found.checked
+        self.normaliser = result.normaliser
+        self.normalisers = result.values
+        self.reduction: Reduction = result.reduction
+        self.checked = result.checked
 
 
 @checked

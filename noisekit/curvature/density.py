@@ -205,22 +205,24 @@ def spectral_density(
         >>> print(density.negative_share)  # a quarter of them is below zero
         0.1972 ± 0.0048
     """
-    found = spectral_quadrature(
+    quadrature = spectral_quadrature(
         H, num_probes=num_probes, num_steps=num_steps, generator=generator
     )
-    if not np.isfinite(found.nodes).all():
+    if not np.isfinite(quadrature.nodes).all():
         raise UsageError(
             "a spectral density needs finite products, got NaN or infinity; look at "
             "the weights: a training that diverged has no spectrum."
         )
-    atoms, is_atom = outliers(found)
-    widths = _bandwidths(found, is_atom)
+    atoms, is_atom = outliers(quadrature)
+    widths = _bandwidths(quadrature, is_atom)
     if bandwidth is not None:
         widths = np.full_like(widths, bandwidth)
     widths = np.where(is_atom, 0.0, widths)
-    grid = _grid(found.nodes, widths, is_atom)
-    smooth_weights = np.where(is_atom, 0.0, found.weights)
-    curves = _smoothed(grid, found.nodes, smooth_weights, np.where(is_atom, 1, widths))
+    grid = _grid(quadrature.nodes, widths, is_atom)
+    smooth_weights = np.where(is_atom, 0.0, quadrature.weights)
+    curves = _smoothed(
+        grid, quadrature.nodes, smooth_weights, np.where(is_atom, 1, widths)
+    )
     # What the grid's finite steps lose or add.
     area = float(np.trapezoid(curves.mean(0), grid))
     curves = curves * (smooth_weights.sum(1).mean() / area if area > 0 else 1.0)
@@ -230,21 +232,21 @@ def spectral_density(
         density=mean,
         low=low,
         high=high,
-        nodes=found.nodes,
-        weights=found.weights,
+        nodes=quadrature.nodes,
+        weights=quadrature.weights,
         bandwidths=widths,
         atoms=atoms,
-        quadrature=found,
+        quadrature=quadrature,
     )
 
 
-def _bandwidths(found: Quadrature, is_atom: np.ndarray) -> np.ndarray:
+def _bandwidths(quadrature: Quadrature, is_atom: np.ndarray) -> np.ndarray:
     """Half the distance between the nodes beside each, atoms left out."""
-    usable = ~is_atom & (found.weights > 0.0)
-    spacings = _half_spacings(np.where(usable, found.nodes, np.nan))
+    usable = ~is_atom & (quadrature.weights > 0.0)
+    spacings = _half_spacings(np.where(usable, quadrature.nodes, np.nan))
     known = spacings[usable & (spacings > 0.0)]
-    typical = float(np.median(known)) if len(known) else max(found.scale, 1.0)
-    floor = max(_RELATIVE_FLOOR * typical, _ZERO * found.scale)
+    typical = float(np.median(known)) if len(known) else max(quadrature.scale, 1.0)
+    floor = max(_RELATIVE_FLOOR * typical, _ZERO * quadrature.scale)
     return np.asarray(np.maximum(spacings, floor))
 
 

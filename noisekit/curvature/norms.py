@@ -159,20 +159,20 @@ def effective_dimension(
         MacKay 1992, "Bayesian interpolation", section 4.3; Maddox et al. 2020,
         arXiv:2003.02139, section 3.
     """
-    found = spectral_quadrature(
+    quadrature = spectral_quadrature(
         H, num_probes=num_probes, num_steps=num_steps, generator=generator
     )
-    nodes = found.nodes
+    nodes = quadrature.nodes
     negative = bool((nodes < -_NEGATIVE_SHARE * shift).any())
-    mean = found.means(nodes / np.where(nodes == -shift, np.nan, nodes + shift))
+    mean = quadrature.means(nodes / np.where(nodes == -shift, np.nan, nodes + shift))
     return Estimate(
-        value=found.size * mean.value,
-        stderr=None if mean.stderr is None else found.size * mean.stderr,
+        value=quadrature.size * mean.value,
+        stderr=None if mean.stderr is None else quadrature.size * mean.stderr,
         error_source=mean.error_source,
         num_samples=mean.num_samples,
         dof=mean.dof,
         status=Status.NOT_COMPARABLE if negative else mean.status,
-        num_matvecs=found.num_matvecs,
+        num_matvecs=quadrature.num_matvecs,
     )
 
 

@@ -30,43 +30,46 @@ class Atom:
     weight: Estimate
 
 
-def outliers(found: Quadrature) -> tuple[tuple[Atom, ...], np.ndarray]:
+def outliers(quadrature: Quadrature) -> tuple[tuple[Atom, ...], np.ndarray]:
     """Return the outliers that every probe has found, and which nodes they are.
 
     Returns:
         The outliers, the largest first, and a mask of the quadrature's nodes.
     """
-    is_atom = np.zeros(found.nodes.shape, dtype=bool)
-    counts = (found.weights > 0.0).sum(1)
+    is_atom = np.zeros(quadrature.nodes.shape, dtype=bool)
+    counts = (quadrature.weights > 0.0).sum(1)
     rows = np.arange(len(counts))
     atoms = []
     for upper in (True, False):
         # Position of the depth-th node of each probe, counted from this end.
         ends = [counts - 1 - d if upper else 0 * counts + d for d in range(min(counts))]
-        for index in ends[: _num_outliers(found, ends)]:
+        for index in ends[: _num_outliers(quadrature, ends)]:
             if not is_atom[rows, index].any():
                 is_atom[rows, index] = True
-                atoms.append(_atom(found, index))
+                atoms.append(_atom(quadrature, index))
     atoms.sort(key=lambda atom: -atom.value)
     return tuple(atoms), is_atom
 
 
-def _num_outliers(found: Quadrature, ends: list[np.ndarray]) -> int:
+def _num_outliers(quadrature: Quadrature, ends: list[np.ndarray]) -> int:
     """How many nodes, from one end inwards, stand apart from all further ones.
 
     They are those outside the last gap that is wide against the usual distance of
     nodes, as long as each is the same eigenvalue in every probe.
     """
-    rows = np.arange(len(found.nodes))
+    rows = np.arange(len(quadrature.nodes))
     lines = [
         line[share > 0.0]
-        for line, share in zip(found.nodes, found.weights, strict=True)
+        for line, share in zip(quadrature.nodes, quadrature.weights, strict=True)
     ]
     usual = max(float(np.median(np.diff(x))) if len(x) > 2 else 0.0 for x in lines)
     outside = 0
     for depth, (index, inner) in enumerate(itertools.pairwise(ends)):
-        values, residuals = found.nodes[rows, index], found.residuals[rows, index]
-        gap = float(np.abs(values - found.nodes[rows, inner]).min())
+        values, residuals = (
+            quadrature.nodes[rows, index],
+            quadrature.residuals[rows, index],
+        )
+        gap = float(np.abs(values - quadrature.nodes[rows, inner]).min())
         if max(np.ptp(values), residuals.max()) > _ATOM_RESIDUAL * gap:
             break
         if gap > _ATOM_SPACINGS * usual:
@@ -74,13 +77,13 @@ def _num_outliers(found: Quadrature, ends: list[np.ndarray]) -> int:
     return outside
 
 
-def _atom(found: Quadrature, index: np.ndarray) -> Atom:
+def _atom(quadrature: Quadrature, index: np.ndarray) -> Atom:
     rows = np.arange(len(index))
-    chosen = np.zeros(found.nodes.shape)
+    chosen = np.zeros(quadrature.nodes.shape)
     chosen[rows, index] = 1.0
-    best = int(found.residuals[rows, index].argmin())
+    best = int(quadrature.residuals[rows, index].argmin())
     return Atom(
-        value=float(found.nodes[best, index[best]]),
-        residual=float(found.residuals[best, index[best]]),
-        weight=found.means(chosen),
+        value=float(quadrature.nodes[best, index[best]]),
+        residual=float(quadrature.residuals[best, index[best]]),
+        weight=quadrature.means(chosen),
     )

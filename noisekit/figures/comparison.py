@@ -144,8 +144,8 @@ def _arm_means(
                     f"{snapshot!r}, got none that can be drawn; leave the arm or the "
                     "snapshot out."
                 )
-            found = summaries.mean_interval(values, log=log)
-            means.append({"arm": arm, "snapshot": snapshot, **found})
+            result = summaries.mean_interval(values, log=log)
+            means.append({"arm": arm, "snapshot": snapshot, **result})
     return DataFrame(means)
 
 

@@ -138,7 +138,7 @@ def windowed_noise(readings: DataFrame, *, num_windows: int) -> DataFrame:
         Columns ``arm``, ``quantity``, ``step`` (the window's centre), ``value``,
         ``low``, ``high``, ``num_samples`` and ``status``.
     """
-    found = []
+    result = []
     for arm, rows in readings.groupby("arm", sort=False):
         first, last = rows["step"].min(), rows["step"].max()
         edges = np.linspace(first, last + 1, num_windows + 1)
@@ -148,9 +148,9 @@ def windowed_noise(readings: DataFrame, *, num_windows: int) -> DataFrame:
             parts = inside[["seed", *_PARTS]]
             samples = parts.groupby("seed").mean() if by_seed else parts[list(_PARTS)]
             place = {"arm": arm, "step": float(inside["step"].mean())}
-            found += [place | row for row in _window_rows(samples)]
+            result += [place | row for row in _window_rows(samples)]
     columns = ["arm", "quantity", "step", "value", "low", "high", "num_samples"]
-    return DataFrame(found)[[*columns, "status"]]
+    return DataFrame(result)[[*columns, "status"]]
 
 
 def _window_rows(samples: DataFrame) -> list[dict[str, object]]:
@@ -160,8 +160,8 @@ def _window_rows(samples: DataFrame) -> list[dict[str, object]]:
         if measured == "simple_noise_scale":
             row = _ratio_row(samples)
         else:
-            found = summaries.mean_interval(samples[measured].to_numpy())
-            row = {key: found[key] for key in ("value", "low", "high")}
+            result = summaries.mean_interval(samples[measured].to_numpy())
+            row = {key: result[key] for key in ("value", "low", "high")}
             row["status"] = str(Status.OK)
         rows.append({"quantity": measured, "num_samples": n, **row})
     return rows

@@ -59,18 +59,18 @@ def paired_ratios(
         )
         ratios = _seed_ratios(values, treatment, reference, measured=name)
         usable = ratios[np.isfinite(ratios)]
-        found = {"value": math.nan, "low": math.nan, "high": math.nan}
+        result = {"value": math.nan, "low": math.nan, "high": math.nan}
         if len(usable):
-            found = summaries.mean_interval(usable.to_numpy(), log=True)
+            result = summaries.mean_interval(usable.to_numpy(), log=True)
         rows.append(
             {
                 "comparison": comparison,
                 "quantity": name,
                 "variant": values["variant"].iloc[0],
                 "snapshot": snapshot,
-                "ratio": found["value"],
-                "low": found["low"],
-                "high": found["high"],
+                "ratio": result["value"],
+                "low": result["low"],
+                "high": result["high"],
                 "num_pairs": len(usable),
                 "num_left_out": len(ratios) - len(usable),
             }

@@ -104,9 +104,9 @@ def _tuning_table(
         bool(np.isclose(rate, chosen.get(int(size), np.nan)))
         for size, rate in table[by].itertuples(index=False)
     ]
-    found = set(table.loc[table["chosen"], "batch_size"])
+    with_optimum = set(table.loc[table["chosen"], "batch_size"])
     for size, rate in chosen.items():
-        if size not in found:
+        if size not in with_optimum:
             raise UsageError(
                 f"figure {figure!r} needs a run at the chosen rate {rate:g} of batch "
                 f"size {size}, got none; add it to the grid."

@@ -11,13 +11,13 @@ _PACKAGES = ("noisekit", "torch", "numpy", "scipy", "pyarrow", "pandas", "pyhess
 
 def software_versions() -> dict[str, str]:
     """Return the versions of Python and of what decides numbers, without imports."""
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            result[package] = "not installed"
+    return result
 
 
 def host_facts() -> dict[str, str]:

@@ -306,25 +306,25 @@ class RunDirectory:
 
     def _adopted(self) -> dict[str, str]:
         """Return digests of what format 1 sealed, as it is now."""
-        found = {}
+        result = {}
         for path in (sealed_path(self.path, item) for item in TABLES.values()):
             if path.exists():
-                found[path.name] = digest_of(path.read_bytes())
+                result[path.name] = digest_of(path.read_bytes())
                 self.add_fault(f"{path.name} was sealed before files had digests")
-        return found
+        return result
 
     def _tensor_digests(self) -> dict[str, str]:
-        found = {}
+        result = {}
         folders = (self.snapshots, self.optimizers)
         paths = (
             path for each in folders for path in sorted(each.glob("*.safetensors"))
         )
         for path in paths:
             try:
-                found[f"{path.parent.name}/{path.name}"] = stated_checksum(path)
+                result[f"{path.parent.name}/{path.name}"] = stated_checksum(path)
             except RunDirectoryError as error:
                 self.add_fault(str(error))
-        return found
+        return result
 
     def _prepare(self, item: Table) -> str:
         """Write a table's Parquet file beside the old one and return its digest."""

@@ -102,12 +102,12 @@ def segment_path(run: Path, table: Table, number: int) -> Path:
 
 def segments_of(run: Path, table: Table) -> dict[int, Path]:
     """Return the segments of ``table`` by number, oldest first."""
-    found = {
+    result = {
         int(match["number"]): path
         for path in (run / "segments").glob("*")
         if (match := _NAME.fullmatch(path.name)) and match["table"] == table.name
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(result.items()))
 
 
 def read_segment(path: Path, table: Table, *, run_id: str) -> Segment:

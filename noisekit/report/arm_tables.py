@@ -74,7 +74,7 @@ def epsilon_table(runs: Runs) -> pd.DataFrame:
     table = runs.measurements
     keys = ["run_id", "snapshot", "variant"]
     shares = table[table["quantity"] == "first_order_share"]
-    found = table[table["quantity"] == "epsilon_sharpness"].merge(
+    joined = table[table["quantity"] == "epsilon_sharpness"].merge(
         shares[[*keys, "value"]], on=keys, how="left", suffixes=("", "_share")
     )
     return pd.DataFrame(
@@ -85,7 +85,7 @@ def epsilon_table(runs: Runs) -> pd.DataFrame:
             "φ [%]": mean_and_spread(rows["value"]),
             "first-order share": mean_and_spread(rows["value_share"]),
         }
-        for (snapshot, variant, arm), rows in found.groupby(
+        for (snapshot, variant, arm), rows in joined.groupby(
             ["snapshot", "variant", "arm"], sort=False
         )
     )

@@ -54,15 +54,15 @@ def _run_table(runs: Runs) -> Table:
 
 def _costs(runs: Runs, analysis_seconds: float | None) -> dict[str, str]:
     table = runs.runs
-    found = {"runs": f"{len(table)}"}
+    result = {"runs": f"{len(table)}"}
     for column, (words, unit) in _COSTS.items():
         if column in table.columns:
-            found[words] = f"{table[column].sum():,.0f} {unit}".rstrip()
+            result[words] = f"{table[column].sum():,.0f} {unit}".rstrip()
     if not runs.recipe:
-        found["wall time of the loop"] = f"{_loop_seconds(runs):,.0f} s"
+        result["wall time of the loop"] = f"{_loop_seconds(runs):,.0f} s"
     if analysis_seconds is not None:
-        found["analysing and drawing"] = f"{analysis_seconds:,.0f} s"
-    return found
+        result["analysing and drawing"] = f"{analysis_seconds:,.0f} s"
+    return result
 
 
 def _loop_seconds(runs: Runs) -> float:

@@ -71,10 +71,10 @@ def run_settings(runs: Runs, key: str) -> list[object]:
 def arm_settings(runs: Runs, key: str) -> dict[str, object]:
     """Return what the first run of each arm has at a dotted key."""
     arms = [run.manifest.arm for run in runs.directories]
-    found: dict[str, object] = {}
+    result: dict[str, object] = {}
     for arm, value in zip(arms, run_settings(runs, key), strict=True):
-        found.setdefault(arm, value)
-    return found
+        result.setdefault(arm, value)
+    return result
 
 
 def numbers_by_arm(runs: Runs, key: str) -> dict[str, float]:
@@ -95,18 +95,18 @@ def normalising_batches(runs: Runs) -> dict[str, float | None]:
     batch_sizes = numbers_by_arm(runs, "training.batch_size")
     microbatches = numbers_by_arm(runs, "training.microbatch")
     parts = numbers_by_arm(runs, "training.accumulation")
-    found: dict[str, float | None] = {}
+    result: dict[str, float | None] = {}
     for arm in names:
         if norms[arm] == "none":
-            found[arm] = 0.0
+            result[arm] = 0.0
         elif names[arm] != "f1" and norms[arm] != "batch":
-            found[arm] = None
+            result[arm] = None
         elif arm in microbatches or arm in batch_sizes:
             whole = batch_sizes.get(arm, 0.0) / parts.get(arm, 1.0)
-            found[arm] = microbatches.get(arm, whole)
+            result[arm] = microbatches.get(arm, whole)
         else:
-            found[arm] = None
-    return found
+            result[arm] = None
+    return result
 
 
 def setting_words(runs: Runs) -> str:

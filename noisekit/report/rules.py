@@ -78,10 +78,10 @@ def _rate_rule(runs: Runs) -> Rule:
         )
         return Rule(name, False, f"{detail} {how}".strip())
     shown = "; ".join(
-        f"batch {size:g}: rates {', '.join(f'{rate:g}' for rate in sorted(found))}"
-        for size, found in sorted(rates_of.items())
+        f"batch {size:g}: rates {', '.join(f'{rate:g}' for rate in sorted(rates))}"
+        for size, rates in sorted(rates_of.items())
     )
-    varied = all(len(found) > 1 for found in rates_of.values()) or bool(how)
+    varied = all(len(rates) > 1 for rates in rates_of.values()) or bool(how)
     return Rule(name, varied, f"{shown}. {how}".strip())
 
 

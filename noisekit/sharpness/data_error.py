@@ -101,7 +101,9 @@ def mean_over_batches(parts: Tensor, shares: Tensor) -> Estimate:
     )
 
 
-def over_data(found: Estimate, stderr: float | None, risk: EmpiricalRisk) -> Estimate:
+def over_data(
+    estimate: Estimate, stderr: float | None, risk: EmpiricalRisk
+) -> Estimate:
     r"""Return the estimate with its error over batches counted in.
 
     An error over probes and one over data add in squares. The degrees of freedom are
@@ -110,7 +112,7 @@ def over_data(found: Estimate, stderr: float | None, risk: EmpiricalRisk) -> Est
     .. math:: \nu = (s_1^2 + s_2^2)^2 / (s_1^4/\nu_1 + s_2^4/\nu_2).
 
     Args:
-        found: The estimate with its own error, if it has one.
+        estimate: The estimate with its own error, if it has one.
         stderr: The error over batches; ``None`` leaves the estimate as it is.
         risk: Has the batches.
 
@@ -119,26 +121,26 @@ def over_data(found: Estimate, stderr: float | None, risk: EmpiricalRisk) -> Est
         components".
     """
     if stderr is None:
-        return found
+        return estimate
     shares = batch_shares(risk)
     assert shares is not None  # or there were no error
     num_batches = len(shares)
-    own, freedom = found.stderr, num_batches - 1
+    own, freedom = estimate.stderr, num_batches - 1
     if own is None:
         return replace(
-            found,
+            estimate,
             stderr=stderr,
             error_source=ErrorSource.DATA,
             num_samples=num_batches,
             dof=freedom,
         )
-    ratio = found.ratio
+    ratio = estimate.ratio
     if isinstance(ratio, LogRatio):
-        ratio = replace(ratio, stderr=math.hypot(ratio.stderr, stderr / found.value))
+        ratio = replace(ratio, stderr=math.hypot(ratio.stderr, stderr / estimate.value))
     total = own**2 + stderr**2
-    spread = stderr**4 / freedom + (own**4 / found.dof if found.dof else 0.0)
+    spread = stderr**4 / freedom + (own**4 / estimate.dof if estimate.dof else 0.0)
     return replace(
-        found,
+        estimate,
         stderr=math.sqrt(total),
         error_source=ErrorSource.DATA_AND_PROBES,
         num_samples=num_batches,

@@ -94,9 +94,9 @@ class InvarianceReport:
     @property
     def verdict(self) -> Invariance:
         """Invariant only under all families; not invariant under one is enough."""
-        found = {effect.verdict for effect in self.effects}
+        result = {effect.verdict for effect in self.effects}
         for worst in (Invariance.NOT_INVARIANT, Invariance.NOT_RESOLVED):
-            if worst in found:
+            if worst in result:
                 return worst
         return Invariance.INVARIANT
 

@@ -180,9 +180,9 @@ class MeasurementContext:
             )
             self._errors[key] = self._error_of(pairs)
             self._pairs[key] = pairs
-        found, error = self._pairs[key].estimate(), self._errors[key]
-        cost = 0 if shared else found.num_matvecs + (error is not None)
-        return replace(found, num_matvecs=cost), error
+        result, error = self._pairs[key].estimate(), self._errors[key]
+        cost = 0 if shared else result.num_matvecs + (error is not None)
+        return replace(result, num_matvecs=cost), error
 
     def _error_of(self, pairs: EigenPairs) -> float | None:
         """The error over batches of an eigenvalue, to first order."""

@@ -207,11 +207,11 @@ class SharpnessTracker:
         """
         size = self._hessian.shape[0]
         for name in ("vectors", "lowest"):
-            found = state[name].shape[1]
-            if found != size:
+            result = state[name].shape[1]
+            if result != size:
                 raise UsageError(
                     f"the tracker's state needs vectors of {size} parameters, got "
-                    f"{found}; load it beside the model that it was saved with."
+                    f"{result}; load it beside the model that it was saved with."
                 )
         # Sums round by how operands lie in memory, which for a mapped file is anyhow.
         self._vectors, self._lowest = (

@@ -245,7 +245,7 @@ def _with_copies(
                 left = budget - pairs.num_matvecs
                 if left < _LEAST_SEARCH:
                     return replace(pairs, copies_counted=False)
-                found = top_eigenpairs(
+                result = top_eigenpairs(
                     rest,
                     which=end,
                     tol=accuracy,
@@ -255,15 +255,15 @@ def _with_copies(
                 )
                 pairs = replace(
                     pairs,
-                    num_matvecs=pairs.num_matvecs + found.num_matvecs,
-                    num_copy_matvecs=pairs.num_copy_matvecs + found.num_matvecs,
+                    num_matvecs=pairs.num_matvecs + result.num_matvecs,
+                    num_copy_matvecs=pairs.num_copy_matvecs + result.num_matvecs,
                 )
-                ahead = float(found.values[0]) - worst
+                ahead = float(result.values[0]) - worst
                 ahead = ahead if end == "LA" else -ahead
                 if ahead <= limit:
                     break
-                near = found.start
-            if not found.converged:
+                near = result.start
+            if not result.converged:
                 return replace(pairs, copies_counted=False)
             if ahead <= limit:
                 break
@@ -271,10 +271,10 @@ def _with_copies(
             # is bounded by the residuals of V: |V' A x| = |(A V - V D)' x|. The two are
             # orthogonal, and add in squares.
             missed = residuals.square().sum()
-            residual = (found.residuals.square() + missed).sqrt()
-            known = torch.cat([known, found.vectors], 1)
+            residual = (result.residuals.square() + missed).sqrt()
+            known = torch.cat([known, result.vectors], 1)
             residuals = torch.cat([residuals, residual])
-            pairs = _inserted(pairs, mine, end, replace(found, residuals=residual))
+            pairs = _inserted(pairs, mine, end, replace(result, residuals=residual))
     return pairs
 
 

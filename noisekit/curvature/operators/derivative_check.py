@@ -114,8 +114,8 @@ def check_jacobian(risk: EmpiricalRisk, *, what: str) -> None:
 
         def moved(move: float) -> Tensor:
             with held.at(point + move * unit * vector), torch.no_grad():
-                found: Tensor = held.outputs_of(batch)
-                return found
+                result: Tensor = held.outputs_of(batch)
+                return result
 
         return relative_gap(pushed, moved, steps, unit)
 
@@ -147,8 +147,8 @@ def check_loss_hessian(risk: EmpiricalRisk, *, what: str) -> None:
             point.requires_grad_()
             loss = held.loss_at(point, batch[1])
             hidden.note_functions(loss)
-            (found,) = torch.autograd.grad(loss, point, create_graph=create_graph)
-            return found
+            (result,) = torch.autograd.grad(loss, point, create_graph=create_graph)
+            return result
 
         point = outputs.clone()
         exact, gradient = torch.zeros_like(outputs), slope(point, create_graph=True)

@@ -15,18 +15,18 @@ def graph_bytes(build: Callable[[], object], model: nn.Module) -> int:
     What ``build`` returns is dropped.
     """
     own = {t.untyped_storage().data_ptr() for t in model.parameters()}
-    found: dict[int, int] = {}
+    result: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+            result[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         made = build()
     del made
-    return sum(found.values())
+    return sum(result.values())
 
 
 def model_state(model: nn.Module, vector: Tensor) -> tuple[object, ...]:

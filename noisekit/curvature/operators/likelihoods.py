@@ -55,10 +55,10 @@ def class_axis(risk: EmpiricalRisk, outputs: Tensor, batch: Batch) -> int:
         <= _NO_SLOPE * float(slope.abs().sum(axis).norm())
     ]
     if len(axes) != 1:
-        found = ", ".join(map(str, axes)) or "none"
+        result = ", ".join(map(str, axes)) or "none"
         raise UsageError(
             "likelihood='categorical' needs one axis of classes, along which the "
-            f"loss's gradient adds up to zero, got axes {found} of outputs of shape "
+            f"loss's gradient adds up to zero, got axes {result} of outputs of shape "
             f"{tuple(outputs.shape)}; let the model return (n, classes, ...) and take "
             "nn.CrossEntropyLoss(), or use GGNOperator, which needs no classes."
         )

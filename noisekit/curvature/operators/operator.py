@@ -173,10 +173,12 @@ class LinearCombination(SymmetricOperator):
         """
         kinds = {(a.shape[0], str(a.device)) for _, a in terms}
         if len(kinds) != 1:
-            found = ", ".join(f"{size} on {device}" for size, device in sorted(kinds))
+            kinds_text = ", ".join(
+                f"{size} on {device}" for size, device in sorted(kinds)
+            )
             raise UsageError(
-                f"a sum needs operators of one size on one device, got {found}; choose "
-                "the same parameters for all with params=."
+                f"a sum needs operators of one size on one device, got {kinds_text}; "
+                "choose the same parameters for all with params=."
             )
         self.terms = tuple(terms)
         self.shift = shift

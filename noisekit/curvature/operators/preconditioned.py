@@ -36,14 +36,13 @@ class ScaledOperator(SymmetricOperator):
             UsageError: If it has another length.
         """
         self.operator = operator
-        given = scales
         self._scales: Callable[[], Tensor] = (
-            (lambda: given) if isinstance(given, Tensor) else given
+            (lambda: scales) if isinstance(scales, Tensor) else scales
         )
-        found = self._scales().shape
-        if found != operator.shape[:1]:
+        shape = self._scales().shape
+        if shape != operator.shape[:1]:
             raise UsageError(
-                f"scales needs shape ({operator.shape[0]},), got {tuple(found)}; build "
+                f"scales needs shape ({operator.shape[0]},), got {tuple(shape)}; build "
                 "it from the same parameters as the operator."
             )
 

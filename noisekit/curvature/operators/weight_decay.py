@@ -25,7 +25,7 @@ def decay_by_parameter(decay: WeightDecay, risk: EmpiricalRisk) -> dict[str, flo
     """
     if not isinstance(decay, Optimizer):
         return dict.fromkeys(risk.layout.names, float(decay))
-    found: dict[int, float] = {}
+    result: dict[int, float] = {}
     for group in decay.param_groups:
         factor = float(group.get("weight_decay", 0.0))
         if factor and _is_decoupled(decay, group):
@@ -34,16 +34,16 @@ def decay_by_parameter(decay: WeightDecay, risk: EmpiricalRisk) -> dict[str, flo
                 f"got {type(decay).__name__}, whose decay of {factor:g} is decoupled "
                 "and is no term of the risk; leave it out, or pass a number."
             )
-        found.update({id(p): factor for p in group["params"]})
+        result.update({id(p): factor for p in group["params"]})
     named = dict(zip(risk.layout.names, risk.parameters, strict=True))
-    missing = [name for name, p in named.items() if id(p) not in found]
+    missing = [name for name, p in named.items() if id(p) not in result]
     if missing:
         raise UsageError(
             "weight_decay needs the optimizer of all chosen parameters, got one "
             f"without {missing[0]!r} ({len(missing)} missing); choose others with "
             "params=, or pass a number."
         )
-    return {name: found[id(p)] for name, p in named.items()}
+    return {name: result[id(p)] for name, p in named.items()}
 
 
 def decay_vector(

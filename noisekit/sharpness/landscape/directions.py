@@ -98,8 +98,8 @@ def directions_for(
         wanted = DirectionSpec(wanted)
     if isinstance(wanted, Directions):
         dims = wanted.vectors.shape[1] if dims is None else dims
-        found = _given(risk, wanted.vectors.unbind(1), dims)
-        return replace(wanted, vectors=found.vectors)
+        result = _given(risk, wanted.vectors.unbind(1), dims)
+        return replace(wanted, vectors=result.vectors)
     if not isinstance(wanted, DirectionSpec):
         return _given(risk, wanted, len(wanted) if dims is None else dims)
     dims = 2 if dims is None else dims

@@ -177,14 +177,14 @@ def _stacked_values(
             f"memory_budget={risk.memory_budget} holds one point at a time"
         )
     queue = [*known, *indices]  # the known points first: a mismatch ends it early
-    found: dict[int, tuple[float, float]] = {}
+    result: dict[int, tuple[float, float]] = {}
     for first in range(0, len(queue), size):
         chunk = queue[first : first + size]
         stack = _stacked(risk.model, [state_at(i) for i in chunk])
         values = _values_of_stack(risk, stack, len(chunk), classified)
-        found |= dict(zip(chunk, values, strict=True))
-        _check_known(found, known, risk.layout.dtype)
-    return {i: found[i] for i in indices}
+        result |= dict(zip(chunk, values, strict=True))
+        _check_known(result, known, risk.layout.dtype)
+    return {i: result[i] for i in indices}
 
 
 def _stacked(model: nn.Module, states: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -257,15 +257,15 @@ def _points_within(risk: EmpiricalRisk) -> int:
 
 
 def _check_known(
-    found: Mapping[int, tuple[float, float]],
+    result: Mapping[int, tuple[float, float]],
     known: Mapping[int, tuple[float, float]],
     dtype: torch.dtype,
 ) -> None:
     # Kernels of a stack sum in another order; sqrt(eps) (3e-4 of float32) is far above
     # that, and far below the change by a module that ignores the stacked weights.
     allowed = torch.finfo(dtype).eps ** 0.5
-    for i in known.keys() & found.keys():
-        got, want = found[i][0], known[i][0]
+    for i in known.keys() & result.keys():
+        got, want = result[i][0], known[i][0]
         same = got == want or (math.isnan(got) and math.isnan(want))
         if not same and not abs(got - want) <= allowed * (1 + abs(want)):
             raise ArithmeticError(

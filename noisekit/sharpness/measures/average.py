@@ -115,18 +115,18 @@ class AverageCase(Perturbation):
 
     def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
         """Yield the mean increase of the loss."""
-        found = self.result(context.risk, context.stream(self.name, f"{self.sigma:g}"))
+        result = self.result(context.risk, context.stream(self.name, f"{self.sigma:g}"))
         detail: Detail = {
             "sigma": self.sigma,
             "adaptive": self.adaptive,
             "eta": self.eta,
             "antithetic": self.antithetic,
             "logits": self.logits,
-            "loss": found.loss,
-            "num_evaluations": found.num_evaluations,
+            "loss": result.loss,
+            "num_evaluations": result.num_evaluations,
         }
         yield self.measured(
-            found.estimate, detail=detail, data_stderr=found.data_stderr
+            result.estimate, detail=detail, data_stderr=result.data_stderr
         )
 
     def result(

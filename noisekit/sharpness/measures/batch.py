@@ -87,14 +87,14 @@ class BatchSharpness(Measure):
 
     def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
         """Yield batch sharpness, by both ways to average."""
-        found = self.result(context.risk, context.stream("batch_sharpness"))
+        result = self.result(context.risk, context.stream("batch_sharpness"))
         detail: Detail = {
-            "batch_size": found.batch_size,
-            "num_left_out": found.num_left_out,
+            "batch_size": result.batch_size,
+            "num_left_out": result.num_left_out,
         }
-        variant = f"batch_size={found.batch_size}"
-        yield Measurement(self.name, found.estimate, variant, detail)
-        means = replace(found.ratio_of_means, num_grads=0)  # of the same passes
+        variant = f"batch_size={result.batch_size}"
+        yield Measurement(self.name, result.estimate, variant, detail)
+        means = replace(result.ratio_of_means, num_grads=0)  # of the same passes
         yield Measurement(f"{self.name}_ratio_of_means", means, variant, detail)
 
     def result(
@@ -269,13 +269,13 @@ def _along_steps(
     """Measure ``s' H_B s`` over ``s' g_B`` on every batch."""
     risk = risk.in_precision(torch.float32)
     check_second_derivatives(risk, what="sharpness along a step")
-    found = torch.zeros(0, 2, dtype=torch.float64, device=risk.layout.device)
+    result = torch.zeros(0, 2, dtype=torch.float64, device=risk.layout.device)
     with risk.evaluating():
         batches = plan.batches(risk, generator)
         if batches.own:
             rows = [_curvature_along(risk, b, step, weight_decay) for b in batches.own]
-            found = torch.stack(rows)  # (batches, 2)
-    above, below = gathered(found, risk).unbind(1)  # of all processes
+            result = torch.stack(rows)  # (batches, 2)
+    above, below = gathered(result, risk).unbind(1)  # of all processes
     return BatchSharpnessResult(
         estimate=mean_of_ratios(above / below),
         ratio_of_means=ratio_of_means(above, below),

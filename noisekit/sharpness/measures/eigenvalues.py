@@ -106,18 +106,18 @@ class LambdaMax(_Eigenvalue):
     def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
         """Yield the largest eigenvalue."""
         if self._by_lanczos:
-            found, error = context.eigenvalue(
+            result, error = context.eigenvalue(
                 "LA", tol=self.tol, max_matvecs=self.max_matvecs
             )
-            yield self.measured(found, data_stderr=error)
+            yield self.measured(result, data_stderr=error)
             return
-        found = pyhessian_top_eigenvalue(
+        result = pyhessian_top_eigenvalue(
             context.risk,
             tol=self.tol,
             max_iterations=self.max_matvecs or _PYHESSIAN_BUDGET,
             generator=context.stream("pyhessian"),
         )
-        yield self.measured(found)
+        yield self.measured(result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +129,10 @@ class LambdaMin(_Eigenvalue):
 
     def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
         """Yield the smallest eigenvalue."""
-        found, error = context.eigenvalue(
+        result, error = context.eigenvalue(
             "SA", tol=self.tol, max_matvecs=self.max_matvecs
         )
-        yield self.measured(found, data_stderr=error)
+        yield self.measured(result, data_stderr=error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +160,14 @@ class GaugeFixedLambdaMax(_Eigenvalue):
             max_matvecs=self.max_matvecs,
             generator=context.stream("gauge_fixed"),
         )
-        found, error = pairs.estimate(), None
-        if context.data_error and found.status is not Status.DIVERGED:
+        result, error = pairs.estimate(), None
+        if context.data_error and result.status is not Status.DIVERGED:
             # An eigenvector of D H D is, times D, the direction of that curvature in H.
             along = pairs.vectors[:, 0] * lengths.to(pairs.vectors)
             error = data_stderr_at(risk, lambda data: curvature_parts(data, along))
         if error is not None:
-            found = replace(found, num_matvecs=found.num_matvecs + 1)
-        yield self.measured(found, data_stderr=error)
+            result = replace(result, num_matvecs=result.num_matvecs + 1)
+        yield self.measured(result, data_stderr=error)
 
 
 @checked

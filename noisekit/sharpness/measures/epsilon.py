@@ -131,22 +131,22 @@ class EpsilonSharpness(Measure):
     def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
         """Yield epsilon-sharpness, and its first-order share."""
         stream = context.stream("epsilon", f"{self.epsilon:g}", str(self.subspace_dim))
-        found = self.result(context.risk, stream)
+        result = self.result(context.risk, stream)
         detail: Detail = {
             "epsilon": self.epsilon,
             "subspace_dim": self.subspace_dim,
-            "column_scaling": found.column_scaling,
+            "column_scaling": result.column_scaling,
             "method": self.method,
-            "loss": found.loss,
-            "grad_norm": found.grad_norm,
-            "displacement_norm": found.displacement_norm,
-            "first_order_share": found.first_order_share,
-            "note": found.detail,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "displacement_norm": result.displacement_norm,
+            "first_order_share": result.first_order_share,
+            "note": result.detail,
         }
         yield self.measured(
-            found.estimate, detail=detail, data_stderr=found.data_stderr
+            result.estimate, detail=detail, data_stderr=result.data_stderr
         )
-        share = Estimate(found.first_order_share, status=found.estimate.status)
+        share = Estimate(result.first_order_share, status=result.estimate.status)
         yield Measurement("first_order_share", share, self.variant)
 
     def result(
@@ -179,19 +179,19 @@ class EpsilonSharpness(Measure):
                     generator=generator,
                 )
 
-            found = highest(self.method, self.extra_iterations)
+            result = highest(self.method, self.extra_iterations)
             checked = highest("lbfgsb", 0) if self.check else None
-            error = _data_stderr(risk, start[0], found, origin, box)
+            error = _data_stderr(risk, start[0], result, origin, box)
         loss, grad = start
         percent = 100 / (1 + loss)
         share = first_order_share(
-            box.linear_increase(box.gradient(grad)), found.increase
+            box.linear_increase(box.gradient(grad)), result.increase
         )
-        status, note = status_and_note(loss, found.increase, "box", share=share)
-        num_grads = 1 + found.num_grads + (checked.num_grads if checked else 0)
+        status, note = status_and_note(loss, result.increase, "box", share=share)
+        num_grads = 1 + result.num_grads + (checked.num_grads if checked else 0)
         return EpsilonSharpnessResult(
             estimate=Estimate(
-                percent * found.increase,
+                percent * result.increase,
                 side="lower",
                 status=status,
                 num_grads=num_grads,
@@ -203,9 +203,9 @@ class EpsilonSharpness(Measure):
             first_order_share=share,
             grad_norm=float(grad.double().norm()),
             displacement_norm=float(
-                box.displacement(found.coordinates).double().norm()
+                box.displacement(result.coordinates).double().norm()
             ),
-            shortfall=percent * found.shortfall if self.extra_iterations else None,
+            shortfall=percent * result.shortfall if self.extra_iterations else None,
             check_value=percent * checked.increase if checked else None,
             detail=note,
             **vars(self),
@@ -301,17 +301,21 @@ def epsilon_sharpness(
 
 
 def _data_stderr(
-    risk: EmpiricalRisk, loss: float, found: HighestPoint, origin: Tensor, box: Box
+    risk: EmpiricalRisk,
+    loss: float,
+    highest_point: HighestPoint,
+    origin: Tensor,
+    box: Box,
 ) -> float | None:
     """Error of the sharpness over batches, as a ratio of two of their means."""
-    if not math.isfinite(loss) or not math.isfinite(found.increase):
+    if not math.isfinite(loss) or not math.isfinite(highest_point.increase):
         return None
     percent = 100 / (1 + loss)
 
     def parts(data: EmpiricalRisk) -> Tensor:
         before = batch_parts(data)
-        after = batch_parts(data, origin + box.displacement(found.coordinates))
-        return percent * (after - before - found.increase / (1 + loss) * before)
+        after = batch_parts(data, origin + box.displacement(highest_point.coordinates))
+        return percent * (after - before - highest_point.increase / (1 + loss) * before)
 
     return data_stderr_at(risk, parts)
 

@@ -38,9 +38,9 @@ class GradNorm(Measure):
         _, gradient = context.loss_and_gradient()
         norm = float(torch.linalg.vector_norm(gradient.cpu().double()))
         status = Status.OK if math.isfinite(norm) else Status.DIVERGED
-        found = Estimate(norm, status=status, num_grads=1)
+        estimate = Estimate(norm, status=status, num_grads=1)
         if not context.data_error or not 0 < norm < math.inf:
-            yield self.measured(found)
+            yield self.measured(estimate)
             return
         error, share = gradient_errors(context.risk, gradient)
         detail: Detail = {"noise_share": share}
@@ -50,8 +50,8 @@ class GradNorm(Measure):
                 "the square"
             )
         if error is not None:
-            found = replace(found, num_grads=2)
-        yield self.measured(found, detail=detail, data_stderr=error)
+            estimate = replace(estimate, num_grads=2)
+        yield self.measured(estimate, detail=detail, data_stderr=error)
 
 
 def gradient_errors(

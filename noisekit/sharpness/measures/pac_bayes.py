@@ -112,22 +112,22 @@ class _Tolerated(Measure):
     def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
         """Yield one over the squared size."""
         generator = context.stream(self.name, str(self.magnitude_aware))
-        found = self.result(context.risk, generator)
+        result = self.result(context.risk, generator)
         detail: Detail = {
-            "radius": found.radius,
+            "radius": result.radius,
             "target": self.target,
             "criterion": self.criterion,
-            "start": found.start,
-            "num_evaluations": found.num_evaluations,
-            "note": found.detail,
+            "start": result.start,
+            "num_evaluations": result.num_evaluations,
+            "note": result.detail,
         }
         yield self.measured(
-            found.estimate, detail=detail, data_stderr=found.data_stderr
+            result.estimate, detail=detail, data_stderr=result.data_stderr
         )
 
     def _result(
         self,
-        found: Bracket,
+        bracket: Bracket,
         trial: CriterionIncrease,
         estimate: Estimate,
         stderr: float | None,
@@ -135,14 +135,14 @@ class _Tolerated(Measure):
         return PacBayesResult(
             estimate=replace(estimate, num_grads=trial.num_grads),
             data_stderr=stderr,
-            radius=found.middle,
+            radius=bracket.middle,
             target=self.target,
             criterion=self.criterion,
             magnitude_aware=self.magnitude_aware,
             start=trial.start,
             seed=trial.seed,
             num_evaluations=trial.num_evaluations,
-            detail=found.detail,
+            detail=bracket.detail,
         )
 
 
@@ -177,16 +177,16 @@ class PacBayesFlatness(_Tolerated):
             def increase(sigma: float) -> float:
                 return float(trial.under_noise(sigma, self.num_draws).mean())
 
-            found = bracketed(increase, self.target, tol=self.tol)
-            estimate, error = crossing(found), None
-            if found.resolved:
+            result = bracketed(increase, self.target, tol=self.tol)
+            estimate, error = crossing(result), None
+            if result.resolved:
                 estimate = replace(
                     estimate,
                     error_source=ErrorSource.PROBES,
                     num_samples=self.num_draws,
                 )
                 estimate, error = _with_noise_error(estimate, trial, self.num_draws)
-        return self._result(found, trial, estimate, error)
+        return self._result(result, trial, estimate, error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,16 +218,16 @@ class PacBayesSharpness(_Tolerated):
             trial = CriterionIncrease(
                 risk, self.criterion, self.magnitude_aware, generator
             )
-            found = bracketed(
+            result = bracketed(
                 lambda alpha: self._increase(trial, alpha), self.target, tol=self.tol
             )
-            estimate, error = crossing(found), None
-            if found.resolved:
+            estimate, error = crossing(result), None
+            if result.resolved:
                 estimate = replace(
                     estimate, error_source=ErrorSource.SOLVER, side="lower"
                 )
-                error = self._data_stderr(trial, found.middle)
-        return self._result(found, trial, estimate, error)
+                error = self._data_stderr(trial, result.middle)
+        return self._result(result, trial, estimate, error)
 
     def _increase(self, trial: CriterionIncrease, alpha: float) -> float:
         return trial.under_ascent(alpha, steps=self.steps, restarts=self.restarts)

@@ -48,10 +48,10 @@ class RelativeFlatness(Measure):
     def measure(self, context: MeasurementContext) -> Iterator[Measurement]:
         """Yield the relative flatness of each weight matrix."""
         layers = self.layers(context.hessian, context.stream("relative_flatness"))
-        for i, (name, (found, error)) in enumerate(layers.items()):
+        for i, (name, (result, error)) in enumerate(layers.items()):
             if i:
-                found = replace(found, num_matvecs=0)  # the same products serve all
-            yield Measurement(self.name, found, f"layer={name}", data_stderr=error)
+                result = replace(result, num_matvecs=0)  # the same products serve all
+            yield Measurement(self.name, result, f"layer={name}", data_stderr=error)
 
     def layers(
         self, hessian: HessianOperator, generator: torch.Generator
@@ -84,14 +84,14 @@ class RelativeFlatness(Measure):
         values = torch.stack(samples).cpu()  # (probes, tensors)
         parts = product_parts(hessian, noted, mean_weights(noted))  # (B, tensors)
         shares = batch_shares(hessian.risk)
-        found: dict[str, WithDataError] = {}
+        result: dict[str, WithDataError] = {}
         for i, name in enumerate(layout.names):
             if name in matrices:
                 estimate = mean_estimate(values[:, i], self.num_matvecs)
                 sure = estimate.status is Status.OK
                 stderr = data_stderr(parts[:, i], shares) if sure else None
-                found[name] = estimate, stderr
-        return found
+                result[name] = estimate, stderr
+        return result
 
 
 @checked

@@ -56,11 +56,11 @@ class HessianFrobeniusNorm(Measure):
         batch's part of it is the mean of :math:`(H z)^\top H_b z`.
         """
         hessian, generator = context.hessian, context.stream("frobenius")
-        found = norms.frobenius_norm(
+        result = norms.frobenius_norm(
             hessian, num_matvecs=self.num_matvecs, generator=generator
         )
         if not context.data_error or not has_groups(hessian):
-            yield self.measured(found)
+            yield self.measured(result)
             return
         noted: list[Tensor] = []
         num_probes = self._num_error_probes
@@ -73,8 +73,8 @@ class HessianFrobeniusNorm(Measure):
         stderr = product_stderr(hessian, noted, mean_weights(noted))
         if stderr is not None:
             # Relative to the same draws, which move every batch's part alike.
-            stderr = found.value * stderr / square if square > 0 else None
-        yield self.measured(_with_products(found, 2 * num_probes), data_stderr=stderr)
+            stderr = result.value * stderr / square if square > 0 else None
+        yield self.measured(_with_products(result, 2 * num_probes), data_stderr=stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class EffectiveDimension(Measure):
         """
         generator = context.stream("effective_dimension")
         with GGNOperator(context.risk) as gauss_newton:
-            found = norms.effective_dimension(
+            result = norms.effective_dimension(
                 gauss_newton,
                 self.shift,
                 num_probes=self.num_probes,
@@ -117,8 +117,8 @@ class EffectiveDimension(Measure):
             if context.data_error and has_groups(gauss_newton):
                 before = gauss_newton.num_matvecs
                 stderr = self._data_stderr(gauss_newton, generator)
-                found = _with_products(found, gauss_newton.num_matvecs - before)
-        yield self.measured(found, detail={"shift": self.shift}, data_stderr=stderr)
+                result = _with_products(result, gauss_newton.num_matvecs - before)
+        yield self.measured(result, detail={"shift": self.shift}, data_stderr=stderr)
 
     def _data_stderr(
         self, gauss_newton: GGNOperator, generator: torch.Generator
@@ -269,6 +269,6 @@ def _solved(
     return solution
 
 
-def _with_products(found: Estimate, num_matvecs: int) -> Estimate:
+def _with_products(estimate: Estimate, num_matvecs: int) -> Estimate:
     """The estimate with further products counted."""
-    return replace(found, num_matvecs=found.num_matvecs + num_matvecs)
+    return replace(estimate, num_matvecs=estimate.num_matvecs + num_matvecs)

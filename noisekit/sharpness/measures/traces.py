@@ -42,18 +42,18 @@ class HessianTrace(Measure):
         """
         hessian = context.hessian
         with hessian.noting(form) as noted:
-            found = trace(
+            result = trace(
                 hessian,
                 num_matvecs=self.num_matvecs,
                 generator=context.stream("trace"),
             )
-        num_probes = found.num_samples or 0
+        num_probes = result.num_samples or 0
         weights = torch.ones(len(noted), dtype=torch.float64)
         # Of Hutch++'s products a third only finds the dominant directions, a third is
         # the exact trace on these, and the rest is a mean over probes.
         weights[: self.num_matvecs // 3] = 0.0
         weights[len(noted) - num_probes :] = 1 / num_probes
-        yield self.measured(found, data_stderr=product_stderr(hessian, noted, weights))
+        yield self.measured(result, data_stderr=product_stderr(hessian, noted, weights))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +75,14 @@ class WeightedHessianTrace(Measure):
         """Yield the trace in units of the weights."""
         hessian = context.hessian
         with hessian.noting(form) as noted:
-            found = weighted_trace(
+            result = weighted_trace(
                 hessian,
                 context.risk.vector(),
                 num_matvecs=self.num_matvecs,
                 generator=context.stream("weighted_trace"),
             )
         weights = mean_weights(noted)
-        yield self.measured(found, data_stderr=product_stderr(hessian, noted, weights))
+        yield self.measured(result, data_stderr=product_stderr(hessian, noted, weights))
 
 
 @checked

@@ -165,7 +165,7 @@ class WorstCase(Perturbation):
         names = [self.name]
         if self.batch_size is None:
             names += [f"{self.rho:g}", str(self.steps)]
-        found = self.result(context.risk, context.stream(*names))
+        result = self.result(context.risk, context.stream(*names))
         detail: Detail = {
             "rho": self.rho,
             "norm": self.norm,
@@ -173,14 +173,14 @@ class WorstCase(Perturbation):
             "eta": self.eta,
             "steps": self.steps,
             "logits": self.logits,
-            "loss": found.loss,
-            "grad_norm": found.grad_norm,
-            "first_order_share": found.first_order_share,
-            "num_fixed": found.num_fixed,
-            "note": found.detail,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "first_order_share": result.first_order_share,
+            "num_fixed": result.num_fixed,
+            "note": result.detail,
         }
         yield self.measured(
-            found.estimate, detail=detail, data_stderr=found.data_stderr
+            result.estimate, detail=detail, data_stderr=result.data_stderr
         )
 
     def result(
@@ -201,20 +201,22 @@ class WorstCase(Perturbation):
         )
         normalised = with_logits(risk, self.logits)
         if self.batch_size is None:
-            found = _over_all(normalised, region, origin, ascent)
+            result = _over_all(normalised, region, origin, ascent)
         else:
-            found = _over_groups(normalised, region, origin, ascent, self.batch_size)
+            result = _over_groups(normalised, region, origin, ascent, self.batch_size)
         # The gradient of a group is no estimate of the gradient of the whole.
-        share = found.first_order_share if self.batch_size is None else math.nan
-        _, note = status_and_note(found.loss, found.estimate.value, "ball", share=share)
+        share = result.first_order_share if self.batch_size is None else math.nan
+        _, note = status_and_note(
+            result.loss, result.estimate.value, "ball", share=share
+        )
         return WorstCaseResult(
-            estimate=found.estimate,
-            data_stderr=found.data_stderr,
-            loss=found.loss,
+            estimate=result.estimate,
+            data_stderr=result.data_stderr,
+            loss=result.loss,
             seed=generator.initial_seed(),
-            first_order_share=found.first_order_share,
-            grad_norm=found.grad_norm,
-            displacement=found.displacement,
+            first_order_share=result.first_order_share,
+            grad_norm=result.grad_norm,
+            displacement=result.displacement,
             num_fixed=int((units == 0).sum()),
             detail=note,
             **vars(self),

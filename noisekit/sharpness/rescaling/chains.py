@@ -90,15 +90,15 @@ def free_scales(model: nn.Module) -> list[FreeScale]:
             f"{type(module).__name__}; pass the sequential part, or rescale a copy "
             "yourself."
         )
-    found = list(_scales_of(list(_flattened(module))))
-    if not found:
+    result = list(_scales_of(list(_flattened(module))))
+    if not result:
         names = ", ".join(type(layer).__name__ for _, layer in _flattened(module))
         raise UsageError(
             "a rescaling needs two layers of weights with nothing but ReLU-like "
             "layers between, or a layer of weights before a BatchNorm, got "
             f"{names}; there is no rescaled twin of such a network."
         )
-    return found
+    return result
 
 
 def layers_before_norms(model: nn.Module, batch: Batch) -> list[FreeScale]:

@@ -40,7 +40,7 @@ def free_rescalings(
         UsageError: If none is known.
     """
     between, reason = _between_weights(model)
-    found: dict[str, RescaleFn] = {}
+    result: dict[str, RescaleFn] = {}
     if between:
         exponents = [
             2 * torch.rand(s.num_channels, generator=generator, device=generator.device)
@@ -48,18 +48,18 @@ def free_rescalings(
             for s in between
         ]
         same = [torch.ones_like(e) for e in exponents]
-        found["layers"] = _power(between, same)
-        found["neurons"] = _power(between, exponents)
+        result["layers"] = _power(between, same)
+        result["neurons"] = _power(between, exponents)
     before_norms = layers_before_norms(model, batch) if batch_norms(model) else []
     if before_norms:
         ones = [torch.ones(s.num_channels) for s in before_norms]
-        found["batch_norm"] = _power(before_norms, ones)
-    if not found:
+        result["batch_norm"] = _power(before_norms, ones)
+    if not result:
         raise UsageError(
             f"{reason} Or pass rescalings={{name: function}} with a function(copy, "
             "factor) that rescales a copy of the model."
         )
-    return found
+    return result
 
 
 def rescaled_by(copy: nn.Module, rescale: RescaleFn, factor: float) -> nn.Module:
@@ -88,8 +88,8 @@ def _between_weights(model: nn.Module) -> tuple[list[FreeScale], str]:
         scales = free_scales(unwrap_compiled(model))
     except UsageError as error:
         return [], str(error)
-    found = [scale for scale in scales if scale.sink_weight is not None]
-    return found, "a rescaling needs two layers of weights in a row."
+    result = [scale for scale in scales if scale.sink_weight is not None]
+    return result, "a rescaling needs two layers of weights in a row."
 
 
 def _power(scales: list[FreeScale], exponents: list[Tensor]) -> RescaleFn:

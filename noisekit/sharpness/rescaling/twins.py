@@ -279,12 +279,12 @@ class _Candidate:
 
 
 def _candidates(risk: EmpiricalRisk) -> list[_Candidate]:
-    like, found = risk.vector(), []
+    like, result = risk.vector(), []
     for scale in free_scales(risk.model):
-        found.append(_Candidate(scale, True, like))
+        result.append(_Candidate(scale, True, like))
         if scale.sink_weight is not None:
-            found.append(_Candidate(scale, False, like))
-    return found
+            result.append(_Candidate(scale, False, like))
+    return result
 
 
 def _sharpest(risk: EmpiricalRisk, factor: float, vector: Tensor) -> _Candidate:

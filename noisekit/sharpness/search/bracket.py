@@ -80,12 +80,12 @@ def most_trials(tol: float) -> int:
     return math.ceil(max(up, down)) + max(0, math.ceil(halvings)) + 2
 
 
-def crossing(found: Bracket) -> Estimate:
+def crossing(bracket: Bracket) -> Estimate:
     """Return one over the squared size, with half the bracket's width as its bound."""
-    if not found.resolved:
+    if not bracket.resolved:
         return Estimate(math.nan, status=Status.NOT_RESOLVED)
-    bound = (1 / found.low**2 - 1 / found.high**2) / 2
-    return Estimate(1 / found.middle**2, bound=bound)
+    bound = (1 / bracket.low**2 - 1 / bracket.high**2) / 2
+    return Estimate(1 / bracket.middle**2, bound=bound)
 
 
 def error_factor(size: float, increase: Callable[[float], float]) -> float:

@@ -113,7 +113,7 @@ class CriterionIncrease:
         if self.magnitude_aware:
             radii = alpha * self._origin.abs() + MAGNITUDE_FLOOR
         box = ball("linf", radii, 1.0)
-        found = ascend(
+        result = ascend(
             self._risk,
             box,
             origin=self._origin,
@@ -122,10 +122,10 @@ class CriterionIncrease:
             restarts=restarts,
             generator=stream(self._stream_seed, "ascent"),
         )
-        self.num_grads += found.num_grads
-        if not math.isfinite(found.increase):
+        self.num_grads += result.num_grads
+        if not math.isfinite(result.increase):
             return None
-        return self._origin + box.displacement(found.coordinates)
+        return self._origin + box.displacement(result.coordinates)
 
     def under_ascent(self, alpha: float, *, steps: int, restarts: int) -> float:
         """Return the increase at the end point of a gradient ascent."""
@@ -144,15 +144,15 @@ class CriterionIncrease:
 
     def _measure(self, vector: Tensor | None) -> float:
         self.num_evaluations += 1
-        found = self._risk.evaluate(vector, error=self.criterion == "error")
+        result = self._risk.evaluate(vector, error=self.criterion == "error")
         if self.criterion == "loss":
-            return found.loss if math.isfinite(found.loss) else math.inf
-        if found.error is None:
+            return result.loss if math.isfinite(result.loss) else math.inf
+        if result.error is None:
             raise UsageError(
                 "criterion='error' needs outputs (n, classes) and targets that are "
                 "classes (n,), got others; use criterion='loss'."
             )
-        return found.error
+        return result.error
 
 
 def _num_classified(batch: Batch) -> int:
