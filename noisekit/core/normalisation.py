@@ -7,9 +7,9 @@ from torch import Tensor
 
 from noisekit.core.arguments import call_given
 from noisekit.core.batches import Batch, count_examples
+from noisekit.core.covering_examples import CoveringExamples
 from noisekit.core.errors import NormaliserError
 from noisekit.core.known_losses import known_loss
-from noisekit.core.telling_examples import TellingExamples
 
 Reduction = Literal["mean", "sum"]
 # Takes a batch's targets, in whatever form the loader gives them.
@@ -63,9 +63,9 @@ def normaliser_value(batch: Batch, normaliser: Normaliser | None) -> float:
 
 
 def divisors_of(
-    batches: Iterable[Batch], normaliser: Normaliser | None, telling: TellingExamples
+    batches: Iterable[Batch], normaliser: Normaliser | None, covering: CoveringExamples
 ) -> list[float]:
-    """Return what each batch's loss is divided by, and note the telling examples.
+    """Return what each batch's loss is divided by, and collect the covering examples.
 
     Raises:
         NormaliserError: If a value is negative or not finite, or all are zero.
@@ -73,7 +73,7 @@ def divisors_of(
 
     def noted() -> Iterator[Batch]:
         for batch in batches:
-            telling.add(batch)
+            covering.add(batch)
             yield batch
 
     return normaliser_values(noted(), normaliser)

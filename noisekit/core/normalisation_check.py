@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from noisekit.core.batches import Batch, count_examples, take_examples, tensors_in
+from noisekit.core.covering_examples import CoveringExamples
 from noisekit.core.data import HeldBatches, StreamedBatches
 from noisekit.core.errors import NoisekitError, NormaliserError, UsageError
 from noisekit.core.normalisation import (
@@ -18,7 +19,6 @@ from noisekit.core.normalisation import (
     divisors_of,
     normaliser_value,
 )
-from noisekit.core.telling_examples import TellingExamples
 
 _PROBE_EXAMPLES = 64
 _HALF = (torch.float16, torch.bfloat16)
@@ -54,13 +54,13 @@ class DivisorCheck:
     dtype: torch.dtype = torch.float64
 
     def reduction(
-        self, batches: Iterable[Batch], telling: TellingExamples, declared: object
+        self, batches: Iterable[Batch], covering: CoveringExamples, declared: object
     ) -> Reduction:
         """Return whether the loss is a mean or a sum, once the check has passed.
 
         Args:
             batches: Where to check within batches.
-            telling: Examples of all batches, to check between them.
+            covering: Examples of all batches, to check between them.
             declared: The loss's own ``reduction``, for where losses are zero.
 
         Raises:
@@ -70,12 +70,12 @@ class DivisorCheck:
                 cannot be evaluated on its data or in their precision.
         """
         batches = list(batches)
-        reduction = self._reduction(batches, telling, declared)
+        reduction = self._reduction(batches, covering, declared)
         self._check_precision(_probe(batches[0]))
         return reduction
 
     def _reduction(
-        self, batches: Sequence[Batch], telling: TellingExamples, declared: object
+        self, batches: Sequence[Batch], covering: CoveringExamples, declared: object
     ) -> Reduction:
         result: set[Reduction] = set()
         for batch in batches:
@@ -96,7 +96,7 @@ class DivisorCheck:
             )
         reduction = result.pop() if result else ("sum" if declared == "sum" else "mean")
         if self.separable:
-            self._check_joined(telling, reduction)
+            self._check_joined(covering, reduction)
         return reduction
 
     def _reduction_of(self, probe: Batch) -> Reduction | None:
@@ -124,9 +124,9 @@ class DivisorCheck:
             )
         return float(whole)
 
-    def _check_joined(self, telling: TellingExamples, reduction: Reduction) -> None:
+    def _check_joined(self, covering: CoveringExamples, reduction: Reduction) -> None:
         """Compare examples of several batches with their union."""
-        for joined, cuts in telling.joined():
+        for joined, cuts in covering.joined():
             try:
                 whole = float(self.loss_of(joined))
                 if whole != 0.0 and abs(whole) < float("inf"):
@@ -242,14 +242,14 @@ def established(
     stated: Reduction = "sum" if declared == "sum" else "mean"
     refusals: list[NormaliserError] = []
     for normaliser in candidates:
-        telling = TellingExamples()
+        covering = CoveringExamples()
         try:
-            values = divisors_of(batches, normaliser, telling)
+            values = divisors_of(batches, normaliser, covering)
             if not check:
                 return Divisor(normaliser, values, stated, False)
-            chosen = telling_batches(batches, normaliser)
+            chosen = batches_to_check(batches, normaliser)
             divisor = DivisorCheck(loss_of, normaliser, separable, dtype)
-            reduction = divisor.reduction(chosen, telling, declared)
+            reduction = divisor.reduction(chosen, covering, declared)
             return Divisor(normaliser, values, reduction, True)
         except NormaliserError as error:
             refusals.append(error)
@@ -298,7 +298,7 @@ def check_targets_alike(batches: Iterable[Batch]) -> None:
         )
 
 
-def most_telling(batches: Sequence[Batch]) -> list[Batch]:
+def extreme_batches(batches: Sequence[Batch]) -> list[Batch]:
     """Return the first batch, the last, and the one of the lowest class, often -100."""
     lowest = [
         min((int(t.min()) for t in _class_tensors(batch)), default=0)
@@ -355,7 +355,7 @@ def _tolerance(probe: Batch, dtype: torch.dtype) -> float:
     return {2**-52: 1e-9, 2**-23: 1e-4}.get(coarsest, 3e-2)
 
 
-def telling_batches(
+def batches_to_check(
     batches: HeldBatches | StreamedBatches, normaliser: Normaliser | None
 ) -> list[Batch]:
     """Return the batches on which to check what the loss divides by.
@@ -367,4 +367,4 @@ def telling_batches(
         return [next(iter(batches))]
     if normaliser is None:
         check_targets_alike(batches)
-    return most_telling(batches)
+    return extreme_batches(batches)

@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import pyarrow as pa
@@ -118,15 +117,10 @@ class TableWriter:
         """Return the writer itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Flush unless an exception is propagating, and close."""
         try:
-            if error is None:
+            if kind is None:
                 self.flush(durable=True)
         finally:
             self.close()

@@ -9,7 +9,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -137,12 +136,7 @@ class MeasurementContext:
         """Return the context."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Free the kept graph."""
         if self._owned is not None:
             self._owned.close()

@@ -123,7 +123,7 @@ def test_own_loss_that_ignores_targets_needs_a_normaliser() -> None:
 
 
 def test_one_ignored_target_in_a_large_batch_is_found() -> None:
-    """The check takes a few examples of a batch: they must be the telling ones.
+    """The check takes a few examples of a batch: they must show the fault.
 
     Catches: the first 64 examples, or every third.
     """

@@ -1,4 +1,4 @@
-"""A few examples of all batches, on which a mistaken divisor shows best."""
+"""A few examples that cover all classes, to check what a loss divides by."""
 
 from collections.abc import Iterator
 
@@ -13,16 +13,16 @@ from noisekit.core.batches import (
     tensors_in,
 )
 
-_MOST_EXAMPLES = 48
-_FROM_EACH_BATCH = 4
+_MAX_EXAMPLES = 48
+_MIN_EXAMPLES = 4
 
 
-class TellingExamples:
-    """Examples that between them have every class, collected over the batches.
+class CoveringExamples:
+    """Examples that together cover every class, collected over the batches.
 
-    A loss that ignores or weights targets divides by the wrong number only where
+    A wrong divisor of a loss that ignores or weights targets has an effect only where
     batches differ in them: a rare label may be in a single batch, and batches of one
-    example, or of one class, never differ within themselves.
+    example, or of one class, do not differ within themselves.
     """
 
     def __init__(self) -> None:
@@ -30,9 +30,9 @@ class TellingExamples:
         self._classes: set[int] = set()
 
     def add(self, batch: Batch) -> None:
-        """Take the examples of ``batch`` that have a class not seen so far."""
+        """Add the examples of ``batch`` with a class that none has so far."""
         count = count_examples(batch)
-        if count == 0 or len(self._examples) >= _MOST_EXAMPLES:
+        if count == 0 or len(self._examples) >= _MAX_EXAMPLES:
             return
         for index, key in self._chosen(batch, count):
             example = take_examples(batch, torch.tensor([index]))
@@ -59,17 +59,17 @@ class TellingExamples:
         """Positions of examples to take, each with its mean class."""
         rows = _class_rows(batch, count)
         if rows is None:
-            return [(0, 0.0)] if len(self._examples) < _FROM_EACH_BATCH else []
+            return [(0, 0.0)] if len(self._examples) < _MIN_EXAMPLES else []
         lowest, highest = rows.amin(1), rows.amax(1)
         chosen: dict[int, None] = {}
         for ends in (lowest, highest):
             for value in torch.unique(ends).tolist():
-                if value not in self._classes and len(chosen) < _MOST_EXAMPLES:
+                if value not in self._classes and len(chosen) < _MAX_EXAMPLES:
                     self._classes.add(value)
                     # The example that has most of it differs most from the others.
                     having = (rows == value).sum(1) * (ends == value)
                     chosen[int(having.argmax())] = None
-        if len(self._examples) + len(chosen) < _FROM_EACH_BATCH:
+        if len(self._examples) + len(chosen) < _MIN_EXAMPLES:
             chosen[0] = None
         means = rows.double().mean(1)
         return [(index, float(means[index])) for index in chosen]
