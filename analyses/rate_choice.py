@@ -66,7 +66,7 @@ def outcomes(runs: nk.Runs) -> pd.DataFrame:
 def warnings(runs: nk.Runs) -> Iterator[str]:
     """Yield why these runs should not choose a rate, if so."""
     yield from runs.faults
-    if report.claims(runs):
+    if report.gives_verdicts(runs):
         yield (
             "These runs carry verdicts. A rate chosen on the seeds that are judged "
             "makes the comparison unfair; choose it on runs of other seeds."

@@ -1,10 +1,10 @@
 """Do large batches find sharper minima, and what else explains it?
 ================================================================
 
-Answers with the contrasts that the recipe stated before the runs. Beside them, without
+Answers with the claims that the recipe stated before the runs. Beside them, without
 a verdict, are measures that a rescaling of the weights leaves unchanged, and two checks
 of the instrument: a rescaled twin of one minimum, and PyHessian's eigenvalue of the
-same problem. Runs on any set of runs whose recipe states contrasts.
+same problem. Runs on any set of runs whose recipe states claims.
 
 Run it with ``noisekit analyse sharpness_vs_batch_size DIR``.
 """
@@ -37,9 +37,8 @@ TWIN_FACTOR = 4.0
 
 def analyse(runs: nk.Runs) -> report.AnalysisResult:
     """Return figures, tables and verdicts for a set of runs."""
-    contrasts = report.stated_contrasts(runs)
-    samples = report.paired_samples(runs, contrasts)
-    results = stats.judge(contrasts, samples, claims=report.claims(runs))
+    results = report.judged_claims(runs)
+    claims = [result.claim for result in results]
     arms = figures.arm_styles(runs.runs)
     labels = {arm: style.label for arm, style in arms.items()}
     return report.AnalysisResult(
@@ -48,15 +47,15 @@ def analyse(runs: nk.Runs) -> report.AnalysisResult:
         answer=report.answer(
             results,
             labels,
-            claims=report.claims(runs),
+            verdicts=report.gives_verdicts(runs),
             setting=report.setting_words(runs),
         ),
-        rules=report.fair_test_rules(runs, contrasts),
-        contrasts=tuple(results),
+        rules=report.fair_test_rules(runs, claims),
+        claims=results,
         arms=labels,
         plots=tuple(plots(runs, results, arms)),
         # Test error over images as well, PyHessian's eigenvalue beside ours, and ranks.
-        tables=tuple(report.check_tables(runs, contrasts)),
+        tables=tuple(report.check_tables(runs, claims)),
         warnings=tuple(warnings(runs)),
     )
 
@@ -64,27 +63,27 @@ def analyse(runs: nk.Runs) -> report.AnalysisResult:
 # %%
 # Figures
 # -------
-# The contrasts; sharpness against training loss (Keskar's figure 6), with the rate's
+# The claims; sharpness against training loss (Keskar's figure 6), with the rate's
 # own limit of stability; each seed of each arm; and what else differs between the arms.
 
 
 def plots(
     runs: nk.Runs,
-    results: Sequence[stats.ContrastResult],
+    results: Sequence[stats.ClaimResult],
     arms: dict[str, figures.ArmStyle],
 ) -> Iterator[figures.Plot]:
     """Yield the figures, the most telling first."""
     if results:
         labels = {arm: style.label for arm, style in arms.items()}
-        yield figures.contrast_forest(results, arms=labels)
+        yield figures.claim_forest(results, arms=labels)
     yield figures.sharpness_against_loss(
         runs.measurements,
         runs.snapshots,
         styles=arms,
         thresholds=report.stability_limits(runs),
     )
-    contrasts = [result.contrast for result in results]
-    measures = dict.fromkeys(c.quantity for c in contrasts)
+    claims = [result.claim for result in results]
+    measures = dict.fromkeys(claim.quantity for claim in claims)
     for measure in filter(report.fades_with_loss, measures):
         if snapshots := report.matched_snapshots(runs, measure):
             yield figures.paired_arms(
@@ -102,7 +101,7 @@ def plots(
         styles=arms,
         name="paired_test_error",
     )
-    ratios = report.ratio_table(runs, contrasts, DESCRIPTIVE)
+    ratios = report.ratio_table(runs, claims, DESCRIPTIVE)
     if len(ratios):
         yield figures.descriptive_ratios(ratios)
 

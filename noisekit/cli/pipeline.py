@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import cast
 
 from noisekit.core.errors import NoisekitError, NoVerdictError, UsageError
+from noisekit.core.references import is_reference, resolve
 from noisekit.records import Runs, open_runs
 from noisekit.records.files import make_directory
 from noisekit.report import AnalysisResult, build_report, provenance_of
 from noisekit.train.recipes.catalogue import find_analysis
-from noisekit.train.references import is_reference, resolve
 
 Analyse = Callable[[Runs], AnalysisResult]
 _OF_OWN_LOOPS = ("gradient_noise",)

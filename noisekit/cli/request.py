@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from noisekit.core.errors import UsageError
+from noisekit.core.references import allow_code
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.recipe import Recipe
-from noisekit.train.references import allow_code
 
 
 @contextmanager

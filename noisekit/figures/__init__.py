@@ -9,7 +9,7 @@ from noisekit.figures.comparison import paired_arms
 from noisekit.figures.curvature import sharpness_against_loss
 from noisekit.figures.density import spectral_density
 from noisekit.figures.example_norms import example_norm_histograms
-from noisekit.figures.forest import contrast_forest
+from noisekit.figures.forest import claim_forest
 from noisekit.figures.landscape import linear_path
 from noisekit.figures.noise import noise_over_training, windowed_noise
 from noisekit.figures.plot import FORMATS, Plot, writable_folder, write_table
@@ -33,7 +33,7 @@ __all__ = [
     "ArmStyle",
     "Plot",
     "arm_styles",
-    "contrast_forest",
+    "claim_forest",
     "descriptive_ratios",
     "example_norm_histograms",
     "grad_sq_norm_against_batch_size",

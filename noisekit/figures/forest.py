@@ -1,4 +1,4 @@
-"""The contrasts with their intervals, their margins and their verdicts."""
+"""Claims with their intervals, their margins and their verdicts."""
 
 import math
 import textwrap
@@ -22,26 +22,26 @@ from noisekit.figures.theme import (
     in_three_digits,
     plain_log_ticks,
 )
-from noisekit.stats import ContrastResult, Verdict, contrast_titles
+from noisekit.stats import ClaimResult, Verdict, claim_titles
 
 _LABEL = 44  # characters of a line beside an axis
 _ROW = 0.42
-"""Height of one contrast [inch]."""
+"""Height of one claim [inch]."""
 
 
 @figure_function
-def contrast_forest(
-    results: Sequence[ContrastResult],
+def claim_forest(
+    results: Sequence[ClaimResult],
     *,
     arms: Mapping[str, str] | None = None,
-    name: str = "contrasts",
+    name: str = "claims",
     ax: UserAxes | None = None,
 ) -> Plot:
-    """Draw the effect of each contrast with its interval, margin and verdict.
+    """Draw the effect of each claim with its interval, margin and verdict.
 
     The bar is the interval that decides. Each quantity has an axis, a log axis for
-    ratios; differences of fractions are in points. Primary contrasts are filled. A
-    contrast without an effect keeps its row and is labelled so.
+    ratios; differences of fractions are in points. Primary claims are filled. A
+    claim without an effect keeps its row and is labelled so.
 
     Args:
         results: From ``judge``, in the order in which they are read.
@@ -50,19 +50,19 @@ def contrast_forest(
         ax: Axes of the user's to draw on, one per quantity; a new figure by default.
 
     Returns:
-        The plot; its table has one row a contrast, in the units that are drawn.
+        The plot; its table has one row a claim, in the units that are drawn.
 
     Raises:
-        EmptyDataError: If there is no contrast.
+        EmptyDataError: If there is no claim.
     """
     if not results:
         raise EmptyDataError(
-            f"figure {name!r} needs at least one judged contrast, got none; runs that "
+            f"figure {name!r} needs at least one judged claim, got none; runs that "
             "claim nothing have no forest plot."
         )
-    titles = contrast_titles([result.contrast for result in results])
+    titles = claim_titles([result.claim for result in results])
     table = DataFrame(
-        [_row(result, titles[result.contrast.name], arms or {}) for result in results]
+        [_row(result, titles[result.claim.name], arms or {}) for result in results]
     )
     groups = list(dict.fromkeys(table["axis"]))
     counts = [int((table["axis"] == group).sum()) for group in groups]
@@ -72,7 +72,8 @@ def contrast_forest(
         _draw_group(panel, table[table["axis"] == group], group)
     drawn_on.legend(_legend_entries())
     caption = (
-        "Contrasts stated before the runs. Point: effect, paired by seed; bar: the "
+        "Claims stated before the runs. Point: effect, paired by seed where two groups "
+        "are compared; line: the null; bar: the "
         f"interval that decides; shaded: the margin inside which a difference is too "
         "small to matter. Filled points are primary, with intervals adjusted for their "
         f"number; open ones are descriptive.{_without_effect(table)}"
@@ -86,44 +87,46 @@ def _without_effect(table: DataFrame) -> str:
     count = int((~np.isfinite(table["effect"])).sum())
     if not count:
         return ""
-    points = "the point of 1 contrast" if count == 1 else f"{count} contrasts' points"
+    points = "the point of 1 claim" if count == 1 else f"{count} claims' points"
     return f" Left out: {points} without a finite pair."
 
 
-def _row(
-    result: ContrastResult, title: str, arms: Mapping[str, str]
-) -> dict[str, object]:
-    contrast = result.contrast
-    ratio = contrast.scale == "ratio"
-    treatment, reference = (
-        arms.get(arm, arm.replace("_", " "))
-        for arm in (contrast.treatment, contrast.reference)
-    )
-    known = described(contrast.quantity)
-    factor, axis = 1.0, f"{known.label}, ratio"
+def _row(result: ClaimResult, title: str, arms: Mapping[str, str]) -> dict[str, object]:
+    claim, statistic = result.claim, result.claim.statistic
+    ratio = claim.scale == "ratio"
+    names = [arms.get(arm, arm.replace("_", " ")) for arm in statistic.groups if arm]
+    treatment, reference = (*names, "", "")[:2]
+    known = described(claim.quantity)
+    factor, compared = 1.0, ", ratio" if ratio else ", difference"
+    what = ", ".join(part for part in (known.label, statistic.words()) if part)
+    axis = f"{what}{compared if claim.compares else ', as a factor' if ratio else ''}"
+    unit = known.unit if statistic.unit is None else statistic.unit
     if not ratio:
-        points = known.unit == "fraction"
-        factor = 100.0 if points else 1.0
-        unit = "points" if points else known.unit
-        axis = f"{known.label}, difference" + (f" [{unit}]" if unit else "")
+        factor = 100.0 if unit == "fraction" else 1.0
+        fraction = "points" if claim.compares else "%"
+        unit = fraction if unit == "fraction" else unit
+        axis += f" [{unit}]" if unit else ""
+    over = f"{'over' if ratio else 'minus'} {reference}" if reference else ""
     interval = result.interval
-    low, high = contrast.margin_ends
+    low, high = claim.margin_ends
     return {
-        "contrast": contrast.name,
+        "claim": claim.name,
         "label": title,
-        "quantity": contrast.quantity,
-        "treatment": contrast.treatment,
-        "reference": contrast.reference,
-        "snapshot": contrast.snapshot,
-        "primary": contrast.primary,
-        "scale": contrast.scale,
+        "statistic": statistic.name,
+        "quantity": claim.quantity,
+        "treatment": statistic.treatment,
+        "reference": statistic.reference or "",
+        "snapshot": statistic.snapshot or "",
+        "primary": claim.primary,
+        "scale": claim.scale,
         "axis": axis,
         "arms": treatment,
-        "over": f"{'over' if ratio else 'minus'} {reference}",
+        "over": over,
         "effect": result.effect * factor,
         "low": interval.low * factor if interval.bounded else math.nan,
         "high": interval.high * factor if interval.bounded else math.nan,
         "level": interval.level,
+        "null": claim.null * factor,
         "margin_low": low * factor,
         "margin_high": high * factor,
         "num_pairs": result.num_pairs,
@@ -137,9 +140,9 @@ def _row(
 def _draw_group(ax: Axes, rows: DataFrame, group: str) -> None:
     ratio = rows["scale"].iloc[0] == "ratio"
     ax.set_xscale("log" if ratio else "linear")
-    ax.axvline(1.0 if ratio else 0.0, color=INK, lw=0.7, zorder=2)
     for y, row in enumerate(rows.to_dict("records")):
-        _draw_contrast(ax, y, row)
+        ax.plot([row["null"]] * 2, [y - 0.5, y + 0.5], color=INK, lw=0.7, zorder=2)
+        _draw_claim(ax, y, row)
     ax.set_yticks(range(len(rows)), [_names(row) for row in rows.to_dict("records")])
     ax.set_ylim(len(rows) - 0.45, -0.55)
     ax.set_xlim(*_limits(rows, log=ratio))
@@ -158,7 +161,7 @@ def _names(row: Mapping[Hashable, object]) -> str:
     return f"{textwrap.fill(str(row['label']), _LABEL)}\n{arms}"
 
 
-def _draw_contrast(ax: Axes, y: int, row: Mapping[Hashable, object]) -> None:
+def _draw_claim(ax: Axes, y: int, row: Mapping[Hashable, object]) -> None:
     number = {key: value for key, value in row.items() if isinstance(value, float)}
     width = number["margin_high"] - number["margin_low"]
     corner = (number["margin_low"], y - 0.38)
@@ -206,7 +209,7 @@ def _signed(value: float) -> str:
 
 
 def _limits(rows: DataFrame, *, log: bool) -> tuple[float, float]:
-    columns = ["effect", "margin_low", "margin_high", "low", "high"]
+    columns = ["effect", "null", "margin_low", "margin_high", "low", "high"]
     values = [v for v in rows[columns].to_numpy().ravel() if math.isfinite(v)]
     low, high = min(values), max(values)
     if log:

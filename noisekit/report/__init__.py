@@ -15,17 +15,17 @@ from noisekit.report.arm_tables import (
     stability_limits,
     weights_table,
 )
+from noisekit.report.claim_words import answer, sentence
 from noisekit.report.comparability import (
     budget_snapshots,
     correct_answers,
     fades_with_loss,
     is_rescaling_invariant,
+    judged_claims,
     loss_ratio,
-    paired_sample,
-    paired_samples,
-    values_by_seed,
+    needs_matched_loss,
+    sample_of,
 )
-from noisekit.report.contrast_words import answer, sentence
 from noisekit.report.instrument_checks import (
     agreement_table,
     check_tables,
@@ -40,12 +40,12 @@ from noisekit.report.page_model import build_report
 from noisekit.report.provenance import provenance_of
 from noisekit.report.recipe_view import (
     arm_settings,
-    claims,
+    gives_verdicts,
     numbers_by_arm,
     question,
     run_settings,
     setting_words,
-    stated_contrasts,
+    stated_claims,
 )
 from noisekit.report.results import AnalysisResult, Provenance, Rule, Table
 from noisekit.report.rules import fair_test_rules
@@ -63,7 +63,6 @@ __all__ = [
     "budget_snapshots",
     "build_report",
     "check_tables",
-    "claims",
     "correct_answers",
     "curve_gap_table",
     "end_snapshot",
@@ -72,17 +71,18 @@ __all__ = [
     "extreme_arms",
     "fades_with_loss",
     "fair_test_rules",
+    "gives_verdicts",
     "image_error_table",
     "is_rescaling_invariant",
+    "judged_claims",
     "loss_ratio",
     "matched_snapshots",
     "mean_and_spread",
     "measured_table",
+    "needs_matched_loss",
     "norm_deviations",
     "numbers_by_arm",
     "own_loop_result",
-    "paired_sample",
-    "paired_samples",
     "provenance_of",
     "question",
     "rank_table",
@@ -90,10 +90,10 @@ __all__ = [
     "rows_by_arm",
     "run_settings",
     "same_network",
+    "sample_of",
     "sentence",
     "setting_words",
     "stability_limits",
-    "stated_contrasts",
-    "values_by_seed",
+    "stated_claims",
     "weights_table",
 ]

@@ -10,9 +10,10 @@ from noisekit.report.comparability import budget_snapshots, fades_with_loss
 from noisekit.report.recipe_view import (
     arm_settings,
     numbers_by_arm,
-    stated_contrasts,
+    stated_claims,
 )
-from noisekit.stats import Contrast
+from noisekit.stats import Claim
+from noisekit.stats.statistics.tables import group_runs
 
 _MATCHED = 2
 """Most training losses at which arms are shown side by side, the lowest ones."""
@@ -100,26 +101,26 @@ def measured_table(runs: Runs, quantities: Iterable[str]) -> pd.DataFrame:
 
 
 def ratio_table(
-    runs: Runs, contrasts: Iterable[Contrast], quantities: Sequence[str]
+    runs: Runs, claims: Iterable[Claim], quantities: Sequence[str]
 ) -> pd.DataFrame:
-    """Return quantities as ratios of two arms, for each pair of arms in contrasts.
+    """Return quantities as ratios of two arms, for each pair of arms in claims.
 
-    One contrast of sharpness represents a pair of arms, at matched training loss where
+    One claim about sharpness represents a pair of arms, at matched training loss where
     there is one. Quantities that were not measured there are left out.
     """
     tables = [pd.DataFrame()]
-    for contrast in _one_per_pair(contrasts):
-        arms = [contrast.treatment, contrast.reference]
+    for claim, arms in _one_per_pair(runs, claims):
+        at = claim.statistic.snapshot or "final"
         for source in (runs.measurements, runs.snapshots):
-            there = _quantities_of(source, arms, contrast.snapshot, quantities)
+            there = _quantities_of(source, list(arms), at, quantities)
             if there:
                 ratios = paired_ratios(
                     source,
                     quantities=there,
-                    snapshot=contrast.snapshot,
-                    treatment=contrast.treatment,
-                    reference=contrast.reference,
-                    comparison=contrast.description or contrast.name,
+                    snapshot=at,
+                    treatment=arms[0],
+                    reference=arms[1],
+                    comparison=claim.description or claim.name,
                 )
                 tables.append(ratios)
     return pd.concat(tables, ignore_index=True)
@@ -142,14 +143,16 @@ def extreme_arms(runs: Runs) -> tuple[str, str] | None:
     """Return the first arms with the smallest and the largest batch.
 
     Where the arms do not differ in batch size: the reference and the treatment of the
-    first contrast, else the first and the last arm; ``None`` where there is one arm.
+    first claim that compares two, else the first and the last arm; ``None`` where there
+    is one arm.
     """
     sizes = numbers_by_arm(runs, "training.batch_size")
     if len(set(sizes.values())) > 1:
         return min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
-    contrasts = stated_contrasts(runs)
-    if contrasts:
-        return contrasts[0].reference, contrasts[0].treatment
+    for claim in stated_claims(runs):
+        pair = arms_compared(runs, claim)
+        if pair is not None:
+            return pair[1], pair[0]
     arms = [str(arm) for arm in runs.runs["arm"].drop_duplicates()]
     return (arms[0], arms[-1]) if len(arms) > 1 else None
 
@@ -184,17 +187,33 @@ def stability_limits(runs: Runs) -> dict[str, float]:
     }
 
 
-def _one_per_pair(contrasts: Iterable[Contrast]) -> list[Contrast]:
-    pairs: dict[tuple[str, str], Contrast] = {}
-    for contrast in contrasts:
-        if fades_with_loss(contrast.quantity):
-            key = (contrast.treatment, contrast.reference)
-            matched = contrast.snapshot.startswith("loss_")
-            if key not in pairs or (
-                matched and not pairs[key].snapshot.startswith("loss_")
-            ):
-                pairs[key] = contrast
-    return list(pairs.values())
+def _one_per_pair(
+    runs: Runs, claims: Iterable[Claim]
+) -> list[tuple[Claim, tuple[str, str]]]:
+    pairs: dict[tuple[str, str], Claim] = {}
+    for claim in claims:
+        arms = arms_compared(runs, claim)
+        if arms is not None and fades_with_loss(claim.quantity):
+            known = pairs.get(arms)
+            if known is None or (_at_a_loss(claim) and not _at_a_loss(known)):
+                pairs[arms] = claim
+    return [(claim, arms) for arms, claim in pairs.items()]
+
+
+def arms_compared(runs: Runs, claim: Claim) -> tuple[str, str] | None:
+    """Return treatment and reference where each is one arm, at one snapshot."""
+    statistic = claim.statistic
+    if not claim.compares or statistic.snapshot is None or len(statistic.groups) != 2:
+        return None
+    arms = [set(group_runs(runs, group)["arm"]) for group in statistic.groups]
+    if any(len(names) != 1 for names in arms):
+        return None
+    (first,), (second,) = arms
+    return str(first), str(second)
+
+
+def _at_a_loss(claim: Claim) -> bool:
+    return (claim.statistic.snapshot or "").startswith("loss_")
 
 
 def _quantities_of(

@@ -1,16 +1,35 @@
 """Pairs of runs by seed, and whether two arms may be compared."""
 
 import math
-from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 
+from noisekit.core.errors import UsageError
 from noisekit.core.results import Estimate
 from noisekit.core.vocabulary import QUANTITIES
 from noisekit.records import Runs
-from noisekit.report.recipe_view import fair_test_terms
-from noisekit.stats import Contrast, PairedSample, crossed_difference
+from noisekit.report.recipe_view import (
+    fair_test_terms,
+    gives_verdicts,
+    planned_seeds,
+    policy_bounds,
+    stated_claims,
+)
+from noisekit.stats import (
+    Claim,
+    ClaimResult,
+    Difference,
+    SeedSample,
+    Statistic,
+    crossed_difference,
+    judge,
+    values_at,
+)
+from noisekit.stats.statistics.tables import group_runs, reduced_tail
+
+_AT_BOUNDS = 0.9
+"""Largest share of updates at a policy's bounds that is still a policy."""
 
 
 def fades_with_loss(quantity: str) -> bool:
@@ -29,30 +48,6 @@ def is_rescaling_invariant(quantity: str) -> bool:
     return known is not None and known.invariance not in (None, "raw")
 
 
-def values_by_seed(
-    runs: Runs, quantity: str, *, arm: str, snapshot: str, variant: str | None = None
-) -> dict[int, float]:
-    """Return one value per seed of an arm at a snapshot; absent where there is none.
-
-    Args:
-        runs: The runs.
-        quantity: Name in the vocabulary; a column of the snapshots, else measured.
-        arm: Which arm.
-        snapshot: Where in training.
-        variant: Which setting of the measure; the first recorded if left out.
-    """
-    snapshots = runs.snapshots
-    if quantity in snapshots.columns:
-        rows = snapshots[_at(snapshots, arm, snapshot)]
-        return _by_seed(rows["seed"], rows[quantity])
-    table = runs.measurements
-    rows = table[_at(table, arm, snapshot) & (table["quantity"] == quantity)]
-    if variant is not None:
-        rows = rows[rows["variant"] == variant]
-    rows = rows.drop_duplicates("seed")
-    return _by_seed(rows["seed"], rows["value"])
-
-
 def budget_snapshots(runs: Runs) -> list[str]:
     """Return the snapshots at equal epochs and at equal updates, else the last one."""
     kinds = runs.snapshots.drop_duplicates("snapshot").set_index("snapshot")["kind"]
@@ -60,57 +55,108 @@ def budget_snapshots(runs: Runs) -> list[str]:
     return named or ["final"]
 
 
-def paired_sample(runs: Runs, contrast: Contrast) -> PairedSample:
-    """Return both arms' values by seed, or why they may not be compared.
+def judged_claims(runs: Runs) -> tuple[ClaimResult, ...]:
+    """Return the claims of the recipe with their verdicts."""
+    claims = stated_claims(runs)
+    samples = {claim.name: sample_of(runs, claim) for claim in claims}
+    return tuple(judge(claims, samples, verdicts=gives_verdicts(runs)))
 
-    A measure that fades with the training loss is comparable only where the arms'
-    training losses match within the recipe's ``rules.matched_loss``, on average over
-    the pairs. A difference of error rates comes with its error over seeds and images,
-    where each image's outcome was recorded.
+
+def sample_of(runs: Runs, claim: Claim) -> SeedSample:
+    """Return the numbers of a claim by seed, or why they may not be compared.
+
+    Where the rules of a fair test refuse: a measure that fades with the training loss,
+    between runs whose training losses do not match within the recipe's
+    ``rules.matched_loss``; fewer seeds than ``rules.min_pairs``; a batch size that its
+    policy held at a bound. A difference of error rates comes with its error over seeds
+    and images, where each image's outcome was recorded. An identity or a control checks
+    the instrument, so only missing seeds stand against it.
     """
-    arms = (contrast.treatment, contrast.reference)
-    treatment, reference = (
-        values_by_seed(runs, contrast.quantity, arm=arm, snapshot=contrast.snapshot)
-        for arm in arms
-    )
+    try:
+        sample = claim.statistic.sample(runs, scale=claim.scale)
+    except UsageError as error:
+        return SeedSample((), (), not_comparable=str(error).rstrip("."))
+    planned = [planned_seeds(runs, arm) for arm in _arms_of(runs, claim.statistic)]
+    sample = sample.with_seeds(seed for seeds in planned for seed in seeds)
     terms = fair_test_terms(runs)
-    planned = tuple(sorted({int(seed) for seed in runs.runs["seed"]}))
-    reason = None
-    if fades_with_loss(contrast.quantity):
-        reason = mismatch(loss_ratio(runs, contrast), terms.matched_loss)
-    if reason is None and len(planned) < terms.min_pairs:
-        needed = terms.min_pairs
-        reason = f"{len(planned)} paired seeds, {needed} are needed for a verdict"
-    return PairedSample.by_seed(
-        treatment,
-        reference,
-        seeds=planned,
-        not_comparable=reason,
-        crossed=_difference_over_images(runs, contrast),
-    )
+    reasons: list[str | None] = [sample.not_comparable]
+    if claim.kind == "claim":
+        reasons.append(loss_fault(runs, claim))
+        reasons.append(_at_a_bound(runs, claim.statistic))
+        if len(sample.seeds) < terms.min_pairs:
+            noun = "paired seeds" if claim.compares else "seeds"
+            needed = f"{terms.min_pairs} are needed for a verdict"
+            reasons.append(f"{len(sample.seeds)} {noun}, {needed}")
+    reason = next((text for text in reasons if text), None)
+    crossed = _difference_over_images(runs, claim)
+    return replace(sample, not_comparable=reason, crossed=crossed)
 
 
-def paired_samples(
-    runs: Runs, contrasts: Iterable[Contrast]
-) -> dict[str, PairedSample]:
-    """Return the paired sample of each contrast, by the contrast's name."""
-    return {contrast.name: paired_sample(runs, contrast) for contrast in contrasts}
+def loss_fault(runs: Runs, claim: Claim) -> str | None:
+    """Return why training losses do not match, where the claim needs that they do."""
+    if not needs_matched_loss(claim):
+        return None
+    return mismatch(loss_ratio(runs, claim), fair_test_terms(runs).matched_loss)
 
 
-def loss_ratio(runs: Runs, contrast: Contrast) -> float:
-    """Return training loss of the treatment over the reference, geometric mean.
+def needs_matched_loss(claim: Claim) -> bool:
+    """Return whether a claim compares runs by a quantity that fades with the loss."""
+    compared = claim.compares or bool(claim.statistic.factors)
+    fading = any(map(fades_with_loss, claim.statistic.quantities))
+    return claim.kind == "claim" and compared and fading
 
-    NaN where no seed has both.
+
+def loss_ratio(runs: Runs, claim: Claim) -> float:
+    """Return the ratio of training losses between the runs that a claim compares.
+
+    Of two arms at a snapshot, the geometric mean over seeds of the treatment's loss
+    over the reference's. Of more arms the ratio of the two that differ most. Of curves,
+    the same over the last quarter of the runs. NaN where no seed has both.
     """
-    where = contrast.snapshot
-    above = values_by_seed(runs, "train_loss", arm=contrast.treatment, snapshot=where)
-    below = values_by_seed(runs, "train_loss", arm=contrast.reference, snapshot=where)
-    logs = [
-        math.log(above[seed] / below[seed])
-        for seed in above.keys() & below.keys()
-        if above[seed] > 0 and below[seed] > 0
-    ]
-    return math.exp(float(np.mean(logs))) if logs else math.nan
+    statistic = claim.statistic
+    at = statistic.snapshot
+    if at is None:
+        losses = reduced_tail(runs, "train_loss", tail=0.25)
+    else:
+        losses = values_at(runs, "train_loss", at=at)
+    arms = _arms_of(runs, statistic)
+    losses = losses[losses["value"] > 0]
+    table = losses.pivot_table(index="seed", columns="arm", values="value")
+    logs = np.log(table.reindex(columns=arms).to_numpy(dtype=float))  # (seeds, arms)
+    if len(arms) == 2:
+        gaps = logs[:, 0] - logs[:, 1]
+        gaps = gaps[np.isfinite(gaps)]
+        return math.exp(float(gaps.mean())) if gaps.size else math.nan
+    complete = logs[np.isfinite(logs).all(axis=1)]
+    means = complete.mean(axis=0) if len(complete) else complete
+    return math.exp(float(np.ptp(means))) if means.size else math.nan
+
+
+def _arms_of(runs: Runs, statistic: Statistic) -> list[str]:
+    """Return the arms that a statistic reads, the treatment's first."""
+    found = [group_runs(runs, group)["arm"] for group in statistic.groups]
+    return list(dict.fromkeys(str(arm) for arms in found for arm in arms))
+
+
+def _at_a_bound(runs: Runs, statistic: Statistic) -> str | None:
+    """Return that a policy held the batch size at a bound, where one did.
+
+    Then the comparison is one of constant batch sizes, whatever the policy.
+    """
+    arms = _arms_of(runs, statistic)
+    for arm, bounds in policy_bounds(runs).items():
+        sizes = runs.steps.loc[runs.steps["arm"] == arm, "batch_size"].dropna()
+        if arm not in arms or not len(sizes):
+            continue
+        share = float(sizes.isin(bounds).mean())
+        if share > _AT_BOUNDS:
+            low, high = bounds
+            return (
+                f"the policy of {arm} held the batch size at a bound ({low:g} or "
+                f"{high:g}) in {100 * share:.0f} % of the updates, {100 * _AT_BOUNDS:g}"
+                " % is allowed"
+            )
+    return None
 
 
 def mismatch(ratio: float, allowed: float) -> str | None:
@@ -125,26 +171,29 @@ def mismatch(ratio: float, allowed: float) -> str | None:
     )
 
 
-def correct_answers(
-    runs: Runs, contrast: Contrast
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return whether each image was classified rightly, for both arms of a contrast.
+def correct_answers(runs: Runs, claim: Claim) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return whether each image was classified rightly, for both arms of a claim.
 
     Two tables of one row per seed and one column per image (seeds, images), of the
-    seeds and images that both arms have. ``None`` unless the contrast is one of error
-    rates and two seeds and images are there.
+    seeds and images that both arms have. ``None`` unless the claim is a difference of
+    error rates between two arms, and two seeds and images are there.
     """
-    split, _, kind = contrast.quantity.rpartition("_")
+    statistic = claim.statistic
+    split, _, kind = claim.quantity.rpartition("_")
     table = runs.examples
-    if kind != "error" or not len(table):
+    plain = isinstance(statistic, Difference)
+    if not plain or kind != "error" or not len(table):
         return None
-    here = table[(table["snapshot"] == contrast.snapshot) & (table["split"] == split)]
+    at = statistic.snapshot
+    here = table[(table["snapshot"] == at) & (table["split"] == split)]
     wide = [
         here[here["arm"] == arm].pivot(
             index="seed", columns="example", values="correct"
         )
-        for arm in (contrast.treatment, contrast.reference)
+        for arm in _arms_of(runs, statistic)
     ]
+    if len(wide) != 2:
+        return None
     first, second = (part.dropna(axis="index") for part in wide)
     first, second = first.align(second, join="inner")
     if min(first.shape) < 2:
@@ -152,14 +201,6 @@ def correct_answers(
     return first.to_numpy(dtype=bool), second.to_numpy(dtype=bool)
 
 
-def _difference_over_images(runs: Runs, contrast: Contrast) -> Estimate | None:
-    answers = correct_answers(runs, contrast)
+def _difference_over_images(runs: Runs, claim: Claim) -> Estimate | None:
+    answers = correct_answers(runs, claim)
     return None if answers is None else crossed_difference(*answers)
-
-
-def _at(table: pd.DataFrame, arm: str, snapshot: str) -> "pd.Series[bool]":
-    return (table["arm"] == arm) & (table["snapshot"] == snapshot)
-
-
-def _by_seed(seeds: "pd.Series[int]", values: "pd.Series[float]") -> dict[int, float]:
-    return {int(s): float(v) for s, v in zip(seeds, values, strict=True)}

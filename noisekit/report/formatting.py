@@ -21,7 +21,7 @@ from noisekit.report.typography import (
 
 _WIDE = 36  # characters
 _NUMERIC = re.compile(r"\s*[-+−<>×]?\s*[\[(]?[-+−]?[\d.]+")
-_NAMED_COLUMNS = ("arm", "contrast", "quantity", "treatment", "reference")
+_NAMED_COLUMNS = ("arm", "claim", "quantity", "treatment", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,12 @@ def table_cells(
 
 
 def glossary(results: Iterable[AnalysisResult]) -> list[tuple[Quantity, Markup]]:
-    """Return the quantities that contrasts, figures and tables name."""
+    """Return the quantities that claims, figures and tables name."""
     named: set[str] = set()
     for result in results:
-        named |= {item.contrast.quantity for item in result.contrasts}
+        named |= {
+            name for item in result.claims for name in item.claim.statistic.quantities
+        }
         for plot in result.plots:
             named |= _mentioned(plot.name, plot.table)
         for table in result.tables:

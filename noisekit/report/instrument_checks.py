@@ -11,9 +11,9 @@ from noisekit.records import Runs
 from noisekit.report.comparability import budget_snapshots, correct_answers
 from noisekit.report.results import Table
 from noisekit.stats import (
-    Contrast,
+    Claim,
+    claim_titles,
     common_grid,
-    contrast_titles,
     crossed_difference,
     hierarchical_bootstrap,
     kendall_tau,
@@ -27,7 +27,7 @@ _ROUNDING = 1e-4
 _FEWEST_RANKED = 4
 
 
-def check_tables(runs: Runs, contrasts: Iterable[Contrast]) -> Iterator[Table]:
+def check_tables(runs: Runs, claims: Iterable[Claim]) -> Iterator[Table]:
     """Yield what can be checked: test error over images, PyHessian, rank correlation.
 
     A table of which nothing was recorded is left out.
@@ -36,10 +36,10 @@ def check_tables(runs: Runs, contrasts: Iterable[Contrast]) -> Iterator[Table]:
     candidates = (
         Table(
             "test_error_over_images",
-            image_error_table(runs, contrasts),
+            image_error_table(runs, claims),
             "Test-error differences with 95 % intervals over seeds alone, and over "
             "seeds and images, given this split of the data. The wider of the first "
-            "two, at the level of its contrast, decides.",
+            "two, at the level of its claim, decides.",
         ),
         Table(
             "pyhessian",
@@ -58,30 +58,30 @@ def check_tables(runs: Runs, contrasts: Iterable[Contrast]) -> Iterator[Table]:
     yield from (table for table in candidates if len(table.frame))
 
 
-def image_error_table(runs: Runs, contrasts: Iterable[Contrast]) -> pd.DataFrame:
+def image_error_table(runs: Runs, claims: Iterable[Claim]) -> pd.DataFrame:
     """Return differences of error rates with intervals over seeds, and over images.
 
-    One row a contrast of which each image's outcome was recorded: the paired
+    One row a claim of which each image's outcome was recorded: the paired
     t-interval over seeds, the crossed analysis of seeds and images, and a bootstrap
     over both.
     """
-    contrasts = tuple(contrasts)
-    return pd.DataFrame(_image_error_rows(runs, contrasts))
+    claims = tuple(claims)
+    return pd.DataFrame(_image_error_rows(runs, claims))
 
 
 def _image_error_rows(
-    runs: Runs, contrasts: tuple[Contrast, ...]
+    runs: Runs, claims: tuple[Claim, ...]
 ) -> Iterator[dict[str, object]]:
-    titles = contrast_titles(contrasts)
-    for contrast in contrasts:
-        answers = correct_answers(runs, contrast)
-        if answers is None or contrast.scale != "difference":
+    titles = claim_titles(claims)
+    for claim in claims:
+        answers = correct_answers(runs, claim)
+        if answers is None:
             continue
         errors = [1 - correct.mean(axis=1) for correct in answers]
         crossed = crossed_difference(*answers)
         resampled = hierarchical_bootstrap(*answers, generator=np.random.default_rng(0))
         yield {
-            "contrast": titles[contrast.name],
+            "claim": titles[claim.name],
             "difference [points]": f"{100 * crossed.value:+.2f}",
             "seeds": _in_points(paired_effect(*errors).interval()),
             "seeds and images, crossed": _in_points(crossed.interval()),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from noisekit.core.citations import bibtex, cited_in
 from noisekit.core.vocabulary import Quantity
 from noisekit.report.results import AnalysisResult, Provenance
-from noisekit.stats import ContrastResult
+from noisekit.stats import ClaimResult
 
 _T_INTERVALS = (
     "Effects are paired by seed, since arms of one seed share initial weights and the "
@@ -13,9 +13,9 @@ _T_INTERVALS = (
     "differences of means, with Student's t-intervals over seeds."
 )
 _FAMILY = (
-    "For {count} primary contrasts each interval is adjusted to an error of "
+    "For {count} primary claims each interval is adjusted to an error of "
     "{share:.3g} % (Bonferroni), so that one or more false verdicts come in at most "
-    "5 % of experiments; descriptive contrasts are not adjusted."
+    "5 % of experiments; descriptive claims are not adjusted."
 )
 _IMAGES = (
     "Differences of test error are also analysed over seeds and images as crossed "
@@ -38,19 +38,19 @@ def method_sentences(
         results: The analyses of the page.
         quantities: The quantities that the page names.
     """
-    contrasts = [item for result in results for item in result.contrasts]
+    claims = [item for result in results for item in result.claims]
     names = {quantity.name for quantity in quantities}
-    return tuple(_sentences(contrasts, names))
+    return tuple(_sentences(claims, names))
 
 
-def _sentences(contrasts: Sequence[ContrastResult], names: set[str]) -> Iterator[str]:
-    primary = [item for item in contrasts if item.contrast.primary]
-    if contrasts:
+def _sentences(claims: Sequence[ClaimResult], names: set[str]) -> Iterator[str]:
+    primary = [item for item in claims if item.claim.primary]
+    if claims:
         yield _T_INTERVALS
     if primary:
         tests = primary[0].num_tests
         yield _FAMILY.format(count=tests, share=5 / tests)
-    if any(item.contrast.quantity.endswith("_error") for item in contrasts):
+    if any(item.claim.quantity.endswith("_error") for item in claims):
         yield _IMAGES
     if "simple_noise_scale" in names:
         yield _NOISE

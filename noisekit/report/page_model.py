@@ -13,12 +13,13 @@ from noisekit.core.errors import StorageError
 from noisekit.core.vocabulary import Quantity
 from noisekit.figures import FORMATS
 from noisekit.records.files import write_bytes_atomic
-from noisekit.report.contrast_words import ContrastRow, contrast_rows
+from noisekit.report.claim_words import ClaimRow, broken, claim_rows, failed_check
 from noisekit.report.formatting import Cell, glossary, table_cells
 from noisekit.report.inline_svg import inline_svg
 from noisekit.report.methods import method_sentences, references
 from noisekit.report.results import AnalysisResult, Provenance, Rule, Table
 from noisekit.report.typography import typeset
+from noisekit.stats import Claim
 
 _LONG_TABLE = 24  # rows; a longer one scrolls inside its frame
 _WIDEST = 40  # characters of a cell, beyond which its text breaks
@@ -68,8 +69,10 @@ class Article:
     answer: tuple[str, ...]
     rules: tuple[Rule, ...]
     warnings: tuple[str, ...]
-    primary: tuple[ContrastRow, ...]
-    descriptive: tuple[ContrastRow, ...]
+    alarms: tuple[str, ...]
+    primary: tuple[ClaimRow, ...]
+    descriptive: tuple[ClaimRow, ...]
+    checks: tuple[ClaimRow, ...]
     figures: tuple[FigureView, ...]
     tables: tuple[TableView, ...]
 
@@ -84,9 +87,9 @@ class Article:
         return tuple(rule for rule in self.rules if rule.met)
 
     @property
-    def contrasts(self) -> tuple[ContrastRow, ...]:
-        """All contrasts, the primary ones first."""
-        return self.primary + self.descriptive
+    def claims(self) -> tuple[ClaimRow, ...]:
+        """All claims, the primary ones first, checks of the instrument last."""
+        return self.primary + self.descriptive + self.checks
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +153,10 @@ def page_of(
             answer=tuple(map(typeset, result.answer.splitlines())),
             rules=tuple(map(_rule, result.rules)),
             warnings=tuple(map(typeset, result.warnings)),
-            primary=_contrasts(result, provenance, primary=True),
-            descriptive=_contrasts(result, provenance, primary=False),
+            alarms=_alarms(result, provenance),
+            primary=_claims(result, provenance, "primary", _prefix(place)),
+            descriptive=_claims(result, provenance, "descriptive", _prefix(place)),
+            checks=_claims(result, provenance, "check", _prefix(place)),
             figures=tuple(_figures(result, figures, beside)),
             tables=tuple(_tables(result, tables, provenance, beside)),
         )
@@ -175,14 +180,32 @@ def _rule(rule: Rule) -> Rule:
     return Rule(typeset(rule.name), rule.met, typeset(rule.detail))
 
 
-def _contrasts(
-    result: AnalysisResult, provenance: Provenance, *, primary: bool
-) -> tuple[ContrastRow, ...]:
-    rows = contrast_rows(result.contrasts, provenance.arms)
+def _claims(
+    result: AnalysisResult, provenance: Provenance, family: str, prefix: str
+) -> tuple[ClaimRow, ...]:
+    rows = claim_rows(result.claims, provenance.arms, prefix=prefix)
     return tuple(
         row
-        for row, item in zip(rows, result.contrasts, strict=True)
-        if item.contrast.primary is primary
+        for row, item in zip(rows, result.claims, strict=True)
+        if _family(item.claim) == family
+    )
+
+
+def _prefix(place: int) -> str:
+    """Return what tells apart the anchors of a claim that a second analysis shows."""
+    return "claim-" if place == 1 else f"analysis-{place}-claim-"
+
+
+def _family(claim: Claim) -> str:
+    if claim.kind != "claim":
+        return "check"
+    return "primary" if claim.primary else "descriptive"
+
+
+def _alarms(result: AnalysisResult, provenance: Provenance) -> tuple[str, ...]:
+    """Return the checks of the instrument that did not come out as they must."""
+    return tuple(
+        failed_check(item, provenance.arms) for item in result.claims if broken(item)
     )
 
 

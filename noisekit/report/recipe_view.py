@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from noisekit.records import Manifest, Runs
-from noisekit.stats import Contrast
+from noisekit.stats import Claim, claim_of, contrast
 
 _LABELS = {
     "adam": "Adam",
@@ -46,15 +47,48 @@ def question(runs: Runs) -> str:
     return str(runs.recipe.get("question", ""))
 
 
-def claims(runs: Runs) -> bool:
+def gives_verdicts(runs: Runs) -> bool:
     """Return whether the runs may carry verdicts."""
-    return bool(runs.recipe.get("claims"))
+    stated = runs.recipe.get("verdicts", runs.recipe.get("claims"))
+    return stated is True
 
 
-def stated_contrasts(runs: Runs) -> tuple[Contrast, ...]:
-    """Return the contrasts that the recipe stated before the runs."""
-    stated = runs.recipe.get("contrasts", ())
-    return TypeAdapter(tuple[Contrast, ...]).validate_python(stated)
+def stated_claims(runs: Runs) -> tuple[Claim, ...]:
+    """Return the claims that the recipe stated before the runs, contrasts first.
+
+    Raises:
+        UsageError: If one cannot be judged by this version.
+    """
+    short, whole = (runs.recipe.get(key) for key in ("contrasts", "claims"))
+    return (
+        *(contrast(**table) for table in _tables(short)),
+        *(claim_of(table) for table in _tables(whole)),
+    )
+
+
+def planned_seeds(runs: Runs, arm: str) -> range:
+    """Return the seeds that the recipe gives an arm; none where it does not tell."""
+    common = runs.recipe.get("seeds")
+    arms = _tables(runs.recipe.get("arms"))
+    own = next((stated.get("seeds") for stated in arms if stated["name"] == arm), None)
+    if not isinstance(common, Mapping):
+        return range(0)
+    seeds = {**common, **{k: v for k, v in (own or {}).items() if v is not None}}
+    count = min(int(seeds.get("count", 0)), int(common.get("count", 0)))
+    first = int(seeds.get("first", 0))
+    return range(first, first + count)
+
+
+def seed_words(runs: Runs) -> str:
+    """Return how many seeds the recipe planned and how many were run, in words."""
+    seeds = runs.recipe.get("seeds")
+    count = runs.runs["seed"].nunique()
+    there = f"{count} seed{'' if count == 1 else 's'} run"
+    if not isinstance(seeds, Mapping) or not isinstance(seeds.get("count"), int):
+        return there
+    asked, planned = seeds["count"], seeds.get("planned") or seeds["count"]
+    words = f"{planned} planned, {there}"
+    return words if asked == planned else f"{words} ({asked} were asked for)"
 
 
 def fair_test_terms(runs: Runs) -> FairTestTerms:
@@ -84,6 +118,21 @@ def numbers_by_arm(runs: Runs, key: str) -> dict[str, float]:
         for arm, value in arm_settings(runs, key).items()
         if isinstance(value, int | float)
     }
+
+
+def policy_bounds(runs: Runs) -> dict[str, tuple[float, float]]:
+    """Return the least and largest batch size of each arm's policy that has both.
+
+    A table of sizes has none: it is where it was told to be.
+    """
+    found = {}
+    for arm, stated in arm_settings(runs, "batch_policy").items():
+        if isinstance(stated, Mapping):
+            ends = (stated.get("min"), stated.get("max"))
+            if all(isinstance(end, int | float) for end in ends):
+                low, high = map(float, ends)  # type: ignore[arg-type]
+                found[arm] = (low, high)
+    return found
 
 
 def normalising_batches(runs: Runs) -> dict[str, float | None]:
@@ -156,6 +205,12 @@ def _setting(runs: Runs, manifest: Manifest, key: str) -> object:
         if factor in manifest.factors:
             return manifest.factors[factor]
     return None
+
+
+def _tables(stated: object) -> list[dict[str, Any]]:
+    if not isinstance(stated, list | tuple):
+        return []
+    return [dict(table) for table in stated if isinstance(table, Mapping)]
 
 
 def _has(runs: Runs, key: str) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 from pandas import DataFrame
 
 from noisekit.figures import Plot, writable_folder, write_table
-from noisekit.report.contrast_words import sentence
-from noisekit.stats import ContrastResult
+from noisekit.report.claim_words import sentence
+from noisekit.stats import ClaimResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class AnalysisResult:
         question: What was asked.
         answer: The answer, a line a statement; a statement too where there is none.
         rules: Rules of a fair test, met or broken.
-        contrasts: Contrasts with effects and verdicts.
+        claims: Claims with effects and verdicts.
         arms: The name under which each arm is shown.
         plots: Figures, the most telling first.
         tables: Tables.
@@ -70,7 +70,7 @@ class AnalysisResult:
     question: str
     answer: str
     rules: tuple[Rule, ...] = ()
-    contrasts: tuple[ContrastResult, ...] = ()
+    claims: tuple[ClaimResult, ...] = ()
     arms: Mapping[str, str] = field(default_factory=dict)
     plots: tuple[Plot, ...] = ()
     tables: tuple[Table, ...] = ()
@@ -78,8 +78,8 @@ class AnalysisResult:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """Each contrast with its interval and verdict in a sentence."""
-        return tuple(sentence(result, self.arms) for result in self.contrasts)
+        """Each claim with its interval and verdict in a sentence."""
+        return tuple(sentence(result, self.arms) for result in self.claims)
 
     @property
     def broken_rules(self) -> tuple[Rule, ...]:

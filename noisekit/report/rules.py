@@ -6,18 +6,19 @@ from noisekit.core.vocabulary import QUANTITIES
 from noisekit.figures import arm_styles
 from noisekit.records import Runs
 from noisekit.report.comparability import (
-    fades_with_loss,
     is_rescaling_invariant,
     loss_ratio,
     mismatch,
+    needs_matched_loss,
 )
 from noisekit.report.recipe_view import (
     fair_test_terms,
     normalising_batches,
     run_settings,
+    seed_words,
 )
 from noisekit.report.results import Rule
-from noisekit.stats import Contrast, contrast_titles
+from noisekit.stats import Claim, claim_titles
 
 _ENOUGH_PAIRS = 10
 _BLIND_KINDS = frozenset(
@@ -26,19 +27,19 @@ _BLIND_KINDS = frozenset(
 """Kinds of snapshot that depend on the training data and the budget alone."""
 
 
-def fair_test_rules(runs: Runs, contrasts: Iterable[Contrast]) -> tuple[Rule, ...]:
+def fair_test_rules(runs: Runs, claims: Iterable[Claim]) -> tuple[Rule, ...]:
     """Return the rules of a fair test, each met or broken by these runs.
 
     Source:
         The critiques of Dinh et al. 2017, Hoffer et al. 2017, Shallue et al. 2019 and
         Andriushchenko et al. 2023 taken together.
     """
-    contrasts = tuple(contrasts)
+    claims = tuple(claims)
     arms = {arm: style.label for arm, style in arm_styles(runs.runs).items()}
     return (
         _budget_rule(runs, arms),
         _rate_rule(runs),
-        *_loss_rules(runs, contrasts),
+        *_loss_rules(runs, claims),
         _invariance_rule(runs),
         _seeds_rule(runs),
         _batch_norm_rule(runs, arms),
@@ -85,18 +86,18 @@ def _rate_rule(runs: Runs) -> Rule:
     return Rule(name, varied, f"{shown}. {how}".strip())
 
 
-def _loss_rules(runs: Runs, contrasts: tuple[Contrast, ...]) -> list[Rule]:
+def _loss_rules(runs: Runs, claims: tuple[Claim, ...]) -> list[Rule]:
     allowed = fair_test_terms(runs).matched_loss
-    titles = contrast_titles(contrasts)
+    titles = claim_titles(claims)
     rules = []
-    for contrast in contrasts:
-        if fades_with_loss(contrast.quantity):
-            ratio = loss_ratio(runs, contrast)
+    for claim in claims:
+        if needs_matched_loss(claim):
+            ratio = loss_ratio(runs, claim)
             fault = mismatch(ratio, allowed)
             detail = (
                 fault or f"ratio of training losses {ratio:.3g}, allowed {allowed:g}"
             )
-            name = f"Training loss matched for “{titles[contrast.name]}”"
+            name = f"Training loss matched for “{titles[claim.name]}”"
             rules.append(Rule(name, fault is None, detail))
     return rules
 
@@ -121,7 +122,8 @@ def _seeds_rule(runs: Runs) -> Rule:
     return Rule(
         "Ten or more paired seeds",
         count >= _ENOUGH_PAIRS,
-        f"{count} seeds; arms of one seed share the starting weights",
+        f"{count} in all arms; {seed_words(runs)}; arms of one seed share the starting "
+        "weights",
     )
 
 

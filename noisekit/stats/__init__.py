@@ -1,34 +1,90 @@
 """Effects with intervals, and verdicts by rules fixed before the runs."""
 
 from noisekit.stats.bootstrap import BootstrapResult, hierarchical_bootstrap
-from noisekit.stats.contrasts import (
-    Contrast,
-    ContrastResult,
-    PairedSample,
+from noisekit.stats.claims import (
+    ACCOUNTS,
+    Claim,
+    ClaimResult,
     Verdict,
-    arms_named,
-    contrast_titles,
+    claim_of,
+    claim_titles,
+    contrast,
 )
 from noisekit.stats.crossed import crossed_difference
 from noisekit.stats.curves import common_grid, on_grid
 from noisekit.stats.effects import PairedEffect, paired_effect
 from noisekit.stats.judgement import judge, require_verdict
-from noisekit.stats.permutation import PermutationBand, permutation_band
+from noisekit.stats.permutation import (
+    PermutationBand,
+    SimultaneousBand,
+    permutation_band,
+)
 from noisekit.stats.rank import RankCorrelation, kendall_tau
+from noisekit.stats.sample import SeedSample
+from noisekit.stats.statistics import (
+    STATISTICS,
+    BestDifference,
+    CurveGap,
+    Difference,
+    Fit,
+    Interaction,
+    Own,
+    RangeWidth,
+    Rank,
+    Ratio,
+    RunTables,
+    Slope,
+    Spread,
+    SpreadRatio,
+    Statistic,
+    Tables,
+    TailMean,
+    TimeTo,
+    Value,
+    arms_named,
+    curves,
+    statistic_of,
+    table_of,
+    values_at,
+)
 
 __all__ = [
+    "ACCOUNTS",
+    "STATISTICS",
+    "BestDifference",
     "BootstrapResult",
-    "Contrast",
-    "ContrastResult",
+    "Claim",
+    "ClaimResult",
+    "CurveGap",
+    "Difference",
+    "Fit",
+    "Interaction",
+    "Own",
     "PairedEffect",
-    "PairedSample",
     "PermutationBand",
+    "RangeWidth",
+    "Rank",
     "RankCorrelation",
+    "Ratio",
+    "RunTables",
+    "SeedSample",
+    "SimultaneousBand",
+    "Slope",
+    "Spread",
+    "SpreadRatio",
+    "Statistic",
+    "Tables",
+    "TailMean",
+    "TimeTo",
+    "Value",
     "Verdict",
     "arms_named",
+    "claim_of",
+    "claim_titles",
     "common_grid",
-    "contrast_titles",
+    "contrast",
     "crossed_difference",
+    "curves",
     "hierarchical_bootstrap",
     "judge",
     "kendall_tau",
@@ -36,4 +92,7 @@ __all__ = [
     "paired_effect",
     "permutation_band",
     "require_verdict",
+    "statistic_of",
+    "table_of",
+    "values_at",
 ]

@@ -1,7 +1,9 @@
 """Effects over pairs, with Student's t-intervals."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -13,6 +15,9 @@ from noisekit.core.results import ErrorSource, Estimate, Interval, Status
 
 Scale = Literal["ratio", "difference"]
 """How two arms are compared: ratio of geometric means, or difference of means."""
+
+NO_EFFECT: Mapping[Scale, float] = MappingProxyType({"ratio": 1.0, "difference": 0.0})
+"""The value of no effect on each scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +56,18 @@ class PairedEffect:
 
         At most ``1 - level`` exactly where ``interval(level)`` excludes no effect.
         """
+        return self.p_value_of(NO_EFFECT[self.scale])
+
+    def p_value_of(self, null: float) -> float:
+        """Return the two-sided p-value of an effect of ``null``, in its own unit.
+
+        At most ``1 - level`` exactly where ``interval(level)`` excludes ``null``.
+        """
         estimate = self.estimate
         if estimate.status is not Status.OK or estimate.dof is None:
             return 1.0
-        statistic = abs(estimate.value) / float(estimate.stderr or math.inf)
+        inner = math.log(null) if self.scale == "ratio" else null
+        statistic = abs(estimate.value - inner) / float(estimate.stderr or math.inf)
         return 2.0 * float(stdtr(estimate.dof, -statistic))
 
     def _as_effect(self, value: float) -> float:

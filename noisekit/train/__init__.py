@@ -1,5 +1,6 @@
 """Recipes, data, networks, the training loop, and sweeps over both."""
 
+from noisekit.core.references import allow_code
 from noisekit.train.data.datasets import DataSplits, load_data
 from noisekit.train.data.section import Pools, TensorPair
 from noisekit.train.losses import Loss
@@ -17,7 +18,6 @@ from noisekit.train.recipes.catalogue import (
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.run_spec import RunSpec
-from noisekit.train.references import allow_code
 from noisekit.train.runs.progress import Progress, ProgressEvent
 from noisekit.train.runs.revisit import Revisited, revisit
 from noisekit.train.sweeps.cost import Cost, estimate_cost

@@ -15,8 +15,8 @@ from torch.nn.functional import (
 )
 
 from noisekit.core.errors import UsageError
+from noisekit.core.references import resolve
 from noisekit.core.risk import LossFn
-from noisekit.train.references import resolve
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from noisekit.core.errors import UsageError
+from noisekit.core.references import resolve
 from noisekit.core.results import ErrorSource, Estimate
 from noisekit.probes import example_sq_norms, gradient_noise
 from noisekit.sharpness import (
@@ -13,7 +14,6 @@ from noisekit.sharpness import (
     Measurement,
     MeasurementContext,
 )
-from noisekit.train.references import resolve
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from noisekit.train.references import PATTERN
+from noisekit.core.references import PATTERN
 
 # Larger numbers overflow in float32, or are no exact integers in JSON's readers.
 _LARGEST_FLOAT = 3e38

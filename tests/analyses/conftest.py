@@ -9,7 +9,7 @@ format = 2
 name = "norm_or_not"
 question = "Does BatchNorm change sharpness?"
 analyses = ["sharpness_vs_batch_size"]
-claims = true
+verdicts = true
 [data]
 name = "digits"
 train = 256

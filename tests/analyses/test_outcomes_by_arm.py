@@ -37,7 +37,7 @@ def test_paper_s_tables_and_figures_are_there(result: report.AnalysisResult) -> 
 
 def test_nothing_is_judged(result: report.AnalysisResult) -> None:
     """Catches: a verdict outside of the contrasts that were fixed before."""
-    assert not result.contrasts
+    assert not result.claims
     assert not result.rules
 
 

@@ -22,7 +22,7 @@ def test_smoke_profile_answers_nothing(script: ModuleType, smoke_runs: Path) -> 
     """Catches: an answer from runs that claim nothing."""
     result = script.analyse(nk.open_runs(smoke_runs))
     assert result.answer.startswith("No verdict")
-    assert {c.verdict for c in result.contrasts} == {stats.Verdict.NOT_JUDGED}
+    assert {c.verdict for c in result.claims} == {stats.Verdict.NOT_JUDGED}
 
 
 def test_answer_names_setting_ratios_and_error(
@@ -34,14 +34,14 @@ def test_answer_names_setting_ratios_and_error(
     an arm.
     """
     runs = nk.open_runs(smoke_runs)
-    claiming = replace(runs, recipe={**runs.recipe, "claims": True})
+    claiming = replace(runs, recipe={**runs.recipe, "verdicts": True})
     result = script.analyse(claiming)
     lines = result.answer.splitlines()
     assert lines[0] == "Digits, 1k-parameter MLP, SGD, one split, 2 seeds."
     assert lines[1].startswith("Batch 128, rate 0.05 against batch 16, rate 0.05: ")
-    for contrast in report.stated_contrasts(claiming):
-        if contrast.primary:
-            assert figures.snapshot_words(contrast.snapshot) in result.answer
+    for claim in report.stated_claims(claiming):
+        if claim.primary:
+            assert figures.snapshot_words(claim.statistic.snapshot) in result.answer
     assert "could not be compared" in result.answer
     for name in runs.runs["arm"].unique():
         assert name not in result.answer
@@ -69,7 +69,7 @@ def test_analysis_draws_and_tabulates(script: ModuleType, smoke_runs: Path) -> N
     """Catches: a figure of the issue that is missing, a table without a caption."""
     result = script.analyse(nk.open_runs(smoke_runs))
     names = {plot.name for plot in result.plots}
-    assert names >= {"contrasts", "paired_test_error", "sharpness_against_loss"}
+    assert names >= {"claims", "paired_test_error", "sharpness_against_loss"}
     tables = {table.name for table in result.tables}
     assert tables == {"pyhessian", "rank_correlation", "test_error_over_images"}
     assert all(item.caption for item in (*result.plots, *result.tables))

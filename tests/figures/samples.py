@@ -8,7 +8,7 @@ from numpy.random import Generator
 from pandas import DataFrame
 
 from noisekit.core.results import Interval
-from noisekit.stats import Contrast, ContrastResult, PairedSample, Verdict, judge
+from noisekit.stats import ClaimResult, SeedSample, Verdict, contrast, judge
 
 ARMS = {
     "small_low": (16, 0.05),
@@ -234,11 +234,11 @@ def tuning_grid() -> DataFrame:
     return DataFrame(rows)
 
 
-def contrasts(*, claims: bool = True) -> list[ContrastResult]:
+def contrasts(*, verdicts: bool = True) -> list[ClaimResult]:
     random, seeds = rng(9), tuple(range(10))
     sharp = {"quantity": "lambda_max", "scale": "ratio", "margin": 1.5}
     asked = [
-        Contrast(
+        contrast(
             name="test_error_equal_epochs",
             quantity="test_error",
             treatment="large_low",
@@ -250,7 +250,7 @@ def contrasts(*, claims: bool = True) -> list[ContrastResult]:
             paper="0.2 to 5.3 points worse (table 2)",
             description="Test error at equal epochs, same rate",
         ),
-        Contrast(
+        contrast(
             name="sharpness_equal_epochs",
             treatment="large_low",
             reference="small_low",
@@ -258,7 +258,7 @@ def contrasts(*, claims: bool = True) -> list[ContrastResult]:
             description="Largest eigenvalue at equal epochs",
             **sharp,  # type: ignore[arg-type]
         ),
-        Contrast(
+        contrast(
             name="sharpness_matched_loss",
             treatment="large_low",
             reference="small_low",
@@ -268,7 +268,7 @@ def contrasts(*, claims: bool = True) -> list[ContrastResult]:
             description="Largest eigenvalue at equal training loss, same rate",
             **sharp,  # type: ignore[arg-type]
         ),
-        Contrast(
+        contrast(
             name="sharpness_matched_rate_per_example",
             treatment="large_high",
             reference="small_low",
@@ -278,7 +278,7 @@ def contrasts(*, claims: bool = True) -> list[ContrastResult]:
             "equal rate per example",
             **sharp,  # type: ignore[arg-type]
         ),
-        Contrast(
+        contrast(
             name="sharpness_at_the_end",
             treatment="large_high",
             reference="small_high",
@@ -295,30 +295,30 @@ def contrasts(*, claims: bool = True) -> list[ContrastResult]:
         "sharpness_at_the_end": math.log(1.4),
     }
     data = {}
-    for contrast in asked:
-        if contrast.scale == "difference":
+    for claim in asked:
+        if claim.scale == "difference":
             reference = 0.03 + random.normal(0, 0.004, size=10)
-            treatment = reference + random.normal(centre[contrast.name], 0.004, size=10)
+            treatment = reference + random.normal(centre[claim.name], 0.004, size=10)
         else:
             reference = 12 * np.exp(random.normal(0, 0.2, size=10))
-            effect = random.normal(centre[contrast.name], 0.2, size=10)
+            effect = random.normal(centre[claim.name], 0.2, size=10)
             treatment = reference * np.exp(effect)
-        data[contrast.name] = PairedSample(
+        data[claim.name] = SeedSample(
             seeds, tuple(map(float, treatment)), tuple(map(float, reference))
         )
     end = data["sharpness_at_the_end"]
-    data["sharpness_at_the_end"] = PairedSample(
+    data["sharpness_at_the_end"] = SeedSample(
         end.seeds, end.treatment, end.reference, "training losses differ by 7 times"
     )
-    return judge(asked, data, claims=claims)
+    return judge(asked, data, verdicts=verdicts)
 
 
-def unmeasured() -> ContrastResult:
+def unmeasured() -> ClaimResult:
     """A contrast of which no pair was complete."""
     nothing = Interval(0.0, math.inf, 0.95)
     [*_, last] = contrasts()
-    return ContrastResult(
-        contrast=last.contrast,
+    return ClaimResult(
+        claim=last.claim,
         verdict=Verdict.NOT_COMPARABLE,
         reason="10 of 10 pairs are missing",
         effect=math.nan,

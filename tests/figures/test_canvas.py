@@ -23,7 +23,7 @@ def user_axes(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
 
 
 DRAWN_ON: dict[str, tuple[tuple[int, int], Callable[[object], Plot]]] = {
-    "forest": ((2, 1), lambda ax: figures.contrast_forest(samples.contrasts(), ax=ax)),
+    "forest": ((2, 1), lambda ax: figures.claim_forest(samples.contrasts(), ax=ax)),
     "paired": (
         (1, 1),
         lambda ax: figures.paired_arms(

@@ -42,7 +42,7 @@ def batch_sizes() -> Plot:
 
 
 FIGURES: dict[str, Callable[[], Plot]] = {
-    "contrasts": lambda: figures.contrast_forest(samples.contrasts()),
+    "claims": lambda: figures.claim_forest(samples.contrasts()),
     "paired, one snapshot": lambda: paired("loss_0.05"),
     "paired, four snapshots": lambda: paired("loss_1", "loss_0.5", "loss_0.2", "final"),
     "ratios": ratios,

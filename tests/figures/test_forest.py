@@ -7,7 +7,7 @@ import pytest
 from matplotlib.text import Annotation
 
 from noisekit.core.errors import EmptyDataError
-from noisekit.figures import contrast_forest
+from noisekit.figures import claim_forest
 from noisekit.stats import Verdict
 from tests.figures import samples
 
@@ -15,10 +15,10 @@ from tests.figures import samples
 def test_differences_of_fractions_are_in_points_and_ratios_as_they_are() -> None:
     """Catches: effect in points beside a margin in fractions; logs left as logs."""
     results = samples.contrasts()
-    rows = contrast_forest(results).table.set_index("contrast")
+    rows = claim_forest(results).table.set_index("claim")
     for result in results:
-        row = rows.loc[result.contrast.name]
-        factor = 100 if result.contrast.scale == "difference" else 1
+        row = rows.loc[result.claim.name]
+        factor = 100 if result.claim.scale == "difference" else 1
         assert row["effect"] == pytest.approx(factor * result.effect)
         assert row["low"] == pytest.approx(factor * result.interval.low)
         assert row["high"] == pytest.approx(factor * result.interval.high)
@@ -31,7 +31,7 @@ def test_differences_of_fractions_are_in_points_and_ratios_as_they_are() -> None
 def test_every_contrast_has_its_verdict_beside_it() -> None:
     """Catches: a contrast without a row, or a verdict on another's row."""
     results = samples.contrasts()
-    plot = contrast_forest(results)
+    plot = claim_forest(results)
     written = [
         text.get_text()
         for ax in plot.figure.axes
@@ -45,7 +45,7 @@ def test_every_contrast_has_its_verdict_beside_it() -> None:
 
 def test_each_quantity_has_its_own_axis() -> None:
     """Catches: points of error and ratios on one axis; an axis without a name."""
-    plot = contrast_forest(samples.contrasts())
+    plot = claim_forest(samples.contrasts())
     assert [ax.get_xlabel() for ax in plot.figure.axes] == [
         "Test error, difference [points]",
         "Largest Hessian eigenvalue, ratio",
@@ -55,7 +55,7 @@ def test_each_quantity_has_its_own_axis() -> None:
 
 def test_all_intervals_lie_inside_the_axis() -> None:
     """Catches: limits from the effects alone, which clip the intervals."""
-    plot = contrast_forest(samples.contrasts())
+    plot = claim_forest(samples.contrasts())
     for ax, scale in zip(plot.figure.axes, ("difference", "ratio"), strict=True):
         rows = plot.table[plot.table["scale"] == scale]
         low, high = ax.get_xlim()
@@ -66,16 +66,16 @@ def test_all_intervals_lie_inside_the_axis() -> None:
 
 def test_a_contrast_without_an_effect_keeps_its_row() -> None:
     """Catches: a contrast that disappears because it could not be measured."""
-    plot = contrast_forest([*samples.contrasts()[:2], samples.unmeasured()])
+    plot = claim_forest([*samples.contrasts()[:2], samples.unmeasured()])
     last = plot.table.iloc[-1]
     assert last["verdict"] == Verdict.NOT_COMPARABLE
     assert math.isnan(last["effect"])
-    assert "Left out: the point of 1 contrast without a finite pair." in plot.caption
+    assert "Left out: the point of 1 claim without a finite pair." in plot.caption
 
 
 def test_runs_without_claims_show_no_verdict() -> None:
     """Catches: a verdict on a smoke run."""
-    plot = contrast_forest(samples.contrasts(claims=False))
+    plot = claim_forest(samples.contrasts(verdicts=False))
     assert set(plot.table["verdict"]) == {str(Verdict.NOT_JUDGED)}
     written = {text.get_text() for ax in plot.figure.axes for text in ax.texts}
     assert "no verdict" in written
@@ -91,12 +91,12 @@ def test_rows_say_what_stands_over_what() -> None:
             "batch 128 minus batch 16",
         ),
     ):
-        plot = contrast_forest(samples.contrasts(), arms=arms)
+        plot = claim_forest(samples.contrasts(), arms=arms)
         names = [label.get_text() for label in plot.figure.axes[0].get_yticklabels()]
         assert names == [f"Test error at equal epochs, same rate\n{words}"]
 
 
 def test_no_contrast_is_refused() -> None:
     """Catches: an empty figure in the report."""
-    with pytest.raises(EmptyDataError, match="at least one judged contrast, got none"):
-        contrast_forest([])
+    with pytest.raises(EmptyDataError, match="at least one judged claim, got none"):
+        claim_forest([])

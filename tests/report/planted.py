@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from noisekit.report import answer
-from noisekit.stats import Contrast, ContrastResult, PairedSample, Verdict, judge
+from noisekit.stats import ClaimResult, SeedSample, Verdict, contrast, judge
 
 ARMS = {"large": "batch 128", "small": "batch 16"}
 MARGINS = {"ratio": 1.5, "difference": 0.005}
@@ -37,18 +37,18 @@ _CLAIM = re.compile(
 class Planted:
     """One set: its results, its answer, and the true effects in units of the margin."""
 
-    results: tuple[ContrastResult, ...]
+    results: tuple[ClaimResult, ...]
     text: str
     truth: tuple[float, ...]
 
     @property
-    def primary(self) -> list[tuple[ContrastResult, float]]:
+    def primary(self) -> list[tuple[ClaimResult, float]]:
         pairs = zip(self.results, self.truth, strict=True)
-        return [(r, t) for r, t in pairs if r.contrast.primary]
+        return [(r, t) for r, t in pairs if r.claim.primary]
 
-    def phrase(self, result: ContrastResult) -> str:
+    def phrase(self, result: ClaimResult) -> str:
         """Return what the answer says of a contrast; empty where it does not."""
-        loss = result.contrast.snapshot.removeprefix("loss_")
+        loss = str(result.claim.statistic.snapshot).removeprefix("loss_")
         place = f"at training loss {loss} "
         found = [
             part
@@ -64,11 +64,11 @@ def planted(
 ) -> Planted:
     """Draw one set of contrasts with normal errors of half a margin per pair."""
     truth = PLANTED[kind]
-    contrasts, data = [], {}
+    claims, data = [], {}
     for place, ((quantity, scale, primary), effect) in enumerate(
         zip(DESIGN, truth, strict=True)
     ):
-        contrast = Contrast(
+        claim = contrast(
             name=f"c{place}",
             quantity=quantity,
             treatment="large",
@@ -85,11 +85,11 @@ def planted(
             if scale == "difference"
             else base * np.exp(math.log(MARGINS["ratio"]) * draws)
         )
-        contrasts.append(contrast)
-        data[contrast.name] = PairedSample(
+        claims.append(claim)
+        data[claim.name] = SeedSample(
             tuple(range(num_seeds)), tuple(values), tuple(base)
         )
-    results = tuple(judge(contrasts, data))
+    results = tuple(judge(claims, data))
     return Planted(results, answer(results, ARMS), truth)
 
 
@@ -140,9 +140,9 @@ def check_sentences(drawn: Planted) -> None:
         if phrase:
             assert claimed(phrase) == str(result.verdict), drawn.text
         else:
-            assert not result.contrast.primary, drawn.text
+            assert not result.claim.primary, drawn.text
             for other, _ in drawn.primary:
-                if other.contrast.quantity == result.contrast.quantity:
+                if other.claim.quantity == result.claim.quantity:
                     assert not contradicts(result.verdict, other.verdict), drawn.text
 
 

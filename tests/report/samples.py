@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 from pandas import DataFrame
 
@@ -20,12 +22,12 @@ from noisekit.records import (
     write_set,
 )
 from noisekit.report import AnalysisResult, Provenance, Rule, Table
-from noisekit.stats import Contrast, ContrastResult, PairedSample, judge
+from noisekit.stats import Claim, ClaimResult, SeedSample, contrast, judge
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror='a()'>\"'&"
 ARMS = {"small": 16, "large": 128}
 
-SHARPNESS = Contrast(
+SHARPNESS = contrast(
     name="lambda_max_at_loss",
     quantity="lambda_max",
     treatment="large",
@@ -37,7 +39,7 @@ SHARPNESS = Contrast(
     paper="9 times larger",
     description="same training loss",
 )
-ERROR = Contrast(
+ERROR = contrast(
     name="error_at_epochs",
     quantity="test_error",
     treatment="large",
@@ -47,6 +49,13 @@ ERROR = Contrast(
     margin=0.005,
     description="same number of epochs",
 )
+
+
+def changed(claim: Claim, **parts: Any) -> Claim:
+    """Return a claim with other fields, or other settings of its statistic."""
+    settings = {"snapshot": "at", "quantity": "quantity", "treatment": "treatment"}
+    own = {settings[key]: parts.pop(key) for key in set(parts) & set(settings)}
+    return replace(claim, statistic=replace(claim.statistic, **own), **parts)
 
 
 class PageReader(HTMLParser):
@@ -107,10 +116,10 @@ def plot(name: str = "curve", caption: str = "A line.", title: str = "") -> Plot
     return Plot(drawn_on.figure, frame, name, caption)
 
 
-def contrasts(
-    *chosen: Contrast, claims: bool = True, not_comparable: str | None = None
-) -> tuple[ContrastResult, ...]:
-    """Judge contrasts on six pairs: ratios near 2.4, differences near -0.4 points."""
+def judged(
+    *chosen: Claim, verdicts: bool = True, not_comparable: str | None = None
+) -> tuple[ClaimResult, ...]:
+    """Judge claims on six pairs: ratios near 2.4, differences near -0.4 points."""
     values = {
         "ratio": [(2.3, 1.0), (2.4, 1.0), (2.5, 1.0), (2.2, 1.0), (2.6, 1.0), (2.4, 1)],
         "difference": [
@@ -123,17 +132,17 @@ def contrasts(
         ],
     }
     data = {
-        contrast.name: PairedSample(
+        claim.name: SeedSample(
             tuple(range(6)),
             *(
                 tuple(map(float, side))
-                for side in zip(*values[contrast.scale], strict=True)
+                for side in zip(*values[claim.scale], strict=True)
             ),
             not_comparable=not_comparable,
         )
-        for contrast in chosen
+        for claim in chosen
     }
-    return tuple(judge(chosen, data, claims=claims))
+    return tuple(judge(chosen, data, verdicts=verdicts))
 
 
 def result(name: str = "toy", **parts: object) -> AnalysisResult:
@@ -145,7 +154,7 @@ def result(name: str = "toy", **parts: object) -> AnalysisResult:
             Rule("Every run is complete", True, "6 done"),
             Rule("Ten or more paired seeds", False, "6 seeds"),
         ),
-        "contrasts": contrasts(ERROR, SHARPNESS),
+        "claims": judged(ERROR, SHARPNESS),
         "plots": (plot(),),
         "tables": (
             Table(

@@ -1,12 +1,11 @@
 """Paired samples from runs on disk, and each rule of a fair test met and broken."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
+from noisekit.core.errors import UsageError
 from noisekit.records import Runs, RunStatus
 from noisekit.report import (
     Rule,
@@ -14,12 +13,11 @@ from noisekit.report import (
     fair_test_rules,
     is_rescaling_invariant,
     loss_ratio,
-    paired_sample,
-    paired_samples,
-    stated_contrasts,
-    values_by_seed,
+    sample_of,
+    stated_claims,
 )
-from tests.report.samples import ERROR, SHARPNESS, make_runs
+from noisekit.stats import values_at
+from tests.report.samples import ERROR, SHARPNESS, changed, make_runs
 
 
 def rule(runs: Runs, start: str) -> Rule:
@@ -40,18 +38,21 @@ def test_values_are_read_by_seed_arm_and_snapshot(tmp_path: Path) -> None:
     place of the first.
     """
     runs = make_runs(tmp_path)
-    where = {"arm": "large", "snapshot": "loss_0.05"}
-    assert values_by_seed(runs, "lambda_max", **where) == {0: 128.0, 1: 129.0}
-    other = values_by_seed(runs, "lambda_max", variant="other", **where)
-    assert other == {0: 1280.0, 1: 1290.0}
-    assert values_by_seed(runs, "test_error", **where) == {0: 0.128, 1: 0.129}
-    assert values_by_seed(runs, "lambda_max", arm="large", snapshot="never") == {}
+
+    def by_seed(quantity: str, at: str = "loss_0.05", **more: str) -> dict[int, float]:
+        rows = values_at(runs, quantity, at=at, group="large", **more)
+        return dict(zip(rows["seed"], rows["value"], strict=True))
+
+    assert by_seed("lambda_max") == {0: 128.0, 1: 129.0}
+    assert by_seed("lambda_max", variant="other") == {0: 1280.0, 1: 1290.0}
+    assert by_seed("test_error") == {0: 0.128, 1: 0.129}
+    assert all(map(math.isnan, by_seed("lambda_max", at="never").values()))
 
 
 def test_pairs_share_a_seed_and_a_missing_side_is_kept(tmp_path: Path) -> None:
     """Catches: pairing by position; a pair of which a side is missing dropped."""
     runs = make_runs(tmp_path, seeds={"small": (0, 1, 2), "large": (2, 1, 5)})
-    sample = paired_samples(runs, [SHARPNESS])[SHARPNESS.name]
+    sample = sample_of(runs, SHARPNESS)
     assert sample.seeds == (0, 1, 2, 5)
     assert sample.treatment[1:] == (129.0, 130.0, 133.0)
     assert sample.reference[:3] == (16.0, 17.0, 18.0)
@@ -68,11 +69,11 @@ def test_unmatched_losses_do_not_compare(tmp_path: Path, ratio: float) -> None:
     """
     runs = make_runs(tmp_path, loss={"large": 0.05 * ratio})
     assert loss_ratio(runs, SHARPNESS) == pytest.approx(ratio)
-    reason = paired_sample(runs, SHARPNESS).not_comparable
+    reason = sample_of(runs, SHARPNESS).not_comparable
     assert reason is not None
     assert reason.startswith("training losses are not matched: their ratio is")
     assert "1.25 is allowed" in reason
-    assert paired_sample(runs, ERROR).not_comparable is None
+    assert sample_of(runs, ERROR).not_comparable is None
     broken = rule(runs, "Training loss matched for “Same training loss”")
     assert not broken.met
     assert broken.detail == reason
@@ -119,8 +120,8 @@ def test_no_measure_of_sharpness_escapes_the_check_of_losses(
     23 escaped it).
     """
     runs = make_runs(tmp_path, loss={"small": 0.02, "large": 0.30}, measured=(measure,))
-    contrast = replace(SHARPNESS, quantity=measure)
-    reason = paired_sample(runs, contrast).not_comparable
+    claim = changed(SHARPNESS, quantity=measure)
+    reason = sample_of(runs, claim).not_comparable
     assert reason is not None
     assert "their ratio is 15" in reason
 
@@ -128,8 +129,8 @@ def test_no_measure_of_sharpness_escapes_the_check_of_losses(
 def test_an_unknown_measure_is_compared_at_matched_loss_only(tmp_path: Path) -> None:
     """Catches: a user's own measure that escapes since the vocabulary lacks it."""
     runs = make_runs(tmp_path, loss={"large": 0.5}, measured=("my_sharpness",))
-    contrast = replace(SHARPNESS, quantity="my_sharpness")
-    assert paired_sample(runs, contrast).not_comparable is not None
+    claim = changed(SHARPNESS, quantity="my_sharpness")
+    assert sample_of(runs, claim).not_comparable is not None
 
 
 def test_errors_and_norms_of_weights_do_not_wait_for_equal_losses() -> None:
@@ -143,7 +144,7 @@ def test_the_recipe_says_how_far_losses_may_differ(tmp_path: Path) -> None:
     runs = make_runs(
         tmp_path, loss={"large": 0.065}, recipe={"rules": {"matched_loss": 1.4}}
     )
-    assert paired_sample(runs, SHARPNESS).not_comparable is None
+    assert sample_of(runs, SHARPNESS).not_comparable is None
     met = rule(runs, "Training loss matched")
     assert met.met
     assert met.detail == "ratio of training losses 1.3, allowed 1.4"
@@ -153,14 +154,14 @@ def test_a_snapshot_that_no_pair_reached_does_not_compare(tmp_path: Path) -> Non
     """Catches: a mean over no pair, NaN, that passes as matched."""
     runs = make_runs(tmp_path, kinds=("epochs", "updates"))
     assert math.isnan(loss_ratio(runs, SHARPNESS))
-    reason = paired_sample(runs, SHARPNESS).not_comparable
+    reason = sample_of(runs, SHARPNESS).not_comparable
     assert reason == "no pair of runs reached the snapshot in both arms"
 
 
 def test_too_few_seeds_do_not_compare(tmp_path: Path) -> None:
     """Catches: ``rules.min_pairs`` of the recipe left unread."""
     runs = make_runs(tmp_path, recipe={"rules": {"min_pairs": 5}})
-    reason = paired_sample(runs, ERROR).not_comparable
+    reason = sample_of(runs, ERROR).not_comparable
     assert reason == "2 paired seeds, 5 are needed for a verdict"
 
 
@@ -220,7 +221,7 @@ def test_ten_seeds_are_asked_for(tmp_path: Path) -> None:
     fewer = {"small": range(9), "large": range(9)}
     broken = rule(make_runs(tmp_path / "nine", seeds=fewer, kinds=()), "Ten")
     assert not broken.met
-    assert broken.detail.startswith("9 seeds")
+    assert broken.detail.startswith("9 in all arms; 9 seeds run; ")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_a_diverged_run_is_told(tmp_path: Path) -> None:
 
 def test_each_contrast_on_sharpness_has_its_rule(tmp_path: Path) -> None:
     """Catches: one rule for all contrasts, or one for test errors."""
-    other = replace(SHARPNESS, name="trace", quantity="hessian_trace")
+    other = changed(SHARPNESS, name="trace", quantity="hessian_trace")
     names = [
         found.name
         for found in fair_test_rules(make_runs(tmp_path), (SHARPNESS, ERROR, other))
@@ -283,11 +284,11 @@ def test_contrasts_are_those_of_the_recipe(tmp_path: Path) -> None:
         "margin": 1.5,
     }
     runs = make_runs(tmp_path / "a", recipe={"contrasts": [stated]})
-    (contrast,) = stated_contrasts(runs)
-    assert (contrast.name, contrast.margin, contrast.primary) == ("test", 1.5, False)
-    assert stated_contrasts(make_runs(tmp_path / "b")) == ()
+    (claim,) = stated_claims(runs)
+    assert (claim.name, claim.margin, claim.primary) == ("test", 1.5, False)
+    assert stated_claims(make_runs(tmp_path / "b")) == ()
     damaged = make_runs(
         tmp_path / "c", recipe={"contrasts": [stated | {"margin": "x"}]}
     )
-    with pytest.raises(ValidationError, match="margin"):
-        stated_contrasts(damaged)
+    with pytest.raises(UsageError, match="margin"):
+        stated_claims(damaged)

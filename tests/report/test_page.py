@@ -16,8 +16,9 @@ from tests.report.samples import (
     HOSTILE,
     SHARPNESS,
     PageReader,
-    contrasts,
+    changed,
     ids_in,
+    judged,
     places,
     plot,
     provenance,
@@ -43,7 +44,7 @@ def test_the_page_reads_from_answer_to_reproduction(page: PageReader) -> None:
         "It was 2.4 times sharper.",
         "1 of 2 rules of a fair test is broken",
         "Ten or more paired seeds",
-        "Contrasts and verdicts",
+        "Claims and verdicts",
         "Figure 1. A line.",
         "Table 1. Noise by arm.",
         "Rules of a fair test",
@@ -85,7 +86,7 @@ def test_nothing_is_asked_of_another_place(tmp_path: Path) -> None:
 
 def test_whatever_came_from_a_file_is_escaped(tmp_path: Path) -> None:
     """Catches: a template that marks any field safe, or autoescape left off."""
-    hostile_contrast = replace(
+    hostile_claim = changed(
         SHARPNESS,
         name=HOSTILE,
         description=HOSTILE,
@@ -99,7 +100,7 @@ def test_whatever_came_from_a_file_is_escaped(tmp_path: Path) -> None:
         question=HOSTILE,
         answer=HOSTILE,
         rules=(Rule(HOSTILE, False, HOSTILE),),
-        contrasts=contrasts(hostile_contrast, not_comparable=HOSTILE),
+        claims=judged(hostile_claim, not_comparable=HOSTILE),
         plots=(plot(caption=HOSTILE, title="--><script>alert(1)</script>"),),
         tables=(Table("t", DataFrame({HOSTILE: [HOSTILE]}), HOSTILE),),
         warnings=(HOSTILE,),
@@ -210,11 +211,11 @@ def test_contrasts_stand_with_units_verdicts_and_the_papers_number(
 
 def test_a_contrast_without_pairs_shows_dashes(tmp_path: Path) -> None:
     """Catches: "nan", or an interval from 0 to infinity, in the table."""
-    empty = contrasts(SHARPNESS, not_comparable="no pair of runs got there")
+    empty = judged(SHARPNESS, not_comparable="no pair of runs got there")
     endless = Interval(0.0, math.inf, 0.95)
     nothing = replace(empty[0], effect=math.nan, interval=endless, num_pairs=0)
     page = read(
-        build_report([result(contrasts=(nothing,))], provenance(), tmp_path / "r.html")
+        build_report([result(claims=(nothing,))], provenance(), tmp_path / "r.html")
     )
     assert "not comparable no pair of runs got there" in page.words
     assert "nan" not in page.words
@@ -223,7 +224,7 @@ def test_a_contrast_without_pairs_shows_dashes(tmp_path: Path) -> None:
 
 def test_a_smoke_run_is_not_judged(tmp_path: Path) -> None:
     """Catches: a verdict, or a claim to one, on runs that claim nothing."""
-    unjudged = result(contrasts=contrasts(SHARPNESS, claims=False))
+    unjudged = result(claims=judged(SHARPNESS, verdicts=False))
     page = read(build_report([unjudged], provenance(), tmp_path / "r.html"))
     assert "not judged" in page.words
     assert "verdict not-judged" in page.values("class")

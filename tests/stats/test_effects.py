@@ -8,7 +8,7 @@ from scipy import stats
 
 from noisekit.core.errors import UsageError
 from noisekit.core.results import Status
-from noisekit.stats import Contrast, paired_effect
+from noisekit.stats import contrast, paired_effect
 from tests.reference.stats import paired_t_interval
 
 
@@ -130,7 +130,7 @@ def test_what_has_no_paired_effect_is_refused(first, second, scale, message) -> 
 def test_margins_that_mean_nothing_are_refused(scale, margin, message) -> None:
     """Catches: a difference's margin used for a ratio."""
     with pytest.raises(UsageError, match=message):
-        Contrast(
+        contrast(
             name="a",
             quantity="lambda_max",
             treatment="large",

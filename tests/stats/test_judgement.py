@@ -8,10 +8,11 @@ import pytest
 from noisekit.core.errors import NoVerdictError, UsageError
 from noisekit.core.results import Estimate
 from noisekit.stats import (
-    Contrast,
-    ContrastResult,
-    PairedSample,
+    Claim,
+    ClaimResult,
+    SeedSample,
     Verdict,
+    contrast,
     judge,
     require_verdict,
 )
@@ -21,8 +22,8 @@ MARGIN = 0.5
 SEEDS = tuple(range(10))
 
 
-def difference(name: str = "a", *, primary: bool = True) -> Contrast:
-    return Contrast(
+def difference(name: str = "a", *, primary: bool = True) -> Claim:
+    return contrast(
         name=name,
         quantity="train_loss",
         treatment="large",
@@ -34,14 +35,14 @@ def difference(name: str = "a", *, primary: bool = True) -> Contrast:
     )
 
 
-def sample(differences: np.ndarray, **changes: object) -> PairedSample:
+def sample(differences: np.ndarray, **changes: object) -> SeedSample:
     seeds = tuple(range(len(differences)))
-    return PairedSample(
+    return SeedSample(
         seeds, tuple(map(float, differences)), (0.0,) * len(seeds), **changes
     )
 
 
-def judge_one(differences: np.ndarray, **options: object) -> ContrastResult:
+def judge_one(differences: np.ndarray, **options: object) -> ClaimResult:
     return judge([difference()], {"a": sample(differences)}, **options)[0]
 
 
@@ -92,7 +93,7 @@ def test_rule_matches_the_interval_on_random_data() -> None:
 
 def test_a_ratio_is_judged_on_its_logarithm() -> None:
     """Catches: a ratio judged as a difference; margin below 1 on the other side."""
-    contrast = Contrast(
+    claim = contrast(
         name="a",
         quantity="lambda_max",
         treatment="large",
@@ -103,8 +104,8 @@ def test_a_ratio_is_judged_on_its_logarithm() -> None:
     )
     for mean in (-0.6, -0.4, -0.2, 0.2, 0.39, 0.42, 0.6):
         logs = spread_around(mean)
-        data = PairedSample(SEEDS, tuple(np.exp(logs)), (1.0,) * 10)
-        result = judge([contrast], {"a": data})[0]
+        data = SeedSample(SEEDS, tuple(np.exp(logs)), (1.0,) * 10)
+        result = judge([claim], {"a": data})[0]
         assert str(result.verdict) == verdict_by_interval(logs, math.log(1.5), 1)
         assert result.effect == pytest.approx(math.exp(mean))
         assert result.interval.contains(result.effect)
@@ -250,7 +251,7 @@ def test_what_only_adjustment_undid_says_so() -> None:
     assert result.verdict is Verdict.NOT_RESOLVED
     assert result.interval.low < MARGIN
     assert result.reason == (
-        "larger by itself, not after adjusting for 3 primary contrasts"
+        "larger by itself, not after adjusting for 3 primary claims"
     )
 
 
@@ -268,10 +269,10 @@ def test_the_family_keeps_its_size_when_one_is_not_comparable() -> None:
     assert not results[1].verdict.decided
 
 
-def with_missing() -> PairedSample:
+def with_missing() -> SeedSample:
     values = dict(enumerate(spread_around(0.6).tolist()))
     reference = dict.fromkeys(range(8), 0.0)
-    return PairedSample.by_seed(values, reference)
+    return SeedSample.by_seed(values, reference)
 
 
 def test_a_missing_pair_forbids_a_primary_verdict() -> None:
@@ -287,8 +288,8 @@ def test_a_missing_pair_forbids_a_primary_verdict() -> None:
 )
 def test_missing_pairs_that_are_allowed_are_named(primary, options) -> None:
     """Catches: pairs dropped in silence."""
-    contrast = difference(primary=primary)
-    result = judge([contrast], {"a": with_missing()}, **options)[0]
+    claim = difference(primary=primary)
+    result = judge([claim], {"a": with_missing()}, **options)[0]
     assert result.verdict is Verdict.LARGER
     assert result.reason == "2 of 10 pairs are missing and left out"
 
@@ -311,7 +312,7 @@ def test_too_little_data_is_not_resolved(differences, reason) -> None:
 
 def test_values_without_a_ratio_are_not_resolved() -> None:
     """Catches: log of a negative eigenvalue, and a NaN verdict after it."""
-    contrast = Contrast(
+    claim = contrast(
         name="a",
         quantity="lambda_max",
         treatment="large",
@@ -320,8 +321,8 @@ def test_values_without_a_ratio_are_not_resolved() -> None:
         scale="ratio",
         margin=2.0,
     )
-    data = PairedSample((0, 1, 2), (1.0, -1.0, 2.0), (1.0, 1.0, 1.5))
-    result = judge([contrast], {"a": data})[0]
+    data = SeedSample((0, 1, 2), (1.0, -1.0, 2.0), (1.0, 1.0, 1.5))
+    result = judge([claim], {"a": data})[0]
     assert result.verdict is Verdict.NOT_RESOLVED
     assert result.reason.startswith("1 of 3 pairs have a value at or below zero")
     assert (result.interval.low, result.interval.high) == (0.0, math.inf)
@@ -329,11 +330,11 @@ def test_values_without_a_ratio_are_not_resolved() -> None:
 
 def test_runs_without_claims_are_not_judged() -> None:
     """Catches: a verdict from a smoke run, by whichever way it is asked."""
-    result = judge_one(spread_around(0.6), claims=False)
+    result = judge_one(spread_around(0.6), verdicts=False)
     assert result.verdict is Verdict.NOT_JUDGED
     assert result.effect == pytest.approx(0.6)
     assert math.isnan(result.p_value)
-    with pytest.raises(NoVerdictError, match=r"'a' needs runs that may carry .*claims"):
+    with pytest.raises(NoVerdictError, match=r"'a' needs .*verdicts = true"):
         require_verdict(result)
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from noisekit.cli.pipeline import write_report
+from noisekit.core import references
 from noisekit.core.errors import UsageError
 from noisekit.records import open_runs
-from noisekit.train import references
 from noisekit.train.data.datasets import load_data
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.recipe import Recipe

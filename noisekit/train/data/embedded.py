@@ -12,8 +12,8 @@ from torch import Tensor
 
 from noisekit.core.errors import DataFileError, MissingPackageError, UsageError
 from noisekit.core.randomness import stream, stream_seed
+from noisekit.core.references import resolve
 from noisekit.train.data.section import DataSection, Pools, TensorPair
-from noisekit.train.references import resolve
 from noisekit.train.section import OwnSection, PositiveFloat, PositiveInt
 
 _FEATURES = 20

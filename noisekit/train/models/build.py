@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import batch_norms
 from noisekit.core.randomness import stream_seed
+from noisekit.core.references import resolve
 from noisekit.train.models.alexnet import AlexNet
 from noisekit.train.models.c1_c2 import C1, C2
 from noisekit.train.models.fully_connected import F1, Mlp
@@ -19,7 +20,6 @@ from noisekit.train.models.resnet50 import ResNet50
 from noisekit.train.models.section import NetworkSection
 from noisekit.train.models.small_cnn import SmallCnn
 from noisekit.train.models.vgg import Vgg11
-from noisekit.train.references import resolve
 from noisekit.train.section import OWN, OwnSection, kind_of
 
 

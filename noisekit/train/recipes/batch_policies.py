@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Discriminator, Tag
 
 from noisekit.core.errors import UsageError
+from noisekit.core.references import resolve
 from noisekit.policies import Policy
 from noisekit.train.recipes.adaptive_policies import (
     CabsBatch,
@@ -20,7 +21,6 @@ from noisekit.train.recipes.scheduled_policies import (
     GrowthBatch,
     TableBatch,
 )
-from noisekit.train.references import resolve
 from noisekit.train.section import OWN, OwnSection, kind_of
 
 

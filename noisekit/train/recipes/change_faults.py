@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from noisekit.core.errors import UsageError
+from noisekit.core.references import is_reference
 from noisekit.train.recipes.adaptive_policies import KicksBatch
 from noisekit.train.recipes.parsing import ParsedSections, parse_sections
 from noisekit.train.recipes.phases import CHANGEABLE, with_phase
@@ -13,7 +14,6 @@ from noisekit.train.recipes.recipe_errors import Fault
 from noisekit.train.recipes.run_spec import RunSections
 from noisekit.train.recipes.scheduled_policies import ByClock
 from noisekit.train.recipes.timeline import known_in_advance, stretches
-from noisekit.train.references import is_reference
 
 _CHANGING = ("data", "training", "batch_policy", "phases", "optimizer", "schedule")
 

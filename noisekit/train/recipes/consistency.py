@@ -2,16 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from noisekit.core.errors import UsageError
-from noisekit.core.vocabulary import QUANTITIES
-from noisekit.stats.contrasts import arms_named
+from noisekit.core.references import is_reference
 from noisekit.train.models import uses_batch_norm
 from noisekit.train.recipes.catalogue import analyses
 from noisekit.train.recipes.change_faults import change_faults, timeline_faults
-from noisekit.train.recipes.design import ContrastSpec
-from noisekit.train.recipes.measure_spec import ALWAYS_RECORDED
 from noisekit.train.recipes.optimizers import Sgd
 from noisekit.train.recipes.parsing import ParsedSections
 from noisekit.train.recipes.points import MAX_UPDATES
@@ -21,7 +18,6 @@ from noisekit.train.recipes.recipe_errors import Fault, not_one_of
 from noisekit.train.recipes.run_spec import RunSections
 from noisekit.train.recipes.schedules import DecayToTheEnd
 from noisekit.train.recipes.sections import multiples
-from noisekit.train.references import is_reference
 from noisekit.train.section import run_id_of
 
 MAX_SNAPSHOTS = 1000
@@ -283,55 +279,3 @@ def analysis_faults(names: Iterable[str]) -> Iterator[Fault]:
     for name in names:
         if name not in known and not is_reference(name):
             yield Fault("analyses", not_one_of("an analysis", name, known))
-
-
-def contrast_faults(
-    contrasts: Sequence[ContrastSpec], arms: Mapping[str, ParsedSections]
-) -> Iterator[Fault]:
-    """Yield each name in a contrast that the recipe, or an arm, does not have."""
-    for name, times in Counter(contrast.name for contrast in contrasts).items():
-        if times > 1:
-            yield Fault(
-                "contrasts", f"needs a name per contrast, got {name!r} {times} times"
-            )
-    for contrast in contrasts:
-        faults = dict.fromkeys(_faults_of_contrast(contrast, arms))
-        for key, text in faults:
-            yield Fault(f"contrasts.{contrast.name}.{key}", text)
-
-
-def _faults_of_contrast(
-    contrast: ContrastSpec, arms: Mapping[str, ParsedSections]
-) -> Iterator[tuple[str, str]]:
-    if contrast.treatment == contrast.reference:
-        yield (
-            "reference",
-            f"needs another arm than the treatment, {contrast.treatment!r}",
-        )
-    for role in ("treatment", "reference"):
-        named = getattr(contrast, role)
-        group = arms_named(named, arms)
-        if not group:
-            yield role, not_one_of("an arm", named, arms)
-        for arm in group:
-            if arms[arm].having(("snapshots", "measure", "training")):
-                yield from _faults_at_snapshot(contrast, arms[arm].assembled())
-
-
-def _faults_at_snapshot(
-    contrast: ContrastSpec, arm: RunSections
-) -> Iterator[tuple[str, str]]:
-    snapshot, quantity = contrast.snapshot, contrast.quantity
-    if snapshot not in arm.snapshot_names:
-        yield "snapshot", not_one_of("a snapshot", snapshot, arm.snapshot_names)
-        return
-    of_forks = () if arm.start is None else ("distance_from_fork",)
-    there = (*ALWAYS_RECORDED, *of_forks, *arm.measure.measures_at(snapshot))
-    if quantity not in QUANTITIES:
-        yield "quantity", not_one_of("a quantity", quantity, there)
-    elif quantity not in there:
-        yield (
-            "quantity",
-            f"{quantity!r} is not measured at {snapshot!r}; add it to "
-            f"measure.at.{snapshot} or to measure.everywhere",
-        )

@@ -1,14 +1,13 @@
-"""Sections of an experiment's design: seeds, arms, contrasts, and rules."""
+"""Sections of an experiment's design: seeds, arms, and rules."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue
 
 from noisekit.train.section import (
     ArmName,
     Name,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Section,
 )
@@ -98,35 +97,6 @@ class StartSpec(Section):
     optimizer: Literal["reset", "keep"] = "reset"
     order: NonNegativeInt = 0
     distance_from: Literal["origin", "start"] = "origin"
-
-
-class ContrastSpec(Section):
-    """A contrast that is stated before the runs; see ``stats.Contrast``."""
-
-    name: Name
-    quantity: str
-    treatment: str
-    reference: str
-    snapshot: str
-    scale: Literal["ratio", "difference"]
-    margin: PositiveFloat
-    primary: bool = False
-    paper: str = ""
-    description: str = ""
-
-    @model_validator(mode="after")
-    def _margin_fits_the_scale(self) -> Self:
-        if self.scale == "ratio" and self.margin <= 1:
-            raise ValueError(
-                f"margin of a ratio is a factor above 1, such as 1.5; got {self.margin}"
-            )
-        fraction = self.quantity.endswith("_error")
-        if self.scale == "difference" and fraction and self.margin >= 1:
-            raise ValueError(
-                f"margin of a difference of {self.quantity} is a fraction below 1, "
-                f"such as 0.005 for half a point; got {self.margin}"
-            )
-        return self
 
 
 class RulesSpec(Section):

@@ -36,7 +36,13 @@ _KEYS_OF_ONE_KIND: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 
 def translated_recipe(table: Mapping[str, JsonValue]) -> Table:
-    """Return a recorded recipe in format 2; one in format 2 comes back as it is."""
+    """Return a recorded recipe in today's terms.
+
+    Before there was a list of claims, ``claims`` was whether there are verdicts.
+    """
+    if isinstance(table.get("claims"), bool):
+        rest = {key: value for key, value in table.items() if key != "claims"}
+        table = {**rest, "verdicts": table["claims"]}
     if table.get("format") != 1:
         return dict(table)
     base = translated_run(table)

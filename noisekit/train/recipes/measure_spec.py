@@ -15,6 +15,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from noisekit.core.errors import RecipeError
+from noisekit.core.references import is_reference
 from noisekit.sharpness import Measure
 from noisekit.train.measures import MEASURES, own_measure
 from noisekit.train.recipes.recipe_errors import (
@@ -22,7 +23,6 @@ from noisekit.train.recipes.recipe_errors import (
     schema_faults,
     unknown_keys,
 )
-from noisekit.train.references import is_reference
 from noisekit.train.section import PositiveInt, Section, Split
 
 ALWAYS_RECORDED = (

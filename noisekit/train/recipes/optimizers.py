@@ -10,8 +10,8 @@ from pydantic import Discriminator, Tag, model_validator
 from torch import nn
 
 from noisekit.core.errors import UsageError
+from noisekit.core.references import resolve
 from noisekit.train.gradients import TrustRatio
-from noisekit.train.references import resolve
 from noisekit.train.section import (
     OWN,
     Fraction,

@@ -7,14 +7,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, PrivateAttr
 
 from noisekit.core.errors import RecipeError, UsageError
-from noisekit.stats.contrasts import Contrast
+from noisekit.core.references import is_reference
+from noisekit.stats.claims import Claim
+from noisekit.train.recipes.claims import ClaimSpec, ContrastSpec, claim_faults
 from noisekit.train.recipes.consistency import (
     analysis_faults,
     arm_faults,
-    contrast_faults,
     section_faults,
 )
-from noisekit.train.recipes.design import ArmSpec, ContrastSpec, RulesSpec, SeedsSpec
+from noisekit.train.recipes.design import ArmSpec, RulesSpec, SeedsSpec
 from noisekit.train.recipes.format1 import translated_recipe
 from noisekit.train.recipes.parsing import (
     RUN_SECTIONS,
@@ -33,7 +34,6 @@ from noisekit.train.recipes.starts import (
     with_seeds_of_origins,
 )
 from noisekit.train.recipes.tables import Table, overlap, short_names, stated
-from noisekit.train.references import is_reference
 from noisekit.train.section import Name, run_id_of
 
 
@@ -47,11 +47,12 @@ class Recipe(RunSections):
         source: The papers, or what else it rests on.
         title: What this profile is.
         cost: What this profile costs, in words.
-        claims: Whether its runs may carry verdicts.
+        verdicts: Whether its runs may carry verdicts.
         profile: Name of the profile; empty where none was chosen.
         seeds: Seeds of every arm.
         arms: What is compared.
-        contrasts: What is claimed about the arms, with margins.
+        claims: What is claimed about the arms, with margins.
+        contrasts: The same, in the shorthand for two arms at one snapshot.
         analyses: Names of the analyses that answer the question.
         rules: What makes the comparison fair.
     """
@@ -62,10 +63,11 @@ class Recipe(RunSections):
     source: str = ""
     title: str = ""
     cost: str = ""
-    claims: bool = False
+    verdicts: bool = True
     profile: str = ""
     seeds: SeedsSpec
     arms: Annotated[tuple[ArmSpec, ...], Field(min_length=1)]
+    claims: tuple[ClaimSpec, ...] = ()
     contrasts: tuple[ContrastSpec, ...] = ()
     analyses: tuple[str, ...] = ()
     rules: RulesSpec = RulesSpec()
@@ -110,15 +112,18 @@ class Recipe(RunSections):
         recipe._runs_of_arms = tuple(runs.values())
         return recipe, []
 
-    def stated_contrasts(self) -> tuple[Contrast, ...]:
-        """Return the contrasts as the statistics take them."""
-        return tuple(Contrast(**spec.model_dump()) for spec in self.contrasts)
+    def stated_claims(self) -> tuple[Claim, ...]:
+        """Return all claims as the statistics take them, contrasts first."""
+        short = tuple(spec.claim() for spec in self.contrasts)
+        return short + tuple(spec.claim() for spec in self.claims)
 
     @property
     def named_code(self) -> tuple[str, ...]:
         """Code of the user's own that running imports, as ``module:function``."""
         named = [name for run in self._runs_of_arms for name in run.named_code]
         named += [name for name in self.analyses if is_reference(name)]
+        kinds = [str(spec.statistic.get("name", "")) for spec in self.claims]
+        named += [name for name in kinds if is_reference(name)]
         return tuple(dict.fromkeys(named))
 
     def adjusted(self, *, device: str | None = None, seeds: int | None = None) -> Self:
@@ -178,7 +183,7 @@ class Recipe(RunSections):
 
 
 _RECIPE = PartParser(Recipe)
-_ITEMS = {"arms": ArmSpec, "contrasts": ContrastSpec}
+_ITEMS = {"arms": ArmSpec, "claims": ClaimSpec, "contrasts": ContrastSpec}
 
 
 class _Check:
@@ -211,15 +216,20 @@ class _Check:
         known = {str(fault) for fault in found}
         for arm in self.values["arms"]:
             found += self._faults_of_arm(arm, known)
-        contrasts = self.values["contrasts"]
-        found += arm_faults([arm.name for arm in self.values["arms"]])
-        found += start_faults(self.values["arms"], self.arms, self.values["seeds"])
-        found += contrast_faults(contrasts, self.arms)
+        specs = self.values["arms"]
+        found += arm_faults([arm.name for arm in specs])
+        found += start_faults(specs, self.arms, self.values["seeds"])
+        stated_claims = (self.values["claims"], self.values["contrasts"])
+        found += claim_faults(*stated_claims, self.arms, specs)
         found += analysis_faults(self.values["analyses"] or ())
         return found
 
     def _parsed(self, key: str) -> Any:
         value = self._table.get(key)
+        if key == "claims" and isinstance(value, bool):
+            text = f"is the list of claims, got {str(value).lower()}"
+            self._faults.append(Fault(key, f"{text}; write verdicts for it"))
+            return ()
         if key not in _ITEMS or not isinstance(value, list) or not value:
             part = _RECIPE.parse(key, self._table)
             self._faults += part.faults

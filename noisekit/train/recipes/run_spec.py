@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, JsonValue
 
 from noisekit.core.randomness import stream_seed
+from noisekit.core.references import is_reference
 from noisekit.train.data.augment import AugmentSpec
 from noisekit.train.data.datasets import DataSpec
 from noisekit.train.models import ModelSpec
@@ -30,7 +31,6 @@ from noisekit.train.recipes.sections import (
     SnapshotSpec,
     TrainingSpec,
 )
-from noisekit.train.references import is_reference
 from noisekit.train.section import ArmName, Name, NonNegativeInt, RunId, Section
 
 

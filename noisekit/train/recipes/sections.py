@@ -5,13 +5,13 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
+from noisekit.core.references import is_reference
 from noisekit.train.gradients import TermSpec
 from noisekit.train.losses import LOSSES, Loss, find_loss
 from noisekit.train.recipes.clock import EpochEnd
 from noisekit.train.recipes.measure_spec import MeasureName
 from noisekit.train.recipes.points import Length, Point, Stop
 from noisekit.train.recipes.recipe_errors import not_one_of
-from noisekit.train.references import is_reference
 from noisekit.train.section import (
     Fraction,
     Name,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from noisekit.core.references import code_allowed, is_reference
 from noisekit.train.recipes.clock import Clock, Position, Span
 from noisekit.train.recipes.points import Point
 from noisekit.train.recipes.recipe_errors import shown
@@ -13,7 +14,6 @@ from noisekit.train.recipes.run_spec import RunSections
 from noisekit.train.recipes.scheduled_policies import ByClock
 from noisekit.train.recipes.sections import multiples
 from noisekit.train.recipes.update_plan import PlannedUpdate, UpdatePlan
-from noisekit.train.references import code_allowed, is_reference
 
 
 @dataclass(frozen=True, slots=True)

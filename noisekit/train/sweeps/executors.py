@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from noisekit.core.errors import NoisekitError, RunFailedError, RunLockedError
+from noisekit.core.references import allow_code
 from noisekit.core.worker_process import run_while_parent_lives
 from noisekit.records import Manifest, RunDirectory, RunStatus
-from noisekit.train.references import allow_code
 from noisekit.train.runs.loop import train_run
 from noisekit.train.runs.progress import Progress, ProgressEvent, no_progress
 from noisekit.train.sweeps.job_queue import Job, JobOutcome, JobQueue

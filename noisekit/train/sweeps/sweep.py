@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from noisekit.core import references
 from noisekit.core.arguments import checked
 from noisekit.core.errors import (
     NewerFormatError,
@@ -28,7 +29,6 @@ from noisekit.records import (
 )
 from noisekit.records.files import exists, make_directory
 from noisekit.records.provenance import software_versions
-from noisekit.train import references
 from noisekit.train.data.datasets import DataSplits, load_data
 from noisekit.train.models import build_model
 from noisekit.train.recipes.consistency import coupling_faults

@@ -10,7 +10,7 @@ import tomli_w
 from noisekit.core.errors import RecipeError, UsageError
 from noisekit.core.vocabulary import QUANTITIES
 from noisekit.sharpness import EpsilonSharpness, WorstCase
-from noisekit.stats.contrasts import Contrast
+from noisekit.stats import contrast
 from noisekit.train.measures import MEASURES
 from noisekit.train.models import F1
 from noisekit.train.recipes.catalogue import experiments
@@ -29,7 +29,7 @@ MINIMAL = """
 format = 2
 name = "minimal"
 question = "Does it load?"
-claims = true
+verdicts = true
 
 [data]
 name = "digits"
@@ -81,7 +81,7 @@ margin = 1.5
 primary = true
 
 [profiles.tiny]
-claims = false
+verdicts = false
 data = { train = 64 }
 snapshots = { losses = [1.0, 0.5] }
 seeds = { count = 1 }
@@ -180,7 +180,7 @@ def test_profile_merges_tables_and_replaces_lists(write) -> None:
     assert recipe.data.validation == 16
     assert recipe.snapshots.losses == (1.0, 0.5)
     assert recipe.snapshots.at == {"equal_epochs": Point(epochs=2)}
-    assert not recipe.claims
+    assert not recipe.verdicts
 
 
 def test_another_kind_replaces_its_section_and_an_override_does_not(write) -> None:
@@ -227,11 +227,11 @@ def test_override_is_laid_over_the_profile(write) -> None:
     recipe = load_recipe(
         write(),
         profile="tiny",
-        overrides={"seeds.count": "7", "optimizer.name": "adam", "claims": "true"},
+        overrides={"seeds.count": "7", "optimizer.name": "adam", "verdicts": "true"},
     )
     assert recipe.seeds.count == 7
     assert recipe.optimizer.name == "adam"
-    assert recipe.claims
+    assert recipe.verdicts
 
 
 def test_what_all_arms_set_need_not_be_said_before(write) -> None:
@@ -249,8 +249,8 @@ def test_what_all_arms_set_need_not_be_said_before(write) -> None:
 
 def test_contrasts_are_those_that_statistics_take(write) -> None:
     """A stated contrast reaches the statistics with all its fields."""
-    (contrast,) = load_recipe(write()).stated_contrasts()
-    assert contrast == Contrast(
+    (claim,) = load_recipe(write()).stated_claims()
+    assert claim == contrast(
         name="sharper",
         quantity="lambda_max",
         treatment="large",
@@ -622,7 +622,7 @@ def test_grid_beyond_bounds_is_counted_and_not_made(write) -> None:
         ("2026-12-01", 'question: needs text, got "2026'),
         ("[" * 4000 + "]" * 4000, ""),
         ("[" * 40 + "]" * 40, "recipes nest at most 16 tables and lists"),
-        ("1\nclaims = true", ""),
+        ("1\nverdicts = true", ""),
     ],
 )
 def test_odd_override_is_text_or_a_fault(write, text: str, said: str) -> None:
@@ -847,6 +847,6 @@ def test_bundled_recipe_is_sound(path: Path, profile: str) -> None:
     assert recipe.title
     assert recipe.cost
     assert recipe.run_specs()
-    if recipe.claims:
-        assert any(contrast.primary for contrast in recipe.contrasts)
+    if recipe.verdicts:
+        assert any(claim.primary for claim in recipe.stated_claims())
         assert recipe.seeds.count >= recipe.rules.min_pairs

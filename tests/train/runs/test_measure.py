@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from noisekit.core.errors import RecipeError, UsageError
+from noisekit.core.references import allow_code
 from noisekit.records import Runs, open_runs
 from noisekit.sharpness import SHARPNESS_MEASURES
 from noisekit.train.data.datasets import load_data
 from noisekit.train.data.section import TensorPair
 from noisekit.train.measures import own_measure
 from noisekit.train.models import build_model
-from noisekit.train.references import allow_code
 from noisekit.train.runs.loop import train_run
 from noisekit.train.runs.progress import ProgressEvent
 from noisekit.train.runs.snapshots import load_weights

@@ -1,31 +1,31 @@
 """Sentences and the answer: they follow the table, and err as rarely as it does."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from noisekit.report import answer, sentence
-from noisekit.stats import Contrast, ContrastResult, PairedSample, Verdict, judge
+from noisekit.stats import Claim, ClaimResult, SeedSample, Verdict, judge
 from tests.report.planted import PLANTED, false_share
-from tests.report.samples import ERROR, SHARPNESS, contrasts
+from tests.report.samples import ERROR, SHARPNESS, changed
+from tests.report.samples import judged as six_pairs
 
 ARMS = {"small": "batch 16", "large": "batch 128"}
-LATER = replace(
+LATER = changed(
     SHARPNESS, name="later", snapshot="loss_0.02", primary=False, description="later"
 )
 
 
 def judged(
-    contrast: Contrast, ratio: float, spread: float = 0.05, **sample: str
-) -> ContrastResult:
+    claim: Claim, ratio: float, spread: float = 0.05, **sample: str
+) -> ClaimResult:
     """Judge a contrast by itself on ten pairs with this mean ratio and log spread."""
     noise = np.linspace(-1, 1, 10) * spread
-    pairs = PairedSample(
+    pairs = SeedSample(
         tuple(range(10)), tuple(ratio * np.exp(noise)), (1.0,) * 10, **sample
     )
-    return judge([contrast], {contrast.name: pairs})[0]
+    return judge([claim], {claim.name: pairs})[0]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_each_verdict_has_its_own_words(ratio: float, words: str) -> None:
 
 def test_differences_are_told_in_points_without_a_second_sign() -> None:
     """Catches: "fell by −0.4 points"; fractions; no word that it is descriptive."""
-    [result] = contrasts(ERROR)
+    [result] = six_pairs(ERROR)
     assert sentence(result, ARMS) == (
         "Batch 128 against batch 16: test error at equal epochs fell by 0.400 points "
         "(95 % interval −0.466 to −0.334), less than the 0.5 points called relevant "
@@ -63,7 +63,7 @@ def test_a_primary_verdict_is_not_told_without_what_contradicts_it() -> None:
     results = [judged(SHARPNESS, 1.39), judged(LATER, 2.39)]
     text = answer(results, ARMS)
     assert "rose 1.39\u202f×" in text
-    assert "Against this, by descriptive contrasts: " in text
+    assert "Against this, by descriptive claims: " in text
     assert text.index("rose 1.39") < text.index("rose 2.39")
 
 
@@ -73,11 +73,11 @@ def test_descriptive_results_that_agree_are_only_counted(primary, other) -> None
     results = [judged(SHARPNESS, primary), judged(LATER, other)]
     text = answer(results, ARMS)
     assert "Against this" not in text
-    assert f"Other descriptive contrasts: 1 {results[1].verdict}." in text
+    assert f"Other descriptive claims: 1 {results[1].verdict}." in text
 
 
-@pytest.mark.parametrize("other", [replace(LATER, quantity="weighted_hessian_trace")])
-def test_another_measure_of_sharpness_may_contradict(other: Contrast) -> None:
+@pytest.mark.parametrize("other", [changed(LATER, quantity="weighted_hessian_trace")])
+def test_another_measure_of_sharpness_may_contradict(other: Claim) -> None:
     """Catches: contradictions looked for under one name of a measure only."""
     text = answer([judged(SHARPNESS, 1.0), judged(other, 0.4)], ARMS)
     assert "Against this" in text
@@ -85,7 +85,7 @@ def test_another_measure_of_sharpness_may_contradict(other: Contrast) -> None:
 
 def test_an_error_does_not_contradict_a_sharpness() -> None:
     """Catches: contrasts of different kinds set against each other."""
-    other = replace(LATER, quantity="test_error")
+    other = changed(LATER, quantity="test_error")
     text = answer([judged(SHARPNESS, 1.0), judged(other, 2.4)], ARMS)
     assert "Against this" not in text
     assert text.endswith("These runs cannot say whether sharpness causes the error.")
@@ -101,7 +101,7 @@ def test_an_undecided_primary_does_not_hide_what_is_decided() -> None:
 
 def test_runs_without_claims_get_no_verdict() -> None:
     """Catches: an answer from runs that claim nothing."""
-    assert answer(contrasts(SHARPNESS), ARMS, claims=False).startswith("No verdict")
+    assert answer(six_pairs(SHARPNESS), ARMS, verdicts=False).startswith("No verdict")
 
 
 def test_arms_and_setting_have_their_names() -> None:

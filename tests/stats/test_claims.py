@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from noisekit import stats
 from noisekit.core.errors import UsageError
-from noisekit.stats import Contrast, PairedSample, contrast_titles
+from noisekit.stats import Claim, SeedSample, claim_titles
 
 
-def contrast(**changes: object) -> Contrast:
+def contrast(**changes: object) -> Claim:
     fields = {
         "name": "sharper",
         "quantity": "lambda_max",
@@ -19,7 +20,7 @@ def contrast(**changes: object) -> Contrast:
         "scale": "ratio",
         "margin": 1.5,
     }
-    return Contrast(**(fields | changes))
+    return stats.contrast(**(fields | changes))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def contrast(**changes: object) -> Contrast:
     [
         ({"margin": 0.5}, "'sharper' needs a finite margin above 1 for a ratio, got 0"),
         ({"scale": "log"}, "'sharper' needs scale 'ratio' or 'difference', got 'log'"),
-        ({"reference": "large"}, "needs two different arms, got 'large' twice"),
+        ({"reference": "large"}, "needs two different groups, got 'large' twice"),
         ({"scale": "difference", "margin": -1.0}, "above 0 for a difference, got -1"),
     ],
 )
@@ -44,7 +45,7 @@ def test_a_contrast_is_descriptive_unless_it_says_primary() -> None:
 
 def test_pairing_by_seed_keeps_every_seed() -> None:
     """Catches: pairing by position; seeds of one arm only dropped in silence."""
-    sample = PairedSample.by_seed(
+    sample = SeedSample.by_seed(
         {2: 20.0, 0: 0.5, 1: 10.0}, {1: 1.0, 2: 2.0, 5: 5.0}, seeds=range(7)
     )
     assert sample.seeds == (0, 1, 2, 3, 4, 5, 6)
@@ -58,7 +59,7 @@ def test_pairing_by_seed_keeps_every_seed() -> None:
 
 def test_an_infinite_value_is_no_complete_pair() -> None:
     """Catches: the loss of a diverged run entering a mean."""
-    sample = PairedSample((0, 1), (math.inf, 1.0), (1.0, 1.0))
+    sample = SeedSample((0, 1), (math.inf, 1.0), (1.0, 1.0))
     assert sample.complete()[0].tolist() == [1.0]
 
 
@@ -72,12 +73,12 @@ def test_an_infinite_value_is_no_complete_pair() -> None:
 def test_data_that_are_not_paired_are_refused(seeds, values, message) -> None:
     """Catches: zip that stops at the shorter arm."""
     with pytest.raises(UsageError, match=message):
-        PairedSample(seeds, values, values)
+        SeedSample(seeds, values, values)
 
 
 def test_contrasts_have_one_title_each() -> None:
     """Catches: two rows under one name; an internal name where words were given."""
-    titles = contrast_titles(
+    titles = claim_titles(
         [
             contrast(description="same rate"),
             contrast(name="error", quantity="test_error", description="same rate"),
