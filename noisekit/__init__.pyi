@@ -48,6 +48,7 @@ from noisekit.policies import RateRule as RateRule
 from noisekit.policies import RelativeDecrease as RelativeDecrease
 from noisekit.policies import Table as Table
 from noisekit.policies import apply_rate as apply_rate
+from noisekit.policies import find_batch_size as find_batch_size
 from noisekit.probes import Probe as Probe
 from noisekit.probes import Reading as Reading
 from noisekit.probes import example_sq_norms as example_sq_norms

@@ -4,6 +4,11 @@ from noisekit.policies.accumulation import GradientAccumulation, Update
 from noisekit.policies.adaptive import Adaptive, AtIntervals, Wanted
 from noisekit.policies.cabs import CABS
 from noisekit.policies.kicks import Kicks, Progress, RelativeDecrease, StallCriterion
+from noisekit.policies.memory import (
+    BatchSizeSearch,
+    BatchSizeTrial,
+    find_batch_size,
+)
 from noisekit.policies.noise_scale import GradientThreshold, NoiseScaleTarget
 from noisekit.policies.point import At
 from noisekit.policies.policy import Decision, Need, Observation, Policy, State
@@ -43,6 +48,8 @@ __all__ = [
     "AdaptiveBatchSampler",
     "At",
     "AtIntervals",
+    "BatchSizeSearch",
+    "BatchSizeTrial",
     "Constant",
     "Decision",
     "GradientAccumulation",
@@ -66,6 +73,7 @@ __all__ = [
     "Update",
     "Wanted",
     "apply_rate",
+    "find_batch_size",
     "quantities_for",
     "values_of_reading",
 ]

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Lt
@@ -122,8 +123,38 @@ class Table(Scheduled):
         return Decision(self.sizes[place], reason=f"size {place + 1} of {last + 1}")
 
 
+class Growing(Scheduled):
+    """Base of geometric growth: ``min(⌊m_0 r^k⌋, max)`` after ``k`` changes."""
+
+    batch_size: PositiveInt
+    factor: GrowthFactor
+    max: PositiveInt
+    at: tuple[At, ...]
+    every: At | None
+
+    def __post_init__(self) -> None:
+        """Check the settings and their order."""
+        _as_tuples(self, "at")
+        Policy.__post_init__(self)
+        check_changes(self.at, self.every)
+        if self.max < self.batch_size:
+            raise BatchSizeError(
+                f"max needs to be at least the batch size {self.batch_size}, got "
+                f"{self.max}."
+            )
+
+    def bounds(self) -> tuple[int, int]:
+        """Return the first size and the last, or ``max`` where growth has no end."""
+        last = self.max if self.every is not None else self.size_after(len(self.at))
+        return self.batch_size, last
+
+    def size_after(self, num_changes: int) -> int:
+        """Return the batch size after so many changes."""
+        return _grown(self.batch_size, self.factor, self.max, num_changes)
+
+
 @dataclass(frozen=True)
-class Growth(Scheduled):
+class Growth(Growing):
     r"""Geometric growth, ``m_k = min(⌊m_0 r^k⌋, max)`` after ``k`` changes.
 
     The product is floored, not each step: 1.1 from 100 gives 161 after five changes,
@@ -160,31 +191,6 @@ class Growth(Scheduled):
     every: At | None = None
     beyond: Literal["stay", "rate"] = "stay"
 
-    def __post_init__(self) -> None:
-        """Check the settings and their order."""
-        _as_tuples(self, "at")
-        Policy.__post_init__(self)
-        check_changes(self.at, self.every)
-        if self.max < self.batch_size:
-            raise BatchSizeError(
-                f"max needs to be at least the batch size {self.batch_size}, got "
-                f"{self.max}."
-            )
-
-    def bounds(self) -> tuple[int, int]:
-        """Return the first size and the last, or ``max`` where growth has no end."""
-        last = self.max if self.every is not None else self.size_after(len(self.at))
-        return self.batch_size, last
-
-    def size_after(self, num_changes: int) -> int:
-        """Return the batch size after so many changes."""
-        # Beyond this many changes max holds; powers of fractions would be slow there.
-        enough = math.ceil(math.log(self.max / self.batch_size, self.factor)) + 1
-        # The decimal number that was written: 1.1 ** 2 is above 1.21 in floats.
-        factor = Fraction(str(self.factor))
-        product = self.batch_size * factor ** min(num_changes, enough)
-        return min(math.floor(product), self.max)
-
     def decide(self, position: Observation) -> Decision:
         """Return the size after the changes so far."""
         changes = num_reached(position, self.at, self.every)
@@ -196,7 +202,7 @@ class Growth(Scheduled):
 
 
 @dataclass(frozen=True)
-class AdaBatch(Scheduled):
+class AdaBatch(Growing):
     r"""AdaBatch: batch size and rate change together, as a decayed baseline asks.
 
     After ``k`` changes the batch is ``m_k = min(⌊m_0 r^k⌋, max)`` and the rate factor
@@ -251,27 +257,12 @@ class AdaBatch(Scheduled):
         """Take the paper's interval where none is given, and check as growth does."""
         if self.every is None and not self.at:
             object.__setattr__(self, "every", At(epochs=20))
-        _as_tuples(self, "at")
-        Policy.__post_init__(self)
-        self._growth()
-
-    def _growth(self) -> Growth:
-        return Growth(
-            self.batch_size,
-            factor=self.factor,
-            max=self.max,
-            at=self.at,
-            every=self.every,
-        )
-
-    def bounds(self) -> tuple[int, int]:
-        """Return the bounds of its growth."""
-        return self._growth().bounds()
+        Growing.__post_init__(self)
 
     def decide(self, position: Observation) -> Decision:
         """Return the size after the changes so far, and the rate that goes with it."""
         changes = num_reached(position, self.at, self.every)
-        size = self._growth().size_after(changes)
+        size = self.size_after(changes)
         coupling = size / self.batch_size if self.coupled else 1.0
         rate = self.decay**changes * coupling
         return Decision(size, rate, reason=f"after {changes} changes")
@@ -341,6 +332,15 @@ def check_changes(at: tuple[At, ...], every: At | None) -> None:
     amounts = [point.amount for point in at]
     if sorted(amounts) != amounts:
         raise UsageError(f"at needs points in ascending order, got {amounts}.")
+
+
+@lru_cache(maxsize=4096)
+def _grown(batch_size: int, factor: float, largest: int, num_changes: int) -> int:
+    # Beyond this many changes the largest holds; powers of fractions would be slow.
+    enough = math.ceil(math.log(largest / batch_size, factor)) + 1
+    # The decimal number that was written: 1.1 ** 2 is above 1.21 in floats.
+    product = batch_size * Fraction(str(factor)) ** min(num_changes, enough)
+    return min(math.floor(product), largest)
 
 
 def _as_tuples(settings: object, *names: str) -> None:

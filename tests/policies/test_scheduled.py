@@ -52,7 +52,7 @@ def test_intervals_are_counted_exactly_where_floats_are_not():
         ({}, "exactly one of updates, examples, epochs, share, got none"),
         ({"updates": 1, "epochs": 2}, "got updates, epochs"),
         ({"share": 1.5}, "share needs"),
-        ({"epochs": -1}, "epochs needs to be 0 or more"),
+        ({"epochs": -1}, "epochs needs to be at least 0"),
         ({"updates": 1.5}, "updates needs"),
     ],
 )
@@ -214,7 +214,7 @@ def test_table_cycles_and_stays():
             lambda: nk.Table((8, 16, 32), at=[At(epochs=2), At(updates=9)]),
             "points on one clock",
         ),
-        (lambda: nk.Table((8, 16), at=[10]), "points such as At"),
+        (lambda: nk.Table((8, 16), at=[10]), "at needs to be .* an At"),
         (
             lambda: nk.Growth(8, factor=1.0, every=At(epochs=1), max=64),
             "use Table for sizes that fall",
