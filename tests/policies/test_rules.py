@@ -298,3 +298,50 @@ def test_decisions_at_intervals():
         2048,
     ]
     assert state["held"] == 0
+
+
+def test_cabs_is_the_official_program_for_ten_thousand_steps():
+    """Equal integers, step by step, on gradients of softmax regression.
+
+    The reference is NumPy alone: elementwise second moments less squared means. Every
+    decided size is used for the next batch, so that one wrong size changes all after.
+    """
+    import numpy as np
+    import torch
+
+    draw = np.random.default_rng(0)
+    inputs = draw.normal(size=(2048, 6))
+    labels = (inputs @ draw.normal(size=(6, 3)) + draw.normal(size=(2048, 3))).argmax(1)
+    weights, rate = np.zeros((6, 3)), 0.3
+    xi_average, loss_average, size = 0.0, 1.0, 4
+    policy = nk.CABS(min=4, max=128, c=40.0)
+    state, seen, visited = policy.start(), nk.Observation(), set()
+    for step in range(1, 10_001):
+        state, decision = policy.next(state, seen)
+        assert decision.batch_size == size, step
+        visited.add(size)
+        rows = draw.integers(0, 2048, size)
+        scores = inputs[rows] @ weights
+        scores -= scores.max(1, keepdims=True)
+        chances = np.exp(scores)
+        chances /= chances.sum(1, keepdims=True)
+        loss = float(-np.log(chances[np.arange(size), labels[rows]]).mean())
+        residuals = chances.copy()
+        residuals[np.arange(size), labels[rows]] -= 1
+        grads = np.einsum("ni,nj->nij", inputs[rows], residuals)
+        seen = nk.Observation(
+            updates=step,
+            batch_size=size,
+            learning_rate=rate,
+            loss=loss,
+            variance_trace=float(torch.from_numpy(grads).var(0, correction=1).sum()),
+        )
+        # The official rule.
+        mean = grads.mean(0)
+        xi = float(((grads**2).mean(0) - mean**2).sum())
+        loss_average = 0.95 * loss_average + 0.05 * loss
+        xi_average = 0.95 * xi_average + 0.05 * xi
+        raw = 40.0 * rate * xi_average / loss_average
+        size = int(np.clip(np.round(raw), 4, 128))
+        weights -= rate * mean
+    assert len(visited) > 20
