@@ -41,13 +41,11 @@ class HeldBatches(Sequence[Batch]):
 
     Attributes:
         num_examples: Examples over all batches.
-        num_bytes: Memory of their tensors [bytes].
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = tuple(batches)
         self.num_examples = sum(count_examples(batch) for batch in self._batches)
-        self.num_bytes = sum(_bytes_of(batch) for batch in self._batches)
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...

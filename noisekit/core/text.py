@@ -1,14 +1,10 @@
-"""Text of unknown origin, made safe for terminals and for file names."""
+"""Text of unknown origin, made safe for terminals."""
 
-import re
 import unicodedata
 
-_KEPT = "\n\t"
+_LINE_BREAKS = "\n\t"
 _ACTIVE = frozenset({"Cc", "Cf", "Cs"})
 """Unicode categories that act on a terminal: control, format, lone surrogates."""
-
-_NOT_IN_NAMES = re.compile(r"[^\w.+=@-]+")
-_LONGEST_STEM = 100
 
 
 def printable(text: str) -> str:
@@ -20,18 +16,7 @@ def printable(text: str) -> str:
     """
     return "".join(
         ascii(char)[1:-1]
-        if char not in _KEPT and unicodedata.category(char) in _ACTIVE
+        if char not in _LINE_BREAKS and unicodedata.category(char) in _ACTIVE
         else char
         for char in text
     )
-
-
-def file_stem(text: str) -> str:
-    """Return ``text`` as the stem of one file: no separators, not hidden, not too long.
-
-    Example:
-        >>> file_stem("../loss: train/test")
-        'loss-train-test'
-    """
-    stem = _NOT_IN_NAMES.sub("-", text).strip("-.")
-    return stem[:_LONGEST_STEM] or "unnamed"

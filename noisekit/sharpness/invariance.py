@@ -65,6 +65,9 @@ def check_invariance(
     intervals hold together in 95 % of checks (Bonferroni over all ratios). Of a
     measure that repeats itself bit by bit, a ratio inside counts whatever its error.
 
+    Arguments that are not listed are those of
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
         measure: ``measure(model, loss_fn, batches)``, an ``Estimate``, a number
             or a result with ``.estimate``. Each call starts from the same global
@@ -73,7 +76,6 @@ def check_invariance(
             ``WorstCase(rho=0.1)``, which get the same random numbers each time.
         model: The network, or its :class:`EmpiricalRisk`; not changed, nor seen by
             the measure: that gets copies.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
         batches: Pairs ``(inputs, targets)``, held in memory where they fit.
         rescalings: By name, functions of a copy of the model and a factor that change
             the copy or return a new state dict or model. By default what is known:
@@ -84,7 +86,6 @@ def check_invariance(
         generator: Of the neurons' random factors; by default a fresh one.
         bn: What BatchNorm normalises with, for the outputs and the loss that are
             compared; the measure has its own.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
 
     Returns:
         Ratios, exponents and a verdict for each family.

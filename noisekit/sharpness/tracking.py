@@ -287,18 +287,16 @@ def track_sharpness(
     bit for bit, and nothing is drawn from the global random state, so that a tracked
     training takes the same course as another.
 
+    Arguments that are not listed are those of
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
         model: The model that is being trained, or its :class:`EmpiricalRisk`.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         every: Steps between visits.
         targets: Which eigenvalues, and how accurately.
         optimizer: Gives the threshold of stability, by its rate and momentum at the
             visit; a ``torch.optim.SGD``.
         generator: Source of random directions; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters; all by default.
 
     Raises:
         UsageError: If ``every`` is below 1, or the optimizer's threshold of stability

@@ -5,13 +5,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from noisekit.core.distributed import Ranks
-from noisekit.curvature.operators.operator import SymmetricOperator
+from noisekit.curvature.operators.operator import (
+    SymmetricOperator,
+    TransformedOperator,
+)
 
 End = Literal["LA", "SA"]
 
 
-class DeflatedOperator(SymmetricOperator):
+class DeflatedOperator(TransformedOperator):
     r"""``(I - V V') A (I - V V') + c V V'``: eigenvalues of ``V`` moved to ``c``.
 
     With ``c`` at the unwanted end of the spectrum, the wanted end belongs to the
@@ -30,36 +32,13 @@ class DeflatedOperator(SymmetricOperator):
             end: Which end of the remaining spectrum is wanted.
             scale: At least about the norm of ``A``; ``c`` is plus or minus that.
         """
-        self._operator = operator
+        self.operator = operator
         self._vectors = torch.linalg.qr(vectors.to(operator.dtype))[0]
         self._moved_to = -scale if end == "LA" else scale
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self._operator.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the vectors."""
-        return self._operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the vectors are."""
-        return self._operator.device
-
-    @property
-    def ranks(self) -> Ranks:
-        """The processes that hold a share of the data."""
-        return self._operator.ranks
-
-    def _matvec(self, vector: Tensor) -> Tensor:
-        return self._matmat(vector.unsqueeze(1)).squeeze(1)
-
     def _matmat(self, block: Tensor) -> Tensor:
         inside = self._vectors.T @ block  # (j, k), V' X
-        product = self._operator @ (block - self._vectors @ inside)  # A (I - V V') X
+        product = self.operator @ (block - self._vectors @ inside)  # A (I - V V') X
         # (I - V V') Y + c V V' X = Y + V (c V' X - V' Y), with one product by V less.
         along = self._moved_to * inside - self._vectors.T @ product
         moved: Tensor = product + self._vectors @ along

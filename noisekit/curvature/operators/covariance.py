@@ -71,14 +71,8 @@ class GradientCovarianceOperator(OutputSpaceOperator):
 
         Args:
             model: This, and what is not described here, as in :class:`RiskOperator`.
-            loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-            batches: Pairs ``(inputs, targets)``.
             per: What a gradient is of: ``"example"`` or ``"batch"``.
             centred: Whether to subtract the mean gradient.
-            bn: What BatchNorm normalises by.
-            normaliser: What ``loss_fn`` divides by, where it is not the example count.
-            params: Names or patterns of parameters; gives a diagonal block.
-            memory_budget: Most memory for the data, and again for kept graphs [bytes].
 
         Raises:
             UsageError: If ``per`` is neither.

@@ -118,17 +118,12 @@ class FisherOperator(OutputSpaceOperator):
         Args:
             model: This, and what is not described here, as in :class:`RiskOperator`.
             loss_fn: ``loss_fn(outputs, targets)``; its normaliser weights the targets.
-            batches: Pairs ``(inputs, targets)``.
             kind: ``"true"`` takes the expectation over the model's distribution
                 exactly, ``"monte_carlo"`` by drawing targets once, so that the
                 operator stays the same matrix, and ``"empirical"`` not at all.
                 :class:`MonteCarlo` states how many are drawn and by which generator.
             likelihood: What the outputs are parameters of; that of the loss by
                 default, where PyTorch's cross-entropy or mean squared error.
-            bn: What BatchNorm normalises by.
-            normaliser: What ``loss_fn`` divides by, where it is not the example count.
-            params: Names or patterns of parameters; gives a diagonal block.
-            memory_budget: Most memory for the data, and again for kept graphs [bytes].
             weight_decay: Adds the curvature of the weight decay penalty.
 
         Raises:

@@ -97,9 +97,7 @@ class HessianOperator(RiskOperator):
         """Check everything as :class:`RiskOperator` does.
 
         Args:
-            model: This and all arguments but ``form`` as in :class:`RiskOperator`.
-            loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-            batches: Pairs ``(inputs, targets)``.
+            model: This, and what is not described here, as in :class:`RiskOperator`.
             form: ``"auto"`` keeps graphs within the budget, by a rule that reads no
                 clock, so that bits repeat. ``"kept"`` keeps the graph of all batches
                 whatever the budget, ``"rebuilt"`` that of none. ``"linearised"``
@@ -108,10 +106,6 @@ class HessianOperator(RiskOperator):
                 batch. ``"finite_difference"`` is for models without second
                 derivatives: central differences of gradients in double precision,
                 whose error ``trial`` states.
-            bn: What BatchNorm normalises by.
-            normaliser: What ``loss_fn`` divides by, where it is not the example count.
-            params: Names or patterns of parameters; gives a diagonal block.
-            memory_budget: Most memory for the data, and again for kept graphs [bytes].
             weight_decay: Adds the curvature of the weight decay penalty.
 
         Raises:

@@ -152,6 +152,39 @@ class SymmetricOperator(ABC):
         )
 
 
+class TransformedOperator(SymmetricOperator):
+    """Base of operators made of one other, of the same size, type and device.
+
+    Attributes:
+        operator: The other.
+    """
+
+    operator: SymmetricOperator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.operator.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the vectors."""
+        return self.operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+        return self.operator.device
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that hold a share of the data."""
+        return self.operator.ranks
+
+    def _matvec(self, vector: Tensor) -> Tensor:
+        return self._matmat(vector.unsqueeze(1)).squeeze(1)
+
+
 class LinearCombination(SymmetricOperator):
     r"""``sum_i a_i A_i + c I``, one product of each ``A_i`` per product.
 

@@ -3,20 +3,21 @@
 from collections.abc import Callable
 from typing import Annotated
 
-import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW
 
 from noisekit.core.arguments import checked
-from noisekit.core.distributed import Ranks
 from noisekit.core.errors import UsageError
 from noisekit.core.params import flatten
 from noisekit.core.settings import Hint
-from noisekit.curvature.operators.operator import SymmetricOperator
+from noisekit.curvature.operators.operator import (
+    SymmetricOperator,
+    TransformedOperator,
+)
 from noisekit.curvature.operators.risk_operator import RiskOperator
 
 
-class ScaledOperator(SymmetricOperator):
+class ScaledOperator(TransformedOperator):
     r"""``D A D`` with a diagonal ``D``, which is read again at each product.
 
     Attributes:
@@ -45,29 +46,6 @@ class ScaledOperator(SymmetricOperator):
                 f"scales needs shape ({operator.shape[0]},), got {tuple(shape)}; build "
                 "it from the same parameters as the operator."
             )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.operator.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the vectors."""
-        return self.operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the vectors are."""
-        return self.operator.device
-
-    @property
-    def ranks(self) -> Ranks:
-        """The processes that hold a share of the data."""
-        return self.operator.ranks
-
-    def _matvec(self, vector: Tensor) -> Tensor:
-        return self._matmat(vector.unsqueeze(1)).squeeze(1)
 
     def _matmat(self, block: Tensor) -> Tensor:
         scales = self._scales().to(self.device, self.dtype).unsqueeze(1)

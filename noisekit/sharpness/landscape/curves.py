@@ -119,11 +119,12 @@ def connecting_curve(
     the loss over all data at a random point of the curve. A low curve shows that two
     minima lie in one valley; a high one only that this search found none.
 
+    Arguments that are not listed are those of
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
         model: A model that both state dicts fit, or an :class:`EmpiricalRisk` of it;
             it is restored bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         start: State dict at ``t = 0``.
         end: State dict at ``t = 1``.
         shape: ``"bezier"`` or ``"polychain"``.
@@ -132,7 +133,6 @@ def connecting_curve(
         bn: What BatchNorm normalises with; ``"recalibrated"`` by default.
             ``"running"`` moves the statistics along the straight line, and they are
             then not those of the curve's weights.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
 
     Raises:
         UsageError: If a state dict does not fit the model, or an argument is out of

@@ -187,19 +187,18 @@ def interpolate(
     ``bn="recalibrated"`` computes them anew at each point. Points between are
     evaluated many at a time where PyTorch can.
 
+    Arguments that are not listed are those of
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
         model: A model that both state dicts fit, or an :class:`EmpiricalRisk` of it,
             all of whose weights move; it is restored bit for bit.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         start: State dict at ``alpha = 0`` (the paper's small batch).
         end: State dict at ``alpha = 1`` (the paper's large batch).
         num_points: Points of the even grid; 0 and 1 are added where it misses them.
         span: Where the line begins, at most 0, and where it ends, at least 1.
         path: The straight line, or the curve that keeps the length of the weights
             where both ends are orthogonal and of equal length.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
 
     Returns:
         The losses and errors, and the width of the valley around each end.

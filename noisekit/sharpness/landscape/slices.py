@@ -111,11 +111,12 @@ def loss_slice(
     neurons. Grid points are evaluated in batches with ``vmap`` where PyTorch can,
     within the risk's memory budget.
 
+    Arguments that are not listed are those of
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
         model: The model, or an :class:`EmpiricalRisk` in place of it, of ``loss_fn``
             and of ``batches``; only the chosen parameters move.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         directions: ``"filter_normalised"``, ``"random"`` or ``"eigenvectors"``, or a
             :class:`DirectionSpec` that states the generator as well; or one flat
             vector ``(P,)`` per axis, or another slice's directions, taken as they are.
@@ -125,8 +126,6 @@ def loss_slice(
             misses it.
         bn: What BatchNorm normalises with; ``"recalibrated"`` recomputes the statistics
             at each point.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
-        params: Names or patterns of the parameters that move; all by default.
 
     Returns:
         The losses and errors on the grid, and the directions.

@@ -146,17 +146,16 @@ def rescaled_twin(
     :math:`\lambda \sum_i d_i^2 v_i^2` with ``d`` the divisors, up to negative
     curvature.
 
+    Arguments that are not listed are those of
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
         model: A chain, see :func:`free_scales`, or its :class:`EmpiricalRisk`; not
             changed.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         factor: Above 1; a power of two changes no bit of the outputs of a network
             without BatchNorm.
         tol: Wanted relative accuracy of both eigenvalues.
         generator: Source of the random start; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
 
     Raises:
         UsageError: If the network is no such chain, the factor is not above 1, the
@@ -210,17 +209,16 @@ def sharpened_twin(
     same function that are as sharp as you like. See :func:`rescaled_twin` for a
     chosen factor instead, and for which layer is divided.
 
+    Arguments that are not listed are those of
+    :func:`~noisekit.core.risk.as_risk`.
+
     Args:
         model: A chain, see :func:`free_scales`, or its :class:`EmpiricalRisk`; not
             changed.
-        loss_fn: ``loss_fn(outputs, targets)``, a scalar.
-        batches: Pairs ``(inputs, targets)``; the loss is that over all of them.
         target: The twin's largest Hessian eigenvalue, above the model's own; it is
             reached within 5 % [loss/param²].
         tol: Wanted relative accuracy of the eigenvalues.
         generator: Source of the random start; by default a fresh one.
-        bn: What BatchNorm normalises with.
-        normaliser: What ``loss_fn`` divides by, where it is not the example count.
 
     Raises:
         UsageError: If the network is no such chain, the target is not above the
