@@ -23,6 +23,7 @@ from noisekit.figures.theme import (
     snapshot_words,
     themed,
 )
+from noisekit.figures.timeline import timeline
 from noisekit.figures.training import training_curves
 from noisekit.figures.tuning import rate_tuning
 
@@ -48,6 +49,7 @@ __all__ = [
     "snapshot_words",
     "spectral_density",
     "themed",
+    "timeline",
     "training_curves",
     "windowed_noise",
     "writable_folder",

@@ -18,6 +18,7 @@ from noisekit.figures.theme import (
     MUTED,
     TWO_COLUMNS,
     ZONE,
+    arm_words,
     described,
     in_three_digits,
     plain_log_ticks,
@@ -94,7 +95,7 @@ def _without_effect(table: DataFrame) -> str:
 def _row(result: ClaimResult, title: str, arms: Mapping[str, str]) -> dict[str, object]:
     claim, statistic = result.claim, result.claim.statistic
     ratio = claim.scale == "ratio"
-    names = [arms.get(arm, arm.replace("_", " ")) for arm in statistic.groups if arm]
+    names = [arms.get(arm, arm_words(arm)) for arm in statistic.groups if arm]
     treatment, reference = (*names, "", "")[:2]
     known = described(claim.quantity)
     factor, compared = 1.0, ", ratio" if ratio else ", difference"

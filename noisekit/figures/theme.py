@@ -137,7 +137,12 @@ def arm_styles(runs: DataFrame) -> dict[str, ArmStyle]:
         if len(set(labels.values())) == len(labels) and all(labels.values()):
             return styles_of(labels)
     arms = [str(arm) for arm in runs["arm"].drop_duplicates()]
-    return styles_of({arm: arm.replace("_", " ") for arm in arms})
+    return styles_of({arm: arm_words(arm) for arm in arms})
+
+
+def arm_words(name: str) -> str:
+    """Return an arm's name in words: ``fork/batch_size=16`` is fork, batch size 16."""
+    return name.replace("_", " ").replace("/", ", ").replace("=", " ")
 
 
 _FACTOR_WORDS = {"batch_size": "batch", "learning_rate": "rate"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from noisekit.core.vocabulary import QUANTITIES
-from noisekit.figures.theme import snapshot_words
+from noisekit.figures.theme import arm_words, snapshot_words
 from noisekit.report.typography import (
     NO_VALUE,
     fixed,
@@ -307,7 +307,7 @@ def _quantity(claim: Claim) -> str:
 
 
 def _arm(name: str, arms: Mapping[str, str]) -> str:
-    return arms.get(name, spaced(name))
+    return arms.get(name, arm_words(name))
 
 
 def _effect(result: ClaimResult) -> str:

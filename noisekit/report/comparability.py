@@ -12,6 +12,7 @@ from noisekit.records import Runs
 from noisekit.report.recipe_view import (
     fair_test_terms,
     gives_verdicts,
+    one_split,
     planned_seeds,
     policy_bounds,
     stated_claims,
@@ -76,8 +77,10 @@ def sample_of(runs: Runs, claim: Claim) -> SeedSample:
         sample = claim.statistic.sample(runs, scale=claim.scale)
     except UsageError as error:
         return SeedSample((), (), not_comparable=str(error).rstrip("."))
-    planned = [planned_seeds(runs, arm) for arm in _arms_of(runs, claim.statistic)]
-    sample = sample.with_seeds(seed for seeds in planned for seed in seeds)
+    arms = _arms_of(runs, claim.statistic)
+    planned = [set(seeds) for arm in arms if (seeds := planned_seeds(runs, arm))]
+    if planned:  # a trunk with fewer seeds leaves no pairs that nobody planned
+        sample = sample.at_seeds(set.intersection(*planned))
     terms = fair_test_terms(runs)
     reasons: list[str | None] = [sample.not_comparable]
     if claim.kind == "claim":
@@ -90,6 +93,24 @@ def sample_of(runs: Runs, claim: Claim) -> SeedSample:
     reason = next((text for text in reasons if text), None)
     crossed = _difference_over_images(runs, claim)
     return replace(sample, not_comparable=reason, crossed=crossed)
+
+
+def spread_of(runs: Runs, claim: Claim) -> float | None:
+    """Return the standard deviation over seeds of a claim's statistic.
+
+    Of the paired differences where two groups are compared, and of logarithms where the
+    claim is about a ratio. ``None`` where fewer than two seeds have a number, or where
+    these do not differ.
+    """
+    ratio = claim.scale == "ratio"
+    above, below = sample_of(runs, claim).complete(no_effect=1.0 if ratio else 0.0)
+    if ratio:
+        positive = (above > 0) & (below > 0)
+        above, below = np.log(above[positive]), np.log(below[positive])
+    if len(above) < 2:
+        return None
+    deviation = float(np.std(above - below, ddof=1))
+    return deviation or None
 
 
 def loss_fault(runs: Runs, claim: Claim) -> str | None:
@@ -176,13 +197,14 @@ def correct_answers(runs: Runs, claim: Claim) -> tuple[np.ndarray, np.ndarray] |
 
     Two tables of one row per seed and one column per image (seeds, images), of the
     seeds and images that both arms have. ``None`` unless the claim is a difference of
-    error rates between two arms, and two seeds and images are there.
+    error rates between two arms, all seeds share the images, and two seeds and images
+    are there.
     """
     statistic = claim.statistic
     split, _, kind = claim.quantity.rpartition("_")
     table = runs.examples
     plain = isinstance(statistic, Difference)
-    if not plain or kind != "error" or not len(table):
+    if not plain or kind != "error" or not len(table) or not one_split(runs):
         return None
     at = statistic.snapshot
     here = table[(table["snapshot"] == at) & (table["split"] == split)]

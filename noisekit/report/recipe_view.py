@@ -135,26 +135,47 @@ def policy_bounds(runs: Runs) -> dict[str, tuple[float, float]]:
     return found
 
 
+def one_split(runs: Runs) -> bool:
+    """Return whether all seeds share one split of the data."""
+    seeds = runs.recipe.get("seeds")
+    return not (isinstance(seeds, Mapping) and seeds.get("split") == "own")
+
+
 def normalising_batches(runs: Runs) -> dict[str, float | None]:
     """Return how many examples BatchNorm sees together per arm; 0 without BatchNorm.
 
-    ``None`` where the recipe does not tell, as for a network of the user's own.
+    Each run has on record whether its network was built with BatchNorm. ``None`` where
+    that is not known: in older runs with a network of the user's own.
     """
-    names, norms = (arm_settings(runs, f"model.{key}") for key in ("name", "norm"))
     batch_sizes = numbers_by_arm(runs, "training.batch_size")
     microbatches = numbers_by_arm(runs, "training.microbatch")
     parts = numbers_by_arm(runs, "training.accumulation")
     result: dict[str, float | None] = {}
-    for arm in names:
-        if norms[arm] == "none":
-            result[arm] = 0.0
-        elif names[arm] != "f1" and norms[arm] != "batch":
+    for arm, known in _normalises(runs).items():
+        if known is None:
             result[arm] = None
+        elif not known:
+            result[arm] = 0.0
         elif arm in microbatches or arm in batch_sizes:
             whole = batch_sizes.get(arm, 0.0) / parts.get(arm, 1.0)
             result[arm] = microbatches.get(arm, whole)
         else:
             result[arm] = None
+    return result
+
+
+def _normalises(runs: Runs) -> dict[str, bool | None]:
+    """Return whether each arm's network has BatchNorm, by its first run on record."""
+    result: dict[str, bool | None] = {}
+    names, norms = (arm_settings(runs, f"model.{key}") for key in ("name", "norm"))
+    for arm in names:
+        # Runs that recorded no network had noisekit's first three, or the user's own.
+        by_name = names[arm] == "f1" or norms[arm] == "batch"
+        result[arm] = True if by_name else False if norms[arm] == "none" else None
+    for run in reversed(runs.directories):
+        layers = run.manifest.network.get("batch_norms")
+        if layers is not None:
+            result[run.manifest.arm] = layers > 0
     return result
 
 
@@ -167,7 +188,8 @@ def setting_words(runs: Runs) -> str:
     if not known:
         return ""
     noun = "seed" if seeds == 1 else "seeds"
-    return ", ".join([*known, "one split", f"{seeds} {noun}"])
+    split = "one split" if one_split(runs) else "a split per seed"
+    return ", ".join([*known, split, f"{seeds} {noun}"])
 
 
 def _section_words(runs: Runs, section: str) -> str:

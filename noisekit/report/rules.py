@@ -42,6 +42,7 @@ def fair_test_rules(runs: Runs, claims: Iterable[Claim]) -> tuple[Rule, ...]:
         *_loss_rules(runs, claims),
         _invariance_rule(runs),
         _seeds_rule(runs),
+        *_planned_rules(runs),
         _batch_norm_rule(runs, arms),
         _selection_rule(runs),
         _completion_rule(runs),
@@ -125,6 +126,19 @@ def _seeds_rule(runs: Runs) -> Rule:
         f"{count} in all arms; {seed_words(runs)}; arms of one seed share the starting "
         "weights",
     )
+
+
+def _planned_rules(runs: Runs) -> list[Rule]:
+    """Return the rule about the number of seeds, where it is not the recipe's."""
+    seeds = runs.recipe.get("seeds")
+    if not isinstance(seeds, Mapping) or seeds.get("planned") is None:
+        return []
+    detail = seed_words(runs)
+    if seeds["count"] > seeds["planned"]:
+        detail += (
+            "; seeds that are added once results are known make intervals too narrow"
+        )
+    return [Rule("As many seeds as were planned", False, detail)]
 
 
 def _batch_norm_rule(runs: Runs, arms: Mapping[str, str]) -> Rule:

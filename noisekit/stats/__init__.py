@@ -19,6 +19,7 @@ from noisekit.stats.permutation import (
     SimultaneousBand,
     permutation_band,
 )
+from noisekit.stats.power import half_width, pairs_needed
 from noisekit.stats.rank import RankCorrelation, kendall_tau
 from noisekit.stats.sample import SeedSample
 from noisekit.stats.statistics import (
@@ -85,11 +86,13 @@ __all__ = [
     "contrast",
     "crossed_difference",
     "curves",
+    "half_width",
     "hierarchical_bootstrap",
     "judge",
     "kendall_tau",
     "on_grid",
     "paired_effect",
+    "pairs_needed",
     "permutation_band",
     "require_verdict",
     "statistic_of",

@@ -90,15 +90,18 @@ class SeedSample:
             note=note,
         )
 
-    def with_seeds(self, seeds: Iterable[int]) -> Self:
-        """Return the sample with seeds that were planned, and are missing if absent."""
-        new = tuple(sorted(set(seeds) - set(self.seeds)))
-        gaps = (math.nan,) * len(new)
-        below = None if self.reference is None else self.reference + gaps
+    def at_seeds(self, seeds: Iterable[int]) -> Self:
+        """Return the sample at the seeds that were planned; an absent one is missing."""
+        planned = tuple(sorted(set(seeds)))
+        above = dict(zip(self.seeds, self.treatment, strict=True))
+        below = None
+        if self.reference is not None:
+            there = dict(zip(self.seeds, self.reference, strict=True))
+            below = tuple(there.get(seed, math.nan) for seed in planned)
         return replace(
             self,
-            seeds=self.seeds + new,
-            treatment=self.treatment + gaps,
+            seeds=planned,
+            treatment=tuple(above.get(seed, math.nan) for seed in planned),
             reference=below,
         )
 

@@ -34,9 +34,9 @@ def section_faults(arm: ParsedSections) -> Iterator[Fault]:
     if changes:
         return  # what follows asks how many updates there are
     checks = (
-        (("data", "training"), _batch_faults),
+        (("data", "training", "batch_policy", "phases"), _batch_faults),
         (("evaluation", "training", "snapshots"), _evaluation_faults),
-        (("data", "training", "snapshots"), _snapshot_faults),
+        (("data", "training", "snapshots", "batch_policy", "phases"), _snapshot_faults),
         (("data", "training", "schedule"), _schedule_faults),
         (("data", "measure", "snapshots", "training"), _measure_faults),
         (("data", "training", "probe", "optimizer"), _estimator_faults),

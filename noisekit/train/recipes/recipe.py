@@ -107,7 +107,9 @@ class Recipe(RunSections):
         if faults:
             return None, faults
         runs = {name: arm.assembled() for name, arm in check.arms.items()}
-        arms = with_seeds_of_origins(check.values["arms"], origins(runs))
+        arms = with_seeds_of_origins(
+            check.values["arms"], origins(runs), check.values["seeds"]
+        )
         recipe = cls.model_construct(**{**check.values, "arms": arms})
         recipe._runs_of_arms = tuple(runs.values())
         return recipe, []

@@ -27,14 +27,21 @@ def chain(arm: str, origin_of: Mapping[str, str]) -> list[str]:
 
 
 def with_seeds_of_origins(
-    arms: tuple[ArmSpec, ...], origin_of: Mapping[str, str]
+    arms: tuple[ArmSpec, ...], origin_of: Mapping[str, str], seeds: SeedsSpec
 ) -> tuple[ArmSpec, ...]:
-    """Return the arms; one without seeds of its own has those of its origin."""
+    """Return the arms; one without seeds of its own has those of its origin.
+
+    What an arm has differently from the recipe is stated in full.
+    """
     own = {arm.name: arm.seeds for arm in arms}
 
     def seeds_of(arm: ArmSpec) -> ArmSeedsSpec | None:
         behind = (arm.name, *chain(arm.name, origin_of))
-        return next((own[name] for name in behind if own.get(name)), None)
+        stated = next((own[name] for name in behind if own.get(name)), None)
+        if stated is None:
+            return None
+        found = seeds.of_arm(stated)
+        return ArmSeedsSpec(first=found.start, count=len(found))
 
     return tuple(arm.model_copy(update={"seeds": seeds_of(arm)}) for arm in arms)
 
@@ -62,7 +69,10 @@ def start_faults(
     """
     runs = {name: parsed.assembled() for name, parsed in sections.items()}
     origin_of = origins(runs)
-    by_name = {arm.name: arm for arm in with_seeds_of_origins(arms, origin_of)}
+    by_name = {}
+    if seeds is not None:
+        resolved = with_seeds_of_origins(arms, origin_of, seeds)
+        by_name = {arm.name: arm for arm in resolved}
     for name, origin in origin_of.items():
         key = f"arms.{name}.start"
         start = runs[name].start

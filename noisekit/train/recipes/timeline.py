@@ -120,6 +120,54 @@ def timeline(run: RunSections, *, each_epoch: bool = False) -> list[Change]:
     return changes
 
 
+def curve(run: RunSections, *, points: int = 256) -> list[Change]:
+    """Return a run's settings densely enough to draw: lines go from row to row.
+
+    Where a setting jumps there are two rows at one place, before and after. A run whose
+    policy follows readings has its first decision alone.
+
+    Args:
+        run: The sections of a run.
+        points: Rows, about, over which a rate that changes continuously is spread.
+    """
+    if not known_in_advance(run):
+        return [_first(run)]
+    clock, plan = run.clock, UpdatePlan(run)
+    step = max(1, run.max_updates // points)
+    rows: list[Change] = []
+    for stretch in stretches(run):
+        first, size = stretch.first, stretch.first.batch_size
+        end = replace(_end(run, stretch), reason="")
+        smooth = end.learning_rate != first.learning_rate
+        inside = (*range(0, stretch.count, step), stretch.count - 1)
+        for offset in sorted(set(inside)) if smooth else (0,):
+            position = first.before
+            if offset:
+                position = clock.after_equal(position, size, offset)
+            row = replace(
+                _change(first, clock.epochs(position), ""),
+                update=position.updates,
+                examples=position.examples,
+                learning_rate=plan.rate(stretch.phase, position, first),
+            )
+            _append(rows, row)
+        if not smooth or clock.ended(first.after):
+            _append(rows, end)
+    return rows
+
+
+def _append(rows: list[Change], row: Change) -> None:
+    """Add a row in place of the last one where all settings stay as they were."""
+    if len(rows) > 1 and _settings(rows[-2]) == _settings(rows[-1]) == _settings(row):
+        rows[-1] = row
+    else:
+        rows.append(row)
+
+
+def _settings(row: Change) -> tuple[object, ...]:
+    return row.batch_size, row.learning_rate, row.momentum, row.microbatch
+
+
 def known_in_advance(run: RunSections) -> bool:
     """Whether all batch sizes follow from the position in training."""
     return all(isinstance(part.batch_policy, ByClock) for part in run.in_phases)
