@@ -9,7 +9,7 @@ kept, how to go on). Nothing heavy is imported before a command needs it, so tha
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -24,6 +24,9 @@ from noisekit.cli.terminal import (
 )
 from noisekit.core.errors import NoisekitError, RunFailedError, UsageError
 from noisekit.core.text import printable
+
+if TYPE_CHECKING:
+    from noisekit.train.recipes.recipe import Recipe
 
 WORK_FAILED = 1
 WRONG_REQUEST = 2
@@ -49,6 +52,11 @@ def _existing(path: Path) -> Path:
         "DIR needs to be a folder that `noisekit run` or nk.attach wrote, got "
         f"{path}, which is no folder; check the path."
     )
+
+
+def _existing_or_none(path: Path | None) -> Path | None:
+    """Refuse a directory that was named and is not there."""
+    return None if path is None else _existing(path)
 
 
 def _print_version(wanted: bool) -> None:
@@ -163,6 +171,23 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")
     ] = False,
+    timeline: Annotated[
+        bool,
+        typer.Option(
+            "--timeline",
+            help="With --dry-run: list and draw every change of batch size, rate and "
+            "momentum, and say what the seeds can resolve.",
+        ),
+    ] = False,
+    spread_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--spread-from",
+            metavar="DIR",
+            help="With --timeline: runs whose spread over seeds the power rests on.",
+            callback=_existing_or_none,
+        ),
+    ] = None,
     allow_download: Annotated[
         bool,
         typer.Option(
@@ -185,8 +210,15 @@ def run(
 
     with own_code(allowed=allow_code):
         if dry_run:
-            _print_cost(recipe, profile, settings, device, seeds, workers)
+            loaded = _print_cost(recipe, profile, settings, device, seeds, workers)
+            if timeline:
+                _print_timeline(loaded, out, spread_from)
             return
+        if timeline or spread_from:
+            raise UsageError(
+                "--timeline and --spread-from need --dry-run beside them, since they "
+                "show what is planned and run nothing; add it."
+            )
         _run_and_report(
             recipe,
             profile,
@@ -314,7 +346,12 @@ def _run_and_report(
     from noisekit.train.sweeps import sweep
 
     loaded = load(recipe, profile, settings, seeds=seeds, device=device)
-    directory = out or Path("noisekit-runs") / f"{loaded.name}-{loaded.profile}"
+    directory = out or _default_folder(loaded)
+    if (planned := loaded.seeds.planned) is not None:
+        say(
+            f"{loaded.seeds.count} seeds, where the recipe plans {planned}: the record "
+            "and the report say so."
+        )
     say(f"{loaded.question}\nRuns go to {directory}")
     with kept_runs(directory), SweepProgress(len(loaded.run_specs())) as progress:
         sweep.run(
@@ -334,7 +371,7 @@ def _print_cost(
     device: str | None,
     seeds: int | None,
     workers: int | None,
-) -> None:
+) -> "Recipe":
     from noisekit.cli.listing import cost_table
     from noisekit.cli.request import load
     from noisekit.train.sweeps.cost import estimate_cost
@@ -342,6 +379,24 @@ def _print_cost(
     loaded = load(recipe, profile, settings, seeds=seeds, device=device)
     cost = estimate_cost(loaded, workers=workers)
     Console().print(cost_table(cost, f"{loaded.name}, profile {loaded.profile}"))
+    return loaded
+
+
+def _print_timeline(recipe: "Recipe", out: Path | None, spread: Path | None) -> None:
+    from noisekit.cli.dry_run import power_table, timeline_figure, timeline_table
+
+    Console().print(timeline_table(recipe))
+    if recipe.contrasts:
+        Console().print(power_table(recipe, spread))
+        if spread is None:
+            say("State a spread over seeds with --spread-from DIR, a set of runs.")
+    folder = (out or _default_folder(recipe)) / "analyses" / "timeline"
+    for path in timeline_figure(recipe, folder):
+        say(f"Figure: {path}")
+
+
+def _default_folder(recipe: "Recipe") -> Path:
+    return Path("noisekit-runs") / f"{recipe.name}-{recipe.profile}"
 
 
 def _report(directory: Path, out: Path | None) -> None:

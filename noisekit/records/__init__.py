@@ -5,6 +5,7 @@ from noisekit.records.manifest import Manifest, RunStatus
 from noisekit.records.reader import (
     RUN_COLUMNS,
     Runs,
+    factor_cell,
     open_runs,
     read_set,
     write_set,
@@ -34,6 +35,7 @@ __all__ = [
     "Table",
     "TableWriter",
     "exclusive_lock",
+    "factor_cell",
     "load_tensors",
     "open_runs",
     "read_json",

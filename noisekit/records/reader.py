@@ -285,10 +285,13 @@ def _run_row(manifest: Manifest) -> dict[str, object]:
         "created": manifest.created,
         "updated": manifest.updated,
     }
-    factors = {name: _cell(value) for name, value in manifest.factors.items()}
+    factors = {name: factor_cell(value) for name, value in manifest.factors.items()}
     return {**factors, **row, **manifest.costs}
 
 
-def _cell(value: object) -> object:
-    """A factor that is a list or a table as text, which can be compared and grouped."""
+def factor_cell(value: object) -> object:
+    """Return a factor as a cell of ``Runs.runs``.
+
+    A list or a table becomes text, which can be compared and grouped.
+    """
     return json.dumps(value) if isinstance(value, list | dict) else value

@@ -355,3 +355,30 @@ def spectrum(*, atoms: tuple[float, ...] = (15.0, 20.0)) -> DataFrame:
     ]
     table = pd.concat(tables, ignore_index=True)
     return table.assign(low=0.8 * table["value"], high=1.2 * table["value"])
+
+
+def planned_settings() -> DataFrame:
+    """Arms of 1,024 examples: batch 32, doubled at epochs 2 and 4, and 128."""
+    stretches = {
+        "small": [(0, 6, 32, 0.1)],
+        "growing": [(0, 2, 32, 0.1), (2, 4, 64, 0.05), (4, 6, 128, 0.025)],
+        "large": [(0, 6, 128, 0.1)],
+    }
+    rows = []
+    for arm, parts in stretches.items():
+        step = 0
+        for begin, end, size, rate in parts:
+            for epoch in (begin, end):
+                step += (epoch - begin) * 1024 // size
+                rows.append(
+                    {
+                        "arm": arm,
+                        "epoch": float(epoch),
+                        "step": step,
+                        "batch_size": size,
+                        "learning_rate": rate,
+                        "momentum": 0.9,
+                        "microbatch": size,
+                    }
+                )
+    return DataFrame(rows)

@@ -61,6 +61,10 @@ DRAWN_ON: dict[str, tuple[tuple[int, int], Callable[[object], Plot]]] = {
         (3, 2),
         lambda ax: figures.training_curves(samples.evaluations(num_seeds=2), ax=ax),
     ),
+    "timeline": (
+        (2, 2),
+        lambda ax: figures.timeline(samples.planned_settings(), ax=ax),
+    ),
     "tuning": (
         (1, 1),
         lambda ax: figures.rate_tuning(samples.tuning_grid(), chosen={16: 0.1}, ax=ax),

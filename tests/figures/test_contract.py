@@ -51,6 +51,7 @@ FIGURES: dict[str, Callable[[], Plot]] = {
         samples.measurements(num_seeds=3), samples.snapshots(num_seeds=3)
     ),
     "curves": lambda: figures.training_curves(samples.evaluations(num_seeds=3)),
+    "timeline": lambda: figures.timeline(samples.planned_settings()),
     "tuning": lambda: figures.rate_tuning(
         samples.tuning_grid(), chosen={16: 0.1, 128: 0.5}
     ),

@@ -137,8 +137,7 @@ def curve(run: RunSections, *, points: int = 256) -> list[Change]:
     rows: list[Change] = []
     for stretch in stretches(run):
         first, size = stretch.first, stretch.first.batch_size
-        end = replace(_end(run, stretch), reason="")
-        smooth = end.learning_rate != first.learning_rate
+        smooth = _is_smooth(run, stretch)
         inside = (*range(0, stretch.count, step), stretch.count - 1)
         for offset in sorted(set(inside)) if smooth else (0,):
             position = first.before
@@ -150,22 +149,75 @@ def curve(run: RunSections, *, points: int = 256) -> list[Change]:
                 examples=position.examples,
                 learning_rate=plan.rate(stretch.phase, position, first),
             )
-            _append(rows, row)
-        if not smooth or clock.ended(first.after):
+            _append(rows, row, gap=step if smooth else 0)
+        end = replace(_end(run, stretch), reason="")
+        if not smooth or end.update == run.max_updates:
             _append(rows, end)
     return rows
 
 
-def _append(rows: list[Change], row: Change) -> None:
-    """Add a row in place of the last one where all settings stay as they were."""
-    if len(rows) > 1 and _settings(rows[-2]) == _settings(rows[-1]) == _settings(row):
-        rows[-1] = row
-    else:
-        rows.append(row)
+def _is_smooth(run: RunSections, stretch: Stretch) -> bool:
+    """Whether the rate changes from update to update."""
+    schedule = run.in_phases[stretch.phase].schedule
+    warmup = schedule.warmup
+    warming = (
+        warmup is not None
+        and run.clock.span(warmup.length).times(stretch.first.before) == 0
+    )
+    return schedule.smooth or warming
+
+
+def _append(rows: list[Change], row: Change, *, gap: int = 0) -> None:
+    """Add a row; in place of the last one where that is not needed for a line.
+
+    Args:
+        rows: The rows so far.
+        row: The next one.
+        gap: Updates within which a rate may change without a row of its own.
+    """
+    if len(rows) > 1:
+        before, last = rows[-2], rows[-1]
+        same = _settings(before) == _settings(last) == _settings(row)
+        near = (row.update or 0) - (before.update or 0) < gap
+        flat = before.learning_rate == last.learning_rate == row.learning_rate
+        if same and (flat or near):
+            rows[-1] = row
+            return
+    rows.append(row)
 
 
 def _settings(row: Change) -> tuple[object, ...]:
-    return row.batch_size, row.learning_rate, row.momentum, row.microbatch
+    """Return what holds beside the rate."""
+    return row.batch_size, row.momentum, row.microbatch
+
+
+def updates_by_batch(run: RunSections) -> dict[int, int]:
+    """Return how many updates of each batch size the longest run has.
+
+    Where a policy follows readings: as many as fit if all are of its smallest size.
+    """
+    if not known_in_advance(run):
+        sizes = (s.batch_policy.smallest(s.training.batch_size) for s in run.in_phases)
+        return {min(sizes): run.max_updates}
+    counts: dict[int, int] = {}
+    for stretch in stretches(run):
+        size = stretch.first.num_examples
+        counts[size] = counts.get(size, 0) + stretch.count
+    return counts
+
+
+def most_examples(run: RunSections) -> int:
+    """Return how many examples enter a gradient in the longest run, at most."""
+    if known_in_advance(run):
+        counts = updates_by_batch(run)
+        return sum(size * count for size, count in counts.items())
+    bounds = (
+        part.batch_policy.build(part.training.batch_size).bounds()
+        for part in run.in_phases
+    )
+    largest = max(high for _, high in bounds)
+    # The last update may begin one example before the end of the last epoch.
+    return int(min(run.clock.end.cursor + largest, run.max_updates * largest))
 
 
 def known_in_advance(run: RunSections) -> bool:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from noisekit.train.models import build_model
 from noisekit.train.recipes.probe_spec import ProbeSpec
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.recipes.timeline import most_examples, updates_by_batch
 from noisekit.train.runs.environment import computing
 from noisekit.train.section import run_id_of
 
@@ -66,12 +68,27 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class _Timing:
-    """Seconds of one update, of one pass over all splits, of one Hessian product."""
+    """Seconds of one update, of one pass over all splits, of one Hessian product.
 
-    update: float
+    Attributes:
+        updates: Seconds of an update, by batch size: of one size or two.
+        evaluation: Seconds of a pass over all splits.
+        product: Seconds of a Hessian product.
+        num_params: Parameters of the network.
+    """
+
+    updates: Mapping[int, float]
     evaluation: float
     product: float
     num_params: int
+
+    def update(self, size: int) -> float:
+        """Return the seconds of an update: a line through the sizes that were timed."""
+        low, high = min(self.updates), max(self.updates)
+        if low == high:
+            return self.updates[low]
+        slope = (self.updates[high] - self.updates[low]) / (high - low)
+        return self.updates[low] + slope * (size - low)
 
 
 def estimate_cost(recipe: Recipe, *, workers: int | None = None) -> Cost:
@@ -91,8 +108,8 @@ def estimate_cost(recipe: Recipe, *, workers: int | None = None) -> Cost:
     seconds = max(sum(of_runs.values()) / count, longest_chain(specs, of_runs))
     return Cost(
         num_runs=len(specs),
-        updates=sum(spec.max_updates for spec in specs),
-        gradient_evaluations=sum(s.max_updates * s.training.batch_size for s in specs),
+        updates=sum(sum(updates_by_batch(spec).values()) for spec in specs),
+        gradient_evaluations=sum(map(most_examples, specs)),
         hessian_products=sum(_products(spec) for spec in specs),
         disk_bytes=sum(_disk(s, timings[_kind(s)].num_params) for s in specs),
         seconds=seconds + (_WORKER_START_SECONDS if workers != 0 else 0.0),
@@ -124,10 +141,11 @@ def duration(seconds: float) -> str:
 
 def _kind(spec: RunSpec) -> tuple[object, ...]:
     """Return what decides how long a step takes."""
+    planned = updates_by_batch(spec)
     return (
-        spec.data,
+        spec.data.model_copy(update={"split_seed": 0}),
         spec.model,
-        spec.training.batch_size,
+        (min(planned), max(planned)),
         spec.training.microbatch,
         spec.training.loss,
         spec.compute,
@@ -151,8 +169,11 @@ def _reading_updates(probe: ProbeSpec) -> float:
 def _run_seconds(spec: RunSpec, timing: _Timing) -> float:
     every = spec.probe.every
     read = _reading_updates(spec.probe) / every if every else 0.0
+    training = sum(
+        count * timing.update(size) for size, count in updates_by_batch(spec).items()
+    )
     return (
-        spec.max_updates * timing.update * (1 + read)
+        training * (1 + read)
         + _num_evaluations(spec) * timing.evaluation
         + _products(spec) * timing.product
     )
@@ -209,15 +230,20 @@ def _time_run(spec: RunSpec, budget: float) -> _Timing:
             return loss_fn(model(batch[0]), batch[1])
 
         optimizer = torch.optim.SGD(parameters, lr=0.0)
-        size = min(spec.training.batch_size, spec.data.train)
-        update = _seconds(lambda: _update(loss, optimizer, batch(size)), budget / 2)
+        planned = updates_by_batch(spec)
+        sizes = {min(size, spec.data.train) for size in (min(planned), max(planned))}
+        share = budget / 2 / len(sizes)
+        updates = {
+            size: _seconds(partial(_update, loss, optimizer, batch(size)), share)
+            for size in sizes
+        }
         part = min(_TIMED_EXAMPLES, spec.data.train)
         forward = _seconds(lambda: _forward(loss, batch(part)), budget / 4)
         product = _seconds(_product(loss, parameters, batch(part)), budget / 4)
     evaluated = spec.data.train + spec.data.validation + spec.data.test
     measured = spec.measure.num_examples or spec.data.train
     return _Timing(
-        update=update,
+        updates=updates,
         evaluation=forward * evaluated / part,
         product=product * measured / part,
         num_params=sum(parameter.numel() for parameter in parameters),
