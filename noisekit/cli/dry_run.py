@@ -12,9 +12,9 @@ from noisekit import figures
 from noisekit.cli.terminal import cell
 from noisekit.records import Runs, factor_cell, open_runs
 from noisekit.records.files import make_directory
-from noisekit.report.comparability import paired_spread
-from noisekit.report.recipe_view import stated_contrasts
-from noisekit.stats import Contrast, arms_named, half_width, pairs_needed
+from noisekit.report.comparability import spread_of
+from noisekit.report.recipe_view import stated_claims
+from noisekit.stats import Claim, half_width, pairs_needed
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.recipes.timeline import Change, curve, timeline
@@ -64,27 +64,29 @@ def timeline_figure(recipe: Recipe, folder: Path) -> list[Path]:
 
 
 def power_table(recipe: Recipe, spread_from: Path | None) -> Table:
-    """Return how narrow each contrast's interval will be, against its margin.
+    """Return how narrow each claim's interval will be, against its margin.
+
+    Identities and controls are left out: they pass or fail.
 
     Args:
         recipe: The experiment.
-        spread_from: A recorded set of runs whose spread over pairs of seeds stands for
-            the spread of those to come; unknown without one.
+        spread_from: A recorded set of runs whose spread over seeds stands for the
+            spread of those to come; unknown without one.
     """
     runs = None if spread_from is None else open_runs(spread_from)
     table = Table(title="Power", title_justify="left")
-    for column in ("contrast", "quantity", "pairs", "spread", "half width", "margin"):
+    for column in ("claim", "quantity", "seeds", "spread", "half width", "margin"):
         table.add_column(column, overflow="fold")
     table.add_column("so", overflow="fold")
-    contrasts = recipe.stated_contrasts()
-    primary = sum(contrast.primary for contrast in contrasts)
-    for contrast in contrasts:
-        level = 1 - (1 - _LEVEL) / (primary if contrast.primary else 1)
-        pairs = _num_pairs(recipe, contrast)
-        spread, source = _spread(runs, contrast)
-        name = f"{contrast.name} (primary)" if contrast.primary else contrast.name
-        row = (name, contrast.quantity, str(pairs))
-        numbers = _power_cells(contrast, spread, pairs=pairs, level=level)
+    claims = [claim for claim in recipe.stated_claims() if claim.kind == "claim"]
+    primary = sum(claim.primary for claim in claims)
+    for claim in claims:
+        level = 1 - (1 - _LEVEL) / (primary if claim.primary else 1)
+        seeds = recipe.num_seeds(claim)
+        spread, source = _spread(runs, claim)
+        name = f"{claim.name} (primary)" if claim.primary else claim.name
+        row = (name, claim.quantity, str(seeds))
+        numbers = _power_cells(claim, spread, seeds=seeds, level=level)
         table.add_row(*map(cell, (*row, *numbers[:-1], f"{numbers[-1]}{source}")))
     return table
 
@@ -115,50 +117,44 @@ def _number(value: float | None, form: str) -> str:
     return _UNKNOWN if value is None else format(value, form)
 
 
-def _num_pairs(recipe: Recipe, contrast: Contrast) -> int:
-    seeds = {arm.name: set(recipe.seeds.of_arm(arm.seeds)) for arm in recipe.arms}
-    arms = [
-        arm
-        for name in (contrast.treatment, contrast.reference)
-        for arm in arms_named(name, seeds)
-    ]
-    return len(set.intersection(*(seeds[arm] for arm in arms)))
-
-
-def _spread(runs: Runs | None, contrast: Contrast) -> tuple[float | None, str]:
-    """Return the spread of a contrast in recorded runs, and where it was taken."""
+def _spread(runs: Runs | None, claim: Claim) -> tuple[float | None, str]:
+    """Return the spread of a claim in recorded runs, and where it was taken."""
     if runs is None:
         return None, ""
-    found = paired_spread(runs, contrast)
-    if found is not None:
-        return found, ""
-    for other in stated_contrasts(runs):
-        same = (other.quantity, other.scale) == (contrast.quantity, contrast.scale)
-        spread = paired_spread(runs, other) if same else None
+    own = spread_of(runs, claim)
+    if own is not None:
+        return own, ""
+    for other in stated_claims(runs):
+        alike = (other.quantity, other.scale, other.statistic.name) == (
+            claim.quantity,
+            claim.scale,
+            claim.statistic.name,
+        )
+        spread = spread_of(runs, other) if alike else None
         if spread is not None:
-            return spread, f" (spread of {other.name!r}, at {other.snapshot})"
+            return spread, f" (spread of {other.name!r})"
     return None, ""
 
 
 def _power_cells(
-    contrast: Contrast, spread: float | None, *, pairs: int, level: float
+    claim: Claim, spread: float | None, *, seeds: int, level: float
 ) -> tuple[str, str, str, str]:
     """Return spread, half width and margin, and what follows, in words."""
-    ratio = contrast.scale == "ratio"
-    margin = math.log(contrast.margin) if ratio else contrast.margin
+    ratio = claim.scale == "ratio"
+    margin = math.log(claim.margin) if ratio else claim.margin
 
     def shown(value: float) -> str:
         return f"x{math.exp(value):.3g}" if ratio else f"{value:.3g}"
 
     if spread is None:
         return _UNKNOWN, _UNKNOWN, shown(margin), "unknown: no spread is stated"
-    width = half_width(spread, pairs, level=level)
+    width = half_width(spread, seeds, level=level)
     if not math.isfinite(width):
-        words = "no interval: it needs two pairs"
+        words = "no interval: it needs two seeds"
         return shown(spread), _UNKNOWN, shown(margin), words
     words = "resolves the margin"
     if width > margin:
         needed = pairs_needed(spread, margin, level=level)
         fewest = "more than 100,000" if needed is None else f"{needed:,}"
-        words = f"wider than the margin: {fewest} pairs would resolve it"
+        words = f"wider than the margin: {fewest} seeds would resolve it"
     return shown(spread), shown(width), shown(margin), words

@@ -386,7 +386,7 @@ def _print_timeline(recipe: "Recipe", out: Path | None, spread: Path | None) -> 
     from noisekit.cli.dry_run import power_table, timeline_figure, timeline_table
 
     Console().print(timeline_table(recipe))
-    if recipe.contrasts:
+    if recipe.stated_claims():
         Console().print(power_table(recipe, spread))
         if spread is None:
             say("State a spread over seeds with --spread-from DIR, a set of runs.")

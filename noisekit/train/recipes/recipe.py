@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, PrivateAttr
 from noisekit.core.errors import RecipeError, UsageError
 from noisekit.core.references import is_reference
 from noisekit.stats.claims import Claim
+from noisekit.stats.statistics import arms_named
 from noisekit.train.recipes.claims import ClaimSpec, ContrastSpec, claim_faults
 from noisekit.train.recipes.consistency import (
     analysis_faults,
@@ -118,6 +119,14 @@ class Recipe(RunSections):
         """Return all claims as the statistics take them, contrasts first."""
         short = tuple(spec.claim() for spec in self.contrasts)
         return short + tuple(spec.claim() for spec in self.claims)
+
+    def num_seeds(self, claim: Claim) -> int:
+        """Return at how many seeds a claim is to have all the runs that it needs."""
+        seeds = {arm.name: set(self.seeds.of_arm(arm.seeds)) for arm in self.arms}
+        factors = {spec.arm: spec.factors for spec in self.run_specs()}
+        groups = [group for group in claim.statistic.groups if group is not None]
+        arms = [arm for group in groups for arm in arms_named(group, factors)]
+        return len(set.intersection(*(seeds[arm] for arm in arms)))
 
     @property
     def named_code(self) -> tuple[str, ...]:
