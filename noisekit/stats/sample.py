@@ -91,7 +91,7 @@ class SeedSample:
         )
 
     def at_seeds(self, seeds: Iterable[int]) -> Self:
-        """Return the sample at the seeds that were planned; an absent one is missing."""
+        """Return the sample at the planned seeds; an absent one is missing."""
         planned = tuple(sorted(set(seeds)))
         above = dict(zip(self.seeds, self.treatment, strict=True))
         below = None

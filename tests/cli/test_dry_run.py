@@ -113,7 +113,7 @@ def test_power_comes_from_recorded_runs(call: Call, tmp_path: Path) -> None:  # 
     assert code == 0
     width = 3.1634 * spread / 6**0.5  # t(5) at 1 - 0.05/2, two of two primary
     assert f"│ 6 │ {spread:.3g} │ {width:.3g} │ 0.001 │ wider than the margin" in out
-    assert "(spread of 'error', at final)" in out
+    assert "(spread of 'error')" in out
 
 
 def test_timeline_needs_a_dry_run(call: Call, tmp_path: Path) -> None:  # noqa: F811
