@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from noisekit.core.batches import map_tensors, tensors_in
 from noisekit.core.data import HeldBatches
+from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
 from noisekit.core.normalisation import Normaliser
 from noisekit.core.params import ParameterPatterns, flatten
@@ -165,7 +166,7 @@ def by_brute_force(question: Question) -> DenseAnswers:
     dtype = matrix.dtype
     matrix = (matrix + matrix.T).double() / 2
     return DenseAnswers(
-        eigenvalues=torch.linalg.eigvalsh(matrix),
+        eigenvalues=_eigenvalues(matrix),
         trace=float(matrix.diag().sum()),
         sign_variance=2 * float((matrix**2).sum() - (matrix.diag() ** 2).sum()),
         method=f"{method} in {str(dtype).removeprefix('torch.')}",
@@ -242,6 +243,21 @@ def _by_differences(question: Question) -> Tensor:
                     break
             rows.append(row)
     return torch.stack(rows)
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    """Ascending eigenvalues of the dense Hessian.
+
+    Raises:
+        UsageError: If an entry is not finite.
+    """
+    if not bool(matrix.isfinite().all()):
+        raise UsageError(
+            "an audit needs a finite Hessian, got NaN or infinity; look for them in "
+            "the batches and the weights."
+        )
+    values: Tensor = torch.linalg.eigvalsh(matrix)
+    return values
 
 
 def _by_autograd(question: Question) -> Tensor:

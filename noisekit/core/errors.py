@@ -4,9 +4,15 @@ Each is a ``NoisekitError`` and the builtin that a caller would expect, and its
 message reads *needs X, got Y, where; do Z*.
 """
 
+from noisekit.core.text import printable
+
 
 class NoisekitError(Exception):
     """Base of every error that noisekit raises on purpose."""
+
+    def __str__(self) -> str:
+        """Return the message, with what a terminal would act on shown as an escape."""
+        return printable(super().__str__())
 
 
 class UsageError(NoisekitError, ValueError):

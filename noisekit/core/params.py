@@ -65,6 +65,11 @@ class ParameterLayout:
                 f"a flat vector of these parameters needs shape ({self.num_params},), "
                 f"got {tuple(vector.shape)}; build it with flatten()."
             )
+        if vector.device != self.device:
+            raise DeviceMismatchError(
+                f"a flat vector of these parameters needs to be on {self.device}, got "
+                f"one on {vector.device}; move it with .to()."
+            )
         parts = torch.split(vector, list(self.sizes))
         return tuple(
             # Not a view: that needs the pair to start at an even place in memory.

@@ -7,7 +7,8 @@ from typing import Literal
 
 from scipy.special import ndtri, stdtrit
 
-from noisekit.core.errors import UsageError
+from noisekit.core.arguments import checked
+from noisekit.core.settings import Fraction
 
 _LARGEST_LOG = 300.0
 """Half-width of an interval of logs beyond which nothing is known of the ratio."""
@@ -205,7 +206,8 @@ class Estimate:
         parts = (self.stderr, self.bound, self.ratio, self.side)
         return any(part is not None for part in parts)
 
-    def interval(self, level: float = 0.95) -> Interval:
+    @checked
+    def interval(self, level: Fraction = 0.95) -> Interval:
         """Return the confidence set at ``level``.
 
         A ratio gives its own set; a standard error a t or normal interval; a
@@ -215,8 +217,6 @@ class Estimate:
         Raises:
             UsageError: If ``level`` is not in (0, 1).
         """
-        if not 0.0 < level < 1.0:
-            raise UsageError(f"interval needs a level between 0 and 1, got {level}.")
         quantile = _two_sided_quantile(level, self.dof)
         if self.ratio is not None:
             return Interval(*self.ratio.confidence_set(quantile), level)

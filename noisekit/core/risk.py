@@ -213,6 +213,7 @@ class EmpiricalRisk:
         """The parameters, or their wide copies, that derivatives are taken of."""
         return self._held.precision.leaves_of(self.parameters)
 
+    @checked
     def restricted_to(self, params: ParameterPatterns) -> "EmpiricalRisk":
         """Return the same risk as a function of some of the model's parameters.
 
@@ -226,6 +227,7 @@ class EmpiricalRisk:
         part.parameters = tuple(named.values())
         return part
 
+    @checked
     def in_precision(self, dtype: torch.dtype) -> "EmpiricalRisk":
         """Return the same risk, computed in ``dtype`` where the model is narrower.
 
@@ -292,6 +294,7 @@ class EmpiricalRisk:
         with self._held.precision.held(self.model, self.loss_fn):
             yield
 
+    @checked
     @contextmanager
     def at(self, vector: Tensor | None) -> Iterator[None]:
         """Hold the model as measured, with its chosen parameters at ``vector``.
@@ -413,10 +416,12 @@ class EmpiricalRisk:
                 raise
         return outputs, loss
 
+    @checked
     def value(self, vector: Tensor | None = None) -> float:
         """Return ``F`` at ``vector``, or at the present parameters [loss]."""
         return self.evaluate(vector, error=False).loss
 
+    @checked
     def evaluate(
         self, vector: Tensor | None = None, *, error: bool = True
     ) -> RiskValue:
@@ -427,6 +432,7 @@ class EmpiricalRisk:
                 sums.add(loss, outputs, targets, weight=weight)
         return sums.over(self.ranks)
 
+    @checked
     def value_and_grad(self, vector: Tensor | None = None) -> tuple[float, Tensor]:
         """Return ``F`` and its flat gradient at ``vector``."""
         dtype = torch.promote_types(self.layout.dtype, torch.float32)

@@ -678,4 +678,7 @@ def quantity(name: str) -> Quantity:
         return QUANTITIES[name]
     except KeyError:
         known = ", ".join(sorted(QUANTITIES))
-        raise UsageError(f"no quantity is called {name!r}; known: {known}.") from None
+        raise UsageError(
+            f"name needs to be a quantity of the vocabulary, got {name!r}; there are: "
+            f"{known}."
+        ) from None

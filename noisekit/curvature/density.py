@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from torch import Tensor
 from noisekit.core.arguments import checked
 from noisekit.core.errors import UsageError
 from noisekit.core.results import Estimate
-from noisekit.core.settings import NumSamples, Positive, PositiveInt
+from noisekit.core.settings import NumPoints, NumSamples, Positive, PositiveInt
 from noisekit.curvature.operators.operator import MatrixLike, SymmetricOperator
 from noisekit.curvature.outliers import Atom, outliers
 from noisekit.curvature.quadrature import Quadrature, spectral_quadrature
@@ -140,7 +141,10 @@ class SpectralDensity:
         table = pd.concat(tables, ignore_index=True)
         return table[["axis", "kind", *columns]]
 
-    def log_density(self, sign: int = 1, *, num_points: int = 200) -> LogDensity:
+    @checked
+    def log_density(
+        self, sign: Literal[1, -1] = 1, *, num_points: NumPoints = 200
+    ) -> LogDensity:
         """Return the density per decade of the eigenvalues of one sign, atoms included.
 
         What is not resolved from zero belongs to neither sign; ``zero_share`` is its
@@ -151,8 +155,6 @@ class SpectralDensity:
         Raises:
             UsageError: If ``sign`` is not 1 or -1.
         """
-        if sign not in {1, -1}:
-            raise UsageError(f"log_density needs sign 1 or -1, got {sign!r}.")
         scale = self.quadrature.scale
         magnitudes = sign * self.nodes
         inside = (magnitudes > 0.0) & ~self.quadrature.about_zero

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from noisekit.core.arguments import checked
 from noisekit.core.distributed import Ranks
 from noisekit.core.errors import BatchSizeError, ProbeAdvice, UsageError
 from noisekit.core.evaluation_mode import call_model
 from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.results import Estimate
 from noisekit.core.risk import LossFn
+from noisekit.core.settings import PositiveInt
 from noisekit.probes.capture.hooks import is_suspended, suspend_recording
 from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.replicas import ProbeJoin
@@ -316,12 +318,13 @@ class Probe:
         """Return the readings as a table, one row per step."""
         return self._history.frame()
 
+    @checked
     def simple_noise_scale(
         self,
         *,
-        window: int | None = None,
+        window: PositiveInt | None = None,
         estimator: str | None = None,
-        population_size: int | None = None,
+        population_size: PositiveInt | None = None,
     ) -> Estimate:
         """Return the simple noise scale over the last readings [examples].
 
@@ -409,10 +412,12 @@ class Probe:
         while self._at_the_end:
             self._at_the_end.pop()()
 
+    @checked
     def add_sink(self, sink: Sink) -> None:
         """Have ``sink`` called with every reading from now on."""
         self._history.add_sink(sink)
 
+    @checked
     def on_detach(self, close: Callable[[], object]) -> None:
         """Have ``close`` called once, when the probe is taken off, such as a sink's."""
         self._at_the_end.append(close)
@@ -442,6 +447,7 @@ class Probe:
             "quantities": self._metrics.state_dict(),
         }
 
+    @checked
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # parsed from a file
         """Go on where the probe that gave ``state`` was.
 

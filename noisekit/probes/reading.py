@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from noisekit.core.arguments import checked
 from noisekit.core.results import Estimate, Status
 from noisekit.noise.moments import MOMENT_COLUMNS, GradientMoments
 from noisekit.noise.scale import NoiseScale
@@ -264,6 +265,7 @@ class Reading:
         moments = self.layer_moments
         return self._finalised(None if moments is None else moments.layer(index))
 
+    @checked
     def noise(self, estimator: str) -> NoiseScale | None:
         """Return the noise of this step alone by one of the estimators.
 

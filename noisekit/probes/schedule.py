@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from noisekit.core.arguments import call_given
 from noisekit.core.results import ErrorSource, Estimate, Status
 
 _NUM_PLAIN, _NUM_READ = 32, 8
@@ -217,7 +218,9 @@ class Schedule:
         if self._budget is not None:
             return self._is_paid(self._budget)
         every = self._every
-        return bool(every(step)) if callable(every) else (step - 1) % every == 0
+        if not callable(every):
+            return (step - 1) % every == 0
+        return bool(call_given("every", every, step, takes="a step's number"))
 
     def _is_paid(self, budget: float) -> bool:
         timer = self._timer

@@ -77,7 +77,7 @@ def _check_module(module: nn.Module, where: str) -> None:
 
 
 def _no_module(model: object) -> str:
-    return f"attach needs an nn.Module, got {type(model).__name__}."
+    return f"model needs to be a torch.nn.Module, got {type(model).__name__}."
 
 
 def _pipeline(kind: str) -> str:

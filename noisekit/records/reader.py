@@ -123,6 +123,7 @@ class Runs:
         """Outcome of each example at the snapshots."""
         return self._gather("examples")
 
+    @checked
     def weights(self, run_id: str, snapshot: str) -> dict[str, Array]:
         """Return the tensors of a snapshot by their names in the model.
 

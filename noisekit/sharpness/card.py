@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from noisekit.core.arguments import checked
 from noisekit.core.citations import bibtex
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy
@@ -164,6 +165,7 @@ class SharpnessCard:
         """
         return self.row(name).estimate
 
+    @checked
     def row(self, name: str) -> CardRow:
         """Return the row of a quantity, or of ``quantity[variant]``.
 

@@ -4,13 +4,14 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from noisekit.core.arguments import checked
+from noisekit.core.arguments import call_given, checked
 from noisekit.core.batches import Batch
 from noisekit.core.errors import UsageError
 from noisekit.core.evaluation_mode import BatchNormPolicy, unwrap_compiled
@@ -131,6 +132,11 @@ def check_invariance(
         return other.value()
 
     value, again = measured(risk.model), measured(risk.model)
+    if not math.isfinite(value.value):
+        raise UsageError(
+            f"an invariance check needs a measure that is finite, got {value.value} of "
+            "the model itself; look for NaN in the batches and the weights."
+        )
     subject = _Subject(
         risk=risk,
         measured=measured,
@@ -302,7 +308,9 @@ def _named(
         bits = torch.randint(2**31, (), generator=generator, device=generator.device)
         return chosen.name, _seeded(chosen, int(bits), bn=bn, normaliser=normaliser)
     inner = getattr(measure, "func", measure)  # of functools.partial
-    return str(getattr(inner, "__name__", type(inner).__name__)), measure
+    name = str(getattr(inner, "__name__", type(inner).__name__))
+    taken = "the model, the loss and the batches"
+    return name, partial(call_given, "measure", measure, takes=taken)
 
 
 def _seeded(

@@ -53,7 +53,7 @@ def test_without_any_error_nothing_is_claimed() -> None:
 
 @pytest.mark.parametrize("level", [0.0, 1.0, -0.5, 95.0])
 def test_level_must_be_a_share(level: float) -> None:
-    with pytest.raises(UsageError, match="level between 0 and 1, got"):
+    with pytest.raises(UsageError, match="level needs to be between 0 and 1, got"):
         Estimate(1.0, stderr=1.0).interval(level)
 
 

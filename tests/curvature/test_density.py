@@ -242,5 +242,5 @@ def test_arguments_are_checked() -> None:
     nothing = Undefined()
     with pytest.raises(UsageError, match="finite products, got NaN or infinity"):
         spectral_density(nothing)
-    with pytest.raises(UsageError, match="sign 1 or -1, got 0"):
+    with pytest.raises(UsageError, match="sign needs to be 1 or -1, got 0"):
         spectral_density(torch.eye(3)).log_density(0)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import noisekit as nk
+from noisekit.probes import Reading
+
 NUM_EXAMPLES, WIDTH, CLASSES = 8, 6, 3
 
 Hidden = Callable[[Tensor, Tensor], Tensor]
@@ -185,3 +188,36 @@ class Planted(nn.Module):
                 hidden = self.coupling(hidden, x)
         logits: Tensor = self.head(hidden)
         return logits
+
+
+def reading_of(
+    seed: int, coupling: str | None
+) -> tuple[Reading, nn.Module, Tensor, Tensor]:
+    """The third reading of a random model, with the draws of its last step."""
+    torch.manual_seed(seed)
+    chosen = None if coupling is None else COUPLINGS[coupling]
+    model = Planted(draw(seed), chosen).double()
+    inputs = torch.randn(NUM_EXAMPLES, WIDTH, dtype=torch.float64)
+    targets = torch.randint(CLASSES, (NUM_EXAMPLES,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with nk.attach(model, optimizer) as probe:
+        for _ in range(4):
+            optimizer.zero_grad()
+            torch.manual_seed(9)
+            functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+    return probe.readings[-1], model, inputs, targets
+
+
+def losses_apart(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared norms of the gradients of the batch's single losses, same draws."""
+    torch.manual_seed(9)
+    losses = functional.cross_entropy(model(inputs), targets, reduction="none")
+    parameters = list(model.parameters())
+    norms = []
+    for loss in losses:
+        grads = torch.autograd.grad(
+            loss, parameters, retain_graph=True, materialize_grads=True
+        )
+        norms.append(sum(grad.square().sum() for grad in grads))
+    return torch.stack(norms)

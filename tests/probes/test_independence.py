@@ -1,7 +1,5 @@
 """Runs of a copy with other examples: which axis, which order, whose outputs."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -206,69 +204,33 @@ def test_bags_by_offsets_have_no_axis_of_examples() -> None:
 
 # ------------------------------------------------------------------ a planted coupling
 
-
-@pytest.fixture
-def num_planted() -> int:
-    """Random models per kind of coupling; a soak sets the variable to 50 or 500."""
-    return int(os.environ.get("NOISEKIT_NUM_PLANTED", "3"))
-
-
-def planted_reading(
-    seed: int, coupling: str | None
-) -> tuple[Reading, nn.Module, Tensor, Tensor]:
-    """The third reading of a random model, with the draws of its last step."""
-    torch.manual_seed(seed)
-    chosen = None if coupling is None else planted.COUPLINGS[coupling]
-    model = planted.Planted(planted.draw(seed), chosen).double()
-    inputs = torch.randn(planted.NUM_EXAMPLES, planted.WIDTH, dtype=torch.float64)
-    targets = torch.randint(planted.CLASSES, (planted.NUM_EXAMPLES,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with attach(model, optimizer) as probe:
-        for _ in range(4):
-            optimizer.zero_grad()
-            torch.manual_seed(9)
-            functional.cross_entropy(model(inputs), targets).backward()
-            optimizer.step()
-    return probe.readings[-1], model, inputs, targets
-
-
-def losses_apart(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Squared norms of the gradients of the batch's single losses, same draws."""
-    torch.manual_seed(9)
-    losses = functional.cross_entropy(model(inputs), targets, reduction="none")
-    parameters = list(model.parameters())
-    norms = []
-    for loss in losses:
-        grads = torch.autograd.grad(
-            loss, parameters, retain_graph=True, materialize_grads=True
-        )
-        norms.append(sum(grad.square().sum() for grad in grads))
-    return torch.stack(norms)
+NUM_PLANTED = 3
+"""Random models per kind of coupling; the soak takes 50."""
 
 
 @pytest.mark.parametrize("coupling", planted.COUPLINGS)
-def test_a_planted_coupling_is_found(coupling: str, num_planted: int) -> None:
+def test_a_planted_coupling_is_found(coupling: str) -> None:
     """With and without dropout, in every place, whatever else the model does.
 
     Catches: draws that switch the check off; coupling within groups, in one direction,
     through a few examples, or in sorted rows; a run that fails and counts as passed.
     """
-    for seed in range(num_planted):
-        reading, *_ = planted_reading(seed, coupling)
+    for seed in range(NUM_PLANTED):
+        reading, *_ = planted.reading_of(seed, coupling)
         assert not reading.coverage.complete, (seed, planted.draw(seed))
 
 
-def test_nothing_planted_is_read_exactly(num_planted: int) -> None:
+def test_nothing_planted_is_read_exactly() -> None:
     """Sorted, routed, merged and time-major rows, with and without dropout.
 
     Catches: such rows taken for coupling, or for the examples in their order.
     """
-    for seed in range(10 * num_planted):
-        reading, model, inputs, targets = planted_reading(seed, None)
+    for seed in range(10 * NUM_PLANTED):
+        reading, model, inputs, targets = planted.reading_of(seed, None)
         assert reading.coverage.reason is None, (seed, planted.draw(seed))
         assert reading.example_sq_norms is not None
         torch.testing.assert_close(
             reading.example_sq_norms,
-            losses_apart(model, inputs, targets),
+            planted.losses_apart(model, inputs, targets),
             msg=lambda text, seed=seed: f"{planted.draw(seed)}: {text}",
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from noisekit.core.arguments import checked
+from noisekit.core.errors import UsageError
 from noisekit.core.results import ErrorSource, Estimate, Status
 from noisekit.core.settings import Fraction, Hint, PositiveInt
 from noisekit.curvature.eigenvalues.deflation import DeflatedOperator, End
@@ -81,8 +82,18 @@ class EigenPairs:
         """Whether all pairs met the tolerance."""
         return all(status is Status.OK for status in self.statuses)
 
+    @checked
     def estimate(self, index: int = 0) -> Estimate:
-        """Return one eigenvalue with its residual bound and status."""
+        """Return one eigenvalue with its residual bound and status.
+
+        Raises:
+            UsageError: If there is none of that index.
+        """
+        if not -len(self.values) <= index < len(self.values):
+            raise UsageError(
+                f"index needs to be below the number of pairs, {len(self.values)}, "
+                f"got {index}; raise k of top_eigenpairs."
+            )
         return Estimate(
             value=float(self.values[index]),
             bound=float(self.residuals[index]),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from noisekit.core.arguments import shown
 from noisekit.core.errors import UsageError
 
 
@@ -58,6 +59,10 @@ def check_start(start: Tensor | str | None, size: int, budget: int) -> None:
         raise UsageError(
             f"start needs fewer vectors than max_matvecs={budget}, got "
             f"{start.shape[1:].numel()}: each costs a product."
+        )
+    if not start.is_floating_point() or start.device.type == "meta":
+        raise UsageError(
+            f"start needs floating-point numbers, got {shown(start)} on {start.device}."
         )
     norms = start.norm(dim=0)
     if not bool((torch.isfinite(norms) & (norms > 0)).all()):

@@ -11,6 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from noisekit.core.arguments import checked
 from noisekit.core.distributed import Ranks
 from noisekit.core.errors import UsageError
 
@@ -123,6 +124,7 @@ class SymmetricOperator(ABC):
         """Return the negative of this."""
         return LinearCombination([(-1.0, self)])
 
+    @checked
     def shifted(self, shift: float) -> "SymmetricOperator":
         """Return this plus ``shift`` times the identity."""
         return LinearCombination([(1.0, self)], shift=shift)

@@ -165,10 +165,12 @@ class RiskOperator(SymmetricOperator):
         """Free the cached graphs."""
         self.close()
 
+    @checked
     def restricted_to(self, params: ParameterPatterns) -> Self:
         """Return the diagonal block of some parameters, over the same data."""
         return self._like(self.risk.restricted_to(params))
 
+    @checked
     def blocks(self, by: Blocks = "layer") -> Iterator[tuple[str, Self]]:
         """Yield the diagonal block of each layer, or of each parameter tensor.
 

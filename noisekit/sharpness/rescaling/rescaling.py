@@ -1,6 +1,7 @@
 """Factors on weights that leave a network's function as it is."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -107,6 +108,11 @@ def verified_change(
         differences.append((before - after).abs().max())
         largest = max(largest, float(before.abs().max()))
     difference = float(torch.stack(differences).max())
+    if not math.isfinite(difference):
+        raise UsageError(
+            f"a rescaled copy needs finite outputs to compare, got a difference of "
+            f"{difference}; look for NaN in the batches and the weights."
+        )
     change = difference / largest if difference else 0.0
     dtype = next(model.parameters()).dtype
     allowed = _BATCH_TOLERANCE if policy == "batch" else torch.finfo(dtype).eps ** 0.5

@@ -184,9 +184,9 @@ def rescaled_twin(
     before, after = float(pairs.values[0]), float(twin_pairs.values[0])
     if not after - before > tol * abs(before):
         raise UsageError(
-            f"factor={factor:g} needs to be larger to make a sharper twin: dividing "
-            f"{best.divided} changed the largest eigenvalue from {before:.4g} to "
-            f"{after:.4g}."
+            f"a sharper twin needs a factor other than {factor:g}, got the largest "
+            f"eigenvalue {after:.4g} for {before:.4g} by dividing {best.divided}; "
+            "raise it, or look for NaN in the batches and the weights."
         )
     return _twin(risk, best, factor, (pairs.estimate(), twin_pairs.estimate()))
 
