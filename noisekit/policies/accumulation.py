@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import CheckpointError, UsageError
 from noisekit.policies.driver import PolicyDriver
 from noisekit.policies.point import At
@@ -62,6 +63,7 @@ class GradientAccumulation(Sampler[list[int]]):
         [[6, 7], [0, 1], [2, 3], [4, 5]]
     """
 
+    @checked
     def __init__(
         self,
         data: Sized | int,

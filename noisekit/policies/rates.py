@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from noisekit.core.arguments import checked
 from noisekit.core.errors import UsageError
 from noisekit.core.settings import PositiveInt, check_settings
 from noisekit.policies.policy import Decision
@@ -86,6 +87,7 @@ class RateRule:
         )
 
 
+@checked
 def apply_rate(
     optimizer: torch.optim.Optimizer,
     decision: Decision,

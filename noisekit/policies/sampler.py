@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from noisekit.core.arguments import checked
 from noisekit.core.distributed import Ranks, ranks_of
 from noisekit.core.errors import CheckpointError, PolicyWarning, UsageError
 from noisekit.policies.driver import PolicyDriver
@@ -94,6 +95,7 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         [6, 7, 0, 1, 2, 3, 4, 5]
     """
 
+    @checked
     def __init__(
         self,
         data: Sized | int,
