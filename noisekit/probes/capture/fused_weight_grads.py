@@ -1,10 +1,11 @@
-"""Layers' weight gradients computed by the probe, as sums of its examples' own ones.
+r"""Weight gradients of layers computed by the probe, as sums over per-example parts.
 
-On a step that is read, a layer runs with constant weights, and an identity operation
-after it hands the weights their gradient: formed from the parts whose norms are
-wanted, it costs little more than the layer's own, which autograd then leaves out. It
-arrives through autograd as ever, so that accumulation, hooks and reducers see nothing
-new. Sums in another order round differently: bits of the training change.
+The norms need the parts :math:`u_i` or their chunk sums anyway, and the gradient is
+:math:`\sum_i u_i`. So on a step that is read the layer runs with detached weights,
+which makes autograd skip its own weight gradient, and an identity operation on its
+output returns the sum as the gradient of the parameters instead. The gradient arrives through
+autograd, so that accumulation, parameter hooks and the reducers of data parallelism
+work as before. The order of summation differs, and with it the last bits.
 """
 
 from collections.abc import Callable
@@ -30,13 +31,13 @@ from noisekit.probes.capture.unit_norms import UnitNorms
 
 @dataclass(slots=True)
 class _Layer:
-    """A call that waits for its output's gradient.
+    """A call whose output gradient has not arrived yet.
 
     Attributes:
         site: The layer.
         names: Its parameters, in the order of their gradients.
-        read: Computes the gradients of a captured call from the parts that are wanted.
-        captured: The call as the recorder knows it, if it is to be read.
+        read: Computes the gradients of a captured call from the requested parts.
+        captured: The recorder's record of the call, if it is to be read.
     """
 
     site: Site
@@ -45,13 +46,14 @@ class _Layer:
     captured: CapturedCall | None = None
 
     def gradients(self, inputs: Tensor, output_grad: Tensor) -> list[Tensor]:
-        """The gradients of the parameters; what parts tell goes to the call."""
+        """The gradients of the parameters; the parts' norms are stored at the call."""
         captured, found = self.captured, None
         if captured is not None and _is_alone(captured):
             call = replace(captured.call, args=(inputs,), grads=[output_grad])
             found = self.read(self, call)
         if found is None:
-            # Which axis runs over the examples does not matter to the sum over all.
+            # Not read: one gradient of the whole batch. The sum over all rows does not
+            # depend on which axis is that of the examples.
             module, count = self.site.module, len(inputs)
             call = LayerCall(module, (inputs,), {}, (0,), count, [output_grad])
             found = self.site.rule.summed_grads(call, self.names, slice(0, count))
@@ -59,7 +61,10 @@ class _Layer:
 
 
 def _is_alone(captured: CapturedCall) -> bool:
-    """Whether the call's pieces are its parameters': no other call adds to them."""
+    """Whether no other call of the pass contributes to the same parameters.
+
+    Norms of a sum over several calls do not follow from those of each.
+    """
     calls = captured.forward_pass.num_calls.get(captured.site.path)
     return bool(captured.call.axes) and not captured.released and calls == 1
 
@@ -106,13 +111,13 @@ class Replacement:
             layer.captured = captured
 
     def give_back(self) -> None:
-        """Give every layer its own parameters back, if a call was broken off."""
+        """Restore the parameters of layers whose call was interrupted."""
         for layer in self._open.values():
             _show_own(layer)
         self._open, self._waiting = {}, {}
 
     def _start(self, site: object, args: tuple[Any, ...]) -> None:
-        """Let the layer run with constants instead of its parameters."""
+        """Let the layer run with detached copies of its parameters."""
         assert isinstance(site, Site)
         self._waiting.pop(site.path, None)
         if not (self._is_wanted() and self._pays(site, args) and _is_plain_run()):
@@ -122,13 +127,14 @@ class Replacement:
             return
         self._open[site.path] = _Layer(site, tuple(own), self._read)
         for name, parameter in own.items():
-            # Shadows the parameter, which stays where state_dict() looks for it.
+            # An instance attribute precedes nn.Module.__getattr__, which looks the name
+            # up in _parameters; the parameter itself stays there, as for state_dict().
             vars(site.module)[name] = parameter.detach()
 
     def _end(
         self, site: object, args: tuple[Any, ...], output: object
     ) -> Tensor | None:
-        """Give the layer its parameters back, and the output a way to them."""
+        """Restore the parameters, and attach the operation that has their gradient."""
         assert isinstance(site, Site)
         layer = self._open.pop(site.path, None)
         if layer is None:
@@ -142,19 +148,19 @@ class Replacement:
         return replaced
 
     def _pays(self, site: Site, args: tuple[Any, ...]) -> bool:
-        """Whether parts of the gradient are wanted that do not come cheaper alone."""
+        """Whether requested parts of the gradient have no cheaper formula."""
         if len(args) != 1 or not isinstance(args[0], Tensor):
             return False
         request, shape = self._units.request, args[0].shape
         formed = bool(request.per_example or request.num_chunks)
         if isinstance(site.rule, LinearRule):
-            # One position per example: norms come cheaper from inner products.
+            # With one position per example |b a'| = |a| |b|, without any gradient.
             return len(shape) > 2 and formed
         batched = len(site.rule.example_axes(site.module, shape)) > 0
         return batched and formed
 
     def _read(self, layer: _Layer, call: LayerCall) -> dict[str, Tensor] | None:
-        """The gradients, and at the captured call the norms that are wanted now."""
+        """The gradients; the requested norms are stored at the captured call."""
         request, rule, captured = self._units.request, layer.site.rule, layer.captured
         assert captured is not None
         if request.per_example:
@@ -171,16 +177,16 @@ class Replacement:
 
 
 def _show_own(layer: _Layer) -> None:
-    """Take the constants away from in front of the parameters."""
+    """Remove the detached copies, so that the parameters are visible again."""
     for name in layer.names:
         vars(layer.site.module).pop(name, None)
 
 
 def _is_plain_run() -> bool:
-    """Whether the forward pass is run once, eagerly, and outside a backward pass.
+    """Whether the forward pass runs once, eagerly, and outside a backward pass.
 
-    Checkpointed parts run again inside one; autocast rounds gradients its own way;
-    transforms of functions would have to see through the replacement.
+    Checkpointed parts run again inside a backward pass; autocast casts gradients by
+    rules of its own; functorch transforms would have to trace the replacement.
     """
     return (
         torch._C._current_graph_task_id() == -1
@@ -192,7 +198,7 @@ def _is_plain_run() -> bool:
 
 
 class _Replaced(torch.autograd.Function):
-    """The identity on a layer's output, with a gradient for the layer's parameters."""
+    """Identity on a layer's output, whose backward also returns parameter gradients."""
 
     @staticmethod
     def forward(
@@ -200,7 +206,8 @@ class _Replaced(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.layer = layer
-        return output.data  # no view, which in-place activations could not write to
+        # Not a view: autograd forbids in-place activations on views made here.
+        return output.data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

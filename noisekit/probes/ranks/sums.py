@@ -1,9 +1,16 @@
-"""One step's statistics over all ranks: packed, summed in one go, and put together.
+r"""Statistics of one step over all ranks: packed, summed in one all-reduce, unpacked.
 
-Each rank's statistics are of its own mean gradient. Rank ``k`` enters the mean over all
-with the weight ``W_k``: its share of the examples where losses are sums, and the same
-as every other rank where they are means, since data parallelism averages the ranks'
-gradients as they are. Squared norms then count ``W_k²`` and fourth powers ``W_k⁴``.
+Each rank's statistics are of its own mean gradient, with contributions ``u_i``. In the
+mean over all ranks rank ``k`` has the weight :math:`W_k / \sum_l W_l`: its share of the
+examples where losses are sums, and equal weights where they are means, since data
+parallelism averages the ranks' gradients as they are. Therefore
+
+.. math:: \sum_i |u_i|^2 = \frac{\sum_k W_k^2 \sum_{i \in k} |u_i^{(k)}|^2}
+          {(\sum_k W_k)^2}, \qquad
+          \sum_i |u_i|^4 = \frac{\sum_k W_k^4 \sum_{i \in k} |u_i^{(k)}|^4}
+          {(\sum_k W_k)^4}
+
+All that is summed is in double precision.
 """
 
 import math
@@ -27,7 +34,7 @@ from noisekit.probes.step_result import StepResult
 
 _HEADER = {"batch_size": 1, "num_active": 1, "num_seen": 1, "count": 1, "tokens": 2}
 _SLOT = 10
-"""Numbers of one estimator's moments."""
+"""Numbers in the entry of one estimator; see ``_slot``."""
 _LAYERS = ("gradient", "layer_norm", "layer_first", "layer_fourth")
 _METHODS_DIFFER = (
     "the ranks have read in different ways; name an estimator that all of them can "
@@ -118,7 +125,7 @@ class RankSums:
         return self.layout.packed(parts, result.gradient.device)
 
     def _weight(self, part: RankPart) -> Number:
-        """``W_k``, up to a factor that only the sum over ranks tells."""
+        """``W_k``, not normalized: its sum over ranks is known after the all-reduce."""
         return part.count if self.loss_reduction == "sum" else 1.0
 
     def num_seen(self, sums: Tensor) -> Tensor:
@@ -151,7 +158,8 @@ class RankSums:
         num_active, counted = (float(parts[name]) for name in ("num_active", "count"))
         total = counted if self.loss_reduction == "sum" else num_active
         averaged = num_active if mean_over_active else float(self.num_ranks)
-        # From the gradient as it is applied to the mean over all examples.
+        # The applied gradient, an average over ranks, relative to the mean over all
+        # examples. Every active rank has added the same |g|^2, hence 1 / num_active.
         factor = (averaged / total) ** 2 / num_active
         totals = _Totals(total, num_active, factor)
         return replace(
@@ -197,7 +205,7 @@ class RankSums:
 
 @dataclass(frozen=True, slots=True)
 class _Totals:
-    """What sums over the ranks are divided by.
+    """Divisors of the sums over ranks.
 
     Attributes:
         total: ``sum_k W_k``.
@@ -288,10 +296,16 @@ def _label(own: StepNoise, moments: GradientMoments) -> str:
 
 
 def _slot(noise: StepNoise, weight: Number) -> tuple[Number, ...]:
-    """One estimator's entry; a code tells whether all ranks have read alike."""
+    """One estimator's entry, with a code of the method that the rank has used.
+
+    Sums of moments are meaningful only if all ranks used one method. By Cauchy-Schwarz
+    ``n sum c_k² = (sum c_k)²`` exactly if all codes are equal, which two entries of the
+    same all-reduce can show. A code has 20 bits, so that sums of its square over up to
+    8,192 ranks are exact in double precision.
+    """
     moments = noise.moments
     way = f"{noise.name}{sorted(noise.unread)}" if noise.unread else noise.name
-    code = float(crc32(way.encode()) % (1 << 20))  # its square sums exactly
+    code = float(crc32(way.encode()) % (1 << 20))
     read = moments.num_units if moments.num_read is None else moments.num_read
     squares = weight**2 * moments.weight_sq_sum
     return (
@@ -309,7 +323,7 @@ def _slot(noise: StepNoise, weight: Number) -> tuple[Number, ...]:
 
 
 def _fault(slot: Sequence[float], num_active: float) -> str:
-    """Why the ranks' statistics cannot be put together, if so."""
+    """Why the ranks' statistics cannot be combined; empty if they can."""
     present, code, code_sq = slot[:3]
     if present < num_active:
         return _too_few(present, num_active)
@@ -322,6 +336,8 @@ def _too_few(present: float, num_active: float) -> str:
 
 def _summed(slot: Sequence[float], own: StepNoise, totals: _Totals) -> GradientMoments:
     """Return one estimator's moments over all ranks; of replays, their average."""
+    # squares / by_size = sum w_i^2 / sum (w_i^2 / b_i) over all ranks, the unit size of
+    # GradientMoments.
     present, _, _, num_units, num_read, squares, by_size, *norms = slot
     scales = (totals.total**-2, totals.total**-4, totals.factor)
     if own.averaged:  # replays have no gradient in common
