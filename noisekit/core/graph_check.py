@@ -1,7 +1,7 @@
 """Whether autograd reaches the parameters that a loss depends on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,23 +15,26 @@ if TYPE_CHECKING:
     from noisekit.core.risk import EmpiricalRisk
 
 
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield each node of the autograd graph behind some tensors once."""
+    visited: set[Any] = set()
+    stack: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        yield node
+        stack += [following for following, _ in node.next_functions]
+
+
 def reached_leaves(loss: Tensor) -> set[int]:
     """Return the ids of the leaf tensors that the graph of ``loss`` ends in."""
     if loss.requires_grad and loss.grad_fn is None:
         return {id(loss)}
-    reached: set[int] = set()
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # of nodes that accumulate gradients
-        if leaf is not None:
-            reached.add(id(leaf))
-        waiting += [following for following, _ in node.next_functions]
-    return reached
+    # Nodes that accumulate gradients have their leaf as ``variable``.
+    leaves = (getattr(node, "variable", None) for node in graph_nodes([loss]))
+    return {id(leaf) for leaf in leaves if leaf is not None}
 
 
 def same_tensors(one: object, other: object) -> bool:

@@ -1,10 +1,10 @@
 r"""A check of autograd's second derivatives against differences of its first ones.
 
-Autograd differentiates a backward pass again only as far as it sees it. A custom
-``autograd.Function`` whose backward returns a gradient that its forward saved, or that
-runs under ``no_grad``, and a ``.detach()`` in the model or the loss are constants to
-it: the second derivative lacks a part, and nothing raises. So a product with a random
-vector is compared with a central difference along the same vector,
+Autograd differentiates a backward pass again only through operations that it has
+recorded. A custom ``autograd.Function`` whose backward returns a gradient that its
+forward saved, or that runs under ``no_grad``, and a ``.detach()`` in the model or the
+loss are constants to it: the second derivative lacks a term, without an error. So a
+product with a random vector is compared with a central difference along that vector,
 
 .. math:: H v \approx \frac{\nabla L(w + h v) - \nabla L(w - h v)}{2 h}
 
@@ -16,13 +16,13 @@ weights in double precision meanwhile.
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from noisekit.core.batches import Batch, count_examples, take_examples
 from noisekit.core.errors import UsageError
+from noisekit.core.graph_check import graph_nodes
 from noisekit.core.params import flatten
 from noisekit.core.randomness import stream
 from noisekit.core.risk import EmpiricalRisk
@@ -30,24 +30,23 @@ from noisekit.curvature.operators.graph_cache import check_twice_differentiable
 
 MEASURED_EXAMPLES = 8
 
-# Lengths of the move, in parts of the weights' norm. The first is far enough for
-# rounding (1e-16 / h) and so near that hardly a ReLU changes sides; the others serve
-# saturated losses, whose gradients round more coarsely, and wide networks.
+# Steps h, relative to the weights' norm. The first is large against the rounding error
+# 1e-16 / h, and so small that hardly a ReLU changes sides; the others are for saturated
+# losses, whose gradients round more coarsely, and for wide networks.
 _STEPS = (1e-8, 1e-6, 1e-4, 1e-10)
-# In single precision a difference rounds by 1e-7 / h.
+# In single precision the rounding error of a difference is 1e-7 / h.
 _COARSE_STEPS = (1e-3, 1e-2)
-# Of 300 ordinary networks 99 % agree to 1e-7. A part that is missing and smaller is
-# not noticed.
+# Of 300 ordinary networks 99 % agree to 1e-7. A smaller missing term is not detected.
 _AGREES = 1e-5
-# A mismatch counts only where two differences of unlike steps agree with each other
-# this much better than with autograd. Kinks and rounding make them disagree.
+# A mismatch counts only if differences of two step sizes agree with each other this
+# much better than with autograd. Kinks and rounding errors make them disagree.
 _CONSISTENT = 0.03
-# A difference of values that round this many times their last digit decides nothing.
+# A gap below this many rounding errors of the difference is inconclusive.
 _ROUNDINGS = 100
 
 
 def check_second_derivatives(risk: EmpiricalRisk, *, what: str = "a Hessian") -> None:
-    """Check products with the Hessian of a risk, unless that was done.
+    """Check products with the Hessian of a risk, once per risk.
 
     Args:
         risk: Not held; the check holds it in double precision, where that is possible.
@@ -79,9 +78,9 @@ def check_second_derivatives(risk: EmpiricalRisk, *, what: str = "a Hessian") ->
 
 
 def check_jacobian(risk: EmpiricalRisk, *, what: str) -> None:
-    """Check products ``J v`` of the outputs' Jacobian, unless that was done.
+    """Check products ``J v`` of the outputs' Jacobian, once per risk.
 
-    Their reference is a difference of outputs, so that two forward passes are enough.
+    The reference is a difference of outputs, so that two forward passes suffice.
 
     Args:
         risk: Not held; its model returns one tensor.
@@ -125,7 +124,7 @@ def check_jacobian(risk: EmpiricalRisk, *, what: str) -> None:
 
 
 def check_loss_hessian(risk: EmpiricalRisk, *, what: str) -> None:
-    """Check products with the loss's Hessian in the outputs, unless that was done.
+    """Check products with the loss's Hessian in the outputs, once per risk.
 
     Args:
         risk: Not held; its model returns one tensor.
@@ -171,7 +170,7 @@ def relative_gap(
     steps: Iterable[float],
     unit: float = 1.0,
 ) -> float:
-    """Return how far a derivative is from central differences, 0 where not for sure.
+    """Return the relative gap of a derivative to central differences; 0 if unsure.
 
     Args:
         exact: The derivative along a vector.
@@ -189,15 +188,16 @@ def relative_gap(
         if not gap > _AGREES:
             return 0.0
         missing = float((difference - target).norm())
-        # What the values themselves round off is no part of a difference of them.
+        # Rounding error of the values, divided by 2 h like their difference.
         rounding = torch.finfo(ahead.dtype).eps * float(ahead.norm()) / reach
-        # Where both sides have unlike slopes the point is a kink, as of a dead ReLU.
+        # Second difference: large where the one-sided slopes differ, as at the kink of
+        # a dead ReLU.
         bend = float((ahead + behind - 2 * function(0.0)).double().norm()) / reach
         if missing > _ROUNDINGS * rounding and bend <= _CONSISTENT * missing:
             settled.append(difference)
     for first, second in itertools.pairwise(settled):
         gap = _relative(second, target)
-        # Both have to have moved: below a type's rounding differences are zero.
+        # Not both zero: steps below the resolution of the type change nothing.
         moved = bool(first.any()) and bool(second.any())
         if moved and _relative(first, second) <= _CONSISTENT * gap:
             return gap
@@ -205,11 +205,11 @@ def relative_gap(
 
 
 class _Hidden:
-    """What of a graph may hide a part of a second derivative.
+    """Operations of a graph that may hide a term of a second derivative.
 
     Attributes:
         functions: Names of the nodes of custom functions.
-        once: Whether autograd itself knows of a derivative that has none.
+        once: Whether a derivative is marked as not differentiable.
     """
 
     def __init__(self) -> None:
@@ -218,17 +218,10 @@ class _Hidden:
 
     def note_functions(self, tensor: Tensor) -> None:
         """Collect the custom functions behind a tensor."""
-        waiting: list[Any] = [tensor.grad_fn]
-        seen: set[Any] = set()
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        for node in graph_nodes([tensor]):
             custom = isinstance(node, torch.autograd.function.BackwardCFunction)
             if custom or node.name().startswith("CppNode"):
                 self.functions.add(node.name().removesuffix("Backward"))
-            waiting += [following for following, _ in node.next_functions]
 
     def note_backward(self, gradients: Iterable[Tensor]) -> None:
         """Look for a derivative that cannot be differentiated in a backward graph."""
@@ -256,7 +249,7 @@ def _measured(risk: EmpiricalRisk, gap_in: _Gap, hidden: _Hidden) -> float:
         try:
             with held.evaluating():
                 gap = gap_in(held, batch, _STEPS if wide else _COARSE_STEPS)
-        except Exception:  # a product refuses it in its own words
+        except Exception:  # the product itself raises it, with its own message
             continue
         return gap if wide or hidden.functions else 0.0
     return 0.0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from noisekit.core.errors import UsageError
+from noisekit.core.graph_check import graph_nodes
 
 
 def graph_bytes(build: Callable[[], object], model: nn.Module) -> int:
@@ -30,12 +31,13 @@ def graph_bytes(build: Callable[[], object], model: nn.Module) -> int:
 
 
 def model_state(model: nn.Module, vector: Tensor) -> tuple[object, ...]:
-    """Return a fingerprint of parameters and buffers, which also moves with ``.data``.
+    """Return a fingerprint of parameters and buffers, sensitive to writes by ``.data``.
 
     Args:
         model: Whose state.
         vector: Its chosen parameters as one flat vector.
     """
+    # Version counters show in-place writes, two linear functionals writes by .data.
     versions = [t._version for t in (*model.parameters(), *model.buffers())]
     ramp = torch.linspace(0.5, 1.5, len(vector), device=vector.device)
     sums = torch.stack([vector.sum(), vector @ ramp.to(vector.dtype)])
@@ -64,22 +66,15 @@ def explain_missing_derivatives() -> Iterator[None]:
 
 
 def check_twice_differentiable(outputs: Iterable[Tensor]) -> None:
-    """Raise where autograd would leave a part of a second derivative out silently.
+    """Raise where autograd would silently omit a term of a second derivative.
 
-    Behind a kernel without a second derivative it puts a node that raises, but runs it
-    only where it lies on a way to the parameters, which such a kernel cuts.
+    A kernel without a second derivative gets a backward node that raises, but autograd
+    runs a node only if it leads to the parameters, and this one does not.
 
     Raises:
         RuntimeError: As PyTorch does where it notices by itself.
     """
-    waiting, seen = [output.grad_fn for output in outputs], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError(
-                "a kernel of the model has a derivative that is not differentiable"
-            )
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
+    if any(node.name() == "torch::autograd::Error" for node in graph_nodes(outputs)):
+        raise RuntimeError(
+            "a kernel of the model has a derivative that is not differentiable"
+        )

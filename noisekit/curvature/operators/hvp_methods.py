@@ -18,9 +18,12 @@ Form = Callable[[EmpiricalRisk, float, Batch], Product]
 
 
 def reverse_over_reverse(risk: EmpiricalRisk, weight: float, batch: Batch) -> Product:
-    """Return products that differentiate ``<weight grad L, v>``, the graph kept.
+    """Return products ``v -> grad <weight grad L, v>``, by the gradient's own graph.
 
     About two gradient evaluations each, and two to build the graph.
+
+    Source:
+        Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
     leaves = risk.leaves
     # grad L as a function of the weights, with its graph.
@@ -32,7 +35,7 @@ def reverse_over_reverse(risk: EmpiricalRisk, weight: float, batch: Batch) -> Pr
 def transposed_jacobian_product(
     outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], risk: EmpiricalRisk
 ) -> Product:
-    """Return ``v -> grad <outputs, v>`` by the graph of ``outputs``, which it keeps.
+    """Return ``v -> grad <outputs, v>`` by the graph of ``outputs``, which is retained.
 
     Zero where the outputs are constant.
     """
@@ -44,7 +47,7 @@ def transposed_jacobian_product(
         if not used:
             return torch.zeros_like(vector)
         parts = split(vector)
-        # d<outputs, v>/dw, without the sum: cotangents go in as they are.
+        # v as the cotangent of the outputs: the inner product itself is not formed.
         products = torch.autograd.grad(
             attached,
             leaves,
@@ -62,7 +65,7 @@ def transposed_jacobian_product(
 
 
 def linearised(risk: EmpiricalRisk, weight: float, batch: Batch) -> Product:
-    """Return products by the gradient's derivative, traced once.
+    """Return products by the linearized gradient, traced once (forward over reverse).
 
     For convolutions cheaper than the reverse over the reverse, since the derivative
     of a convolution's backward pass is written for it; tracing costs 10 to 70 gradient
@@ -83,11 +86,11 @@ def linearised(risk: EmpiricalRisk, weight: float, batch: Batch) -> Product:
 
 
 def forward_over_reverse(risk: EmpiricalRisk, weight: float, batch: Batch) -> Product:
-    """Return products that push a direction through the gradient.
+    """Return products ``d/dt grad L(w + t v)``, by forward mode over the gradient.
 
-    About four gradient evaluations each; no graph is held in between, and within a
-    product none of the gradient either, so that it takes the least memory. Products
-    need the model held as measured.
+    About four gradient evaluations each. No graph is stored between products, and
+    within one none of the gradient, so that it takes the least memory. Products have to
+    be made in evaluation mode.
     """
     function, point = _loss_function(risk, weight, batch)
     split = risk.layout.split
@@ -105,8 +108,8 @@ def finite_difference(step: float) -> Form:
     """Return the form that takes central differences of gradients.
 
     Args:
-        step: Length by which the weights are moved to either side, whatever the
-            length of the vector.
+        step: Length of the displacement to either side, whatever the length of the
+            vector.
     """
 
     def form(risk: EmpiricalRisk, weight: float, batch: Batch) -> Product:
@@ -121,7 +124,7 @@ def finite_difference(step: float) -> Form:
             if length == 0.0:
                 return torch.zeros_like(vector)
             move = vector.to(start.dtype) * (step / length)
-            # H v = |v| H u for the unit vector u, so that the move has one length.
+            # H v = |v| H u with the unit vector u, so that the step has this length.
             difference = slope(start + move) - slope(start - move)
             return (difference * (length / (2 * step))).to(vector.dtype)
 

@@ -69,11 +69,12 @@ def select_form(
     else:
         name = "linearised" if keeps else "forward_over_reverse"
     trusted = reverse_over_reverse(risk, weight, batch)
-    # A trace may keep what its first call left behind: only a second vector shows it.
+    # A trace may contain values of its first call, which only a second vector shows.
     vectors = [_trial_vector(risk, i) for i in range(2)]
     want = torch.stack([trusted(vector) for vector in vectors])
     try:
-        # Tracing what has no forward derivative can end the process, and not raise.
+        # First without a trace: tracing an operation without a forward derivative can
+        # crash the process instead of raising.
         forward_over_reverse(risk, weight, batch)(vectors[0])
         rival = _FORMS[name](risk, weight, batch)
         got = torch.stack([rival(vector) for vector in vectors])
@@ -85,15 +86,18 @@ def select_form(
     if asked == "fastest":
         seconds = _seconds(rival, vectors[0])
         graph = trusted if keeps else _rebuilt(risk, weight, batch)
-        own = _seconds(graph, vectors[0])
-        if own <= seconds:
-            slower = f"{name} takes {seconds:.2g} s on a batch, not {own:.2g} s"
+        usual = _seconds(graph, vectors[0])
+        if usual <= seconds:
+            slower = f"{name} takes {seconds:.2g} s on a batch, not {usual:.2g} s"
             return _fall_back(slower, difference)
     return Trial(name, difference), _FORMS[name]
 
 
 def difference_step(risk: EmpiricalRisk) -> float:
-    """Return how far central differences move the weights, for the type they have."""
+    """Return the step of central differences, ``eps^(1/3) max(1, |w|)``.
+
+    It balances the truncation error ``h²`` against the rounding error ``eps / h``.
+    """
     length = float(risk.vector().norm())
     rounding = float(torch.finfo(risk.layout.dtype).eps)
     return math.cbrt(rounding) * max(1.0, length)
@@ -131,7 +135,7 @@ def _rebuilt(risk: EmpiricalRisk, weight: float, batch: Batch) -> Product:
 
 
 def _seconds(product: Product, vector: Tensor) -> float:
-    """Time of one product, ended by a transfer so that devices are waited for."""
+    """Time of one product, with a transfer to the host as synchronization."""
     began = time.perf_counter()
     float(product(vector).sum())
     return time.perf_counter() - began

@@ -21,9 +21,14 @@ OutputProduct = Callable[[Tensor], Tensor]
 class OutputSpaceOperator(RiskOperator):
     r"""A sum over batches of :math:`J^\top M J`, with the outputs' Jacobian ``J``.
 
-    ``J v`` is the derivative of ``J' u`` with respect to ``u``, so that both need
-    reverse derivatives only, which every layer has; with the graphs kept a product
-    costs less than one and a half gradient evaluations.
+    ``J' u`` is linear in ``u`` and its derivative with respect to ``u`` is ``J``, so
+    that ``J v`` takes two reverse passes and no forward-mode derivative, which not
+    every layer has ("double backward"). With cached graphs a product costs less than
+    one and a half gradient evaluations.
+
+    Source:
+        Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Schraudolph 2002
+        for ``J' M J``.
     """
 
     @abstractmethod
@@ -35,7 +40,7 @@ class OutputSpaceOperator(RiskOperator):
     def _check_derivatives(self) -> None:
         if "jacobian" in self.risk.verified:
             return
-        with self._evaluating():  # first, since a cut is no matter of the backward pass
+        with self._evaluating():  # first: a detached loss has a message of its own
             for _, batch in islice(self.risk.weighted_batches(), 1):
                 self.risk.check_followed(batch)
         check_jacobian(self.risk, what=type(self).__name__)
@@ -48,6 +53,7 @@ class OutputSpaceOperator(RiskOperator):
         )
         if not outputs.requires_grad:
             return torch.zeros_like
+        # J' u as a function of u; its value at u = 0 does not matter, only its graph.
         cotangent = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(
             outputs,
@@ -65,6 +71,7 @@ class OutputSpaceOperator(RiskOperator):
         def product(vector: Tensor) -> Tensor:
             parts = split(vector)
             tangents = [parts[i].to(pulled[i].dtype) for i in used]
+            # d <J' u, v> / du = J v.
             (pushed,) = torch.autograd.grad(
                 attached, cotangent, tangents, retain_graph=True, materialize_grads=True
             )

@@ -3,9 +3,9 @@ r"""Weight gradients of layers computed by the probe, as sums over per-example p
 The norms need the parts :math:`u_i` or their chunk sums anyway, and the gradient is
 :math:`\sum_i u_i`. So on a step that is read the layer runs with detached weights,
 which makes autograd skip its own weight gradient, and an identity operation on its
-output returns the sum as the gradient of the parameters instead. The gradient arrives through
-autograd, so that accumulation, parameter hooks and the reducers of data parallelism
-work as before. The order of summation differs, and with it the last bits.
+output returns the sum as the gradient of the parameters instead. The gradient arrives
+through autograd, so that accumulation, parameter hooks and the reducers of data
+parallelism work as before. The order of summation differs, and with it the last bits.
 """
 
 from collections.abc import Callable
