@@ -84,7 +84,9 @@ def test_sparse_gradients_are_refused() -> None:
 
 
 def test_no_model() -> None:
-    with pytest.raises(UsageError, match=r"model needs to be a torch.nn.Module, got function"):
+    with pytest.raises(
+        UsageError, match=r"model needs to be a torch.nn.Module, got function"
+    ):
         attach(mlp, sgd(mlp()))  # type: ignore[arg-type]
 
 
