@@ -23,6 +23,7 @@ from noisekit.core.layers.rule import (
     added_up,
     row_slices,
     row_sq_norms,
+    sub_slices,
     widen,
 )
 
@@ -118,13 +119,26 @@ def example_sq_norms(
 
 
 def summed_grads(
-    contributions: Sequence[tuple[Site, LayerCall]], parameter: nn.Parameter
+    contributions: Sequence[tuple[Site, LayerCall]],
+    parameter: nn.Parameter,
+    first: int = 0,
 ) -> Tensor:
     """Return ``sum_i u_i`` of one parameter, which should equal its gradient.
 
-    From the per-example gradients, so that it tells a mistaken split into examples.
+    From the gradients of single examples, as many from ``first`` on as are held at a
+    time, so that a mistaken split into examples shows; and of all others together.
     """
-    return added_up(grads.sum(0) for grads in _chunks(contributions, parameter))
+    num_examples = contributions[0][1].num_examples
+    first = first % num_examples
+    single = next(sub_slices(slice(first, num_examples), parameter.numel()))
+    others = (slice(0, first), slice(single.stop, num_examples))
+    parts = [_example_grads(contributions, parameter, single).sum(0)]
+    parts += [
+        sum_over_rows(contributions, parameter, rows)
+        for rows in others
+        if rows.start < rows.stop
+    ]
+    return added_up(parts)
 
 
 def sum_over_rows(
@@ -158,12 +172,21 @@ def _chunks(
     """Yield per-example gradients, a few examples at a time."""
     num_examples = contributions[0][1].num_examples
     for rows in row_slices(num_examples, parameter.numel()):
-        parts = [
-            site.rule.example_grads(call, (name,), rows)[name]
-            for site, call in contributions
-            for name in (site.name_of(parameter),)
-        ]
-        yield parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        yield _example_grads(contributions, parameter, rows)
+
+
+def _example_grads(
+    contributions: Sequence[tuple[Site, LayerCall]],
+    parameter: nn.Parameter,
+    rows: slice,
+) -> Tensor:
+    """Gradients of the examples ``rows``, all calls of the parameter together."""
+    parts = [
+        site.rule.example_grads(call, (name,), rows)[name]
+        for site, call in contributions
+        for name in (site.name_of(parameter),)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _site(model: nn.Module, path: str, names: Sequence[str]) -> Site:

@@ -1,16 +1,18 @@
 """Forward passes of copies of a model, of which the model takes no notice."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from noisekit.core.layers.per_example import Site
+from noisekit.core.layers.replay import ModuleReplay
 from noisekit.core.model_copies import (
     copy_module,
     copy_value,
@@ -25,36 +27,59 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What a model was called with."""
 
 
+class RunListener(Protocol):
+    """Looks at the tensors of a run while they are there."""
+
+    def note_call(
+        self, key: CallKey, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        """Take in a site's call; layers that follow may write to its tensors."""
+
+
 @dataclass(slots=True)
 class Trace:
-    """Tensors of one run, by call of a site and of the model as a whole."""
+    """Copies of the tensors of one run, by call of a site."""
 
     inputs: dict[CallKey, list[Tensor]] = field(default_factory=dict)
     outputs: dict[CallKey, list[Tensor]] = field(default_factory=dict)
-    whole: list[Tensor] = field(default_factory=list)
+
+    def note_call(
+        self, key: CallKey, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        """Copy the tensors of a call."""
+        self.inputs[key] = [tensor.clone() for tensor in inputs]
+        self.outputs[key] = [tensor.clone() for tensor in outputs]
 
 
 class CopiedRuns:
     """Runs a model's copies: a new one each time, in the state the model has now.
 
     Every run has the same random numbers, hooks, modes and precision.
+
+    Attributes:
+        num_runs: Runs so far.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self.num_runs = 0
         self._model = model
         self._sites = sites
 
-    def run(self, inputs: Inputs) -> Trace:
+    def run(self, inputs: Inputs, listener: RunListener) -> list[Tensor]:
         """Run a new copy; what it writes to, draws from or counts is its own.
+
+        Returns:
+            The model's outputs.
 
         Raises:
             ModelCopyError: If the model cannot be copied.
         """
-        model, trace = copy_module(self._model), Trace()
+        self.num_runs += 1
+        model, calls = copy_module(self._model), Counter[str]()
         args, kwargs = copy_value(inputs)
         for site in self._sites:
             module = model.get_submodule(site.path)
-            hook = partial(_note_call, trace, site.path)
+            hook = partial(_note_call, listener, calls, site)
             module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         with ExitStack() as stack:
             stack.enter_context(preserve_rng_state())
@@ -71,28 +96,32 @@ class CopiedRuns:
                     stack.enter_context(
                         torch.autocast(kind, dtype=dtype, cache_enabled=False)
                     )
-            trace.whole = tensors_of(model(*args, **kwargs))
-        return trace
+            return tensors_of(model(*args, **kwargs))
 
 
 def _note_call(
-    trace: Trace,
-    path: str,
+    listener: RunListener,
+    calls: Counter[str],
+    site: Site,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     outputs: Any,  # whatever the module returns
 ) -> None:
-    """Keep a site's call as a training pass would capture it.
+    """Show a site's call to the listener, if a training pass would capture it.
 
-    Cloned, since layers that follow may write to their inputs.
+    Of a layer with a rule the first input decides: its outputs follow, row by row.
     """
-    tensors = tensors_of(outputs)
-    if not any(t.requires_grad for t in tensors):
+    found, given = tensors_of(outputs), tensors_of((args, kwargs))
+    if not any(t.requires_grad for t in found):
         return
-    key = (path, sum(1 for other, _ in trace.inputs if other == path))
-    trace.inputs[key] = [t.detach().clone() for t in tensors_of((args, kwargs))]
-    trace.outputs[key] = [t.detach().clone() for t in tensors]
+    if not isinstance(site.rule, ModuleReplay):
+        found, given = [], given[:1]
+    key = (site.path, calls[site.path])
+    calls[site.path] += 1
+    listener.note_call(
+        key, [t.detach() for t in given], [t.detach() for t in found]
+    )
 
 
 def _forget(_: Any) -> Any:  # nothing, which nobody asks for

@@ -1,6 +1,6 @@
 """Which axis of each captured tensor runs over the examples."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,8 +8,13 @@ from torch import Tensor
 from noisekit.core.errors import LayerReadError
 from noisekit.core.layers.batch_axis import MIXED, axis_of_examples
 from noisekit.core.layers.replay import ModuleReplay
-from noisekit.probes.capture.calls import tensors_of
-from noisekit.probes.capture.independence import Independence
+from noisekit.probes.capture.calls import kind_of_call, tensors_of
+from noisekit.probes.capture.group_testing import Dependence
+from noisekit.probes.capture.independence import (
+    CheckSchedule,
+    Independence,
+    IndependenceCheck,
+)
 from noisekit.probes.capture.step_record import CallKey, CapturedCall
 
 
@@ -19,14 +24,74 @@ class ExampleAxes:
     Established by runs of a copy of the model: see ``independence``. Sizes alone would
     take as many positions, queries or channels for as many examples. They decide where
     no such run could be made, and leave no doubt.
+
+    Attributes:
+        coupled: The model's outputs, by position, whose values for an example depend on
+            others, each with the reason.
+        of_outputs: By position of an output of the model: the axis of the examples.
+        unchecked: Why nothing is known; empty where the runs could be made.
     """
 
     def __init__(self) -> None:
+        self.coupled: Mapping[int, str] = {}
+        self.of_outputs: Mapping[int, int] = {}
+        self.unchecked = ""
+        self._schedule = CheckSchedule()
+        self._halves = torch.Generator().manual_seed(0)
         self._inputs: dict[CallKey, tuple[int | None, ...]] = {}
         self._outputs: dict[CallKey, tuple[int | None, ...]] = {}
         self._by_size: set[tuple[CallKey, int]] = set()
 
-    def learn(self, calls: Iterable[CapturedCall], found: Independence) -> None:
+    def restart(self) -> None:
+        """Check again: the model is another one."""
+        self._schedule.restart()
+
+    def establish(
+        self,
+        calls: Sequence[CapturedCall],
+        check_by: Callable[[torch.Generator | None], IndependenceCheck],
+    ) -> str:
+        """Run copies of the model to see which rows are whose, where that is due.
+
+        Args:
+            calls: Of the pass that has just ended.
+            check_by: Makes a check, by two halves where a generator is given.
+
+        Returns:
+            Why no example has a gradient of its own; empty where they have.
+        """
+        signature = frozenset(map(kind_of_call, calls))
+        if not self._schedule.is_due(signature):
+            return ""
+        if self._schedule.is_established(signature):
+            found = check_by(self._halves).result()
+            if self._agrees(calls, found):
+                self._schedule.checked(signature, established=True)
+                return ""
+        found = check_by(None).result()
+        self._learn(calls, found)
+        self.coupled, self.unchecked = found.coupled, found.unchecked
+        self.of_outputs = found.axes
+        self._schedule.checked(signature, established=found.established)
+        return found.refusal
+
+    def _agrees(self, calls: Iterable[CapturedCall], found: Independence) -> bool:
+        """Whether a check by halves contradicts nothing of what is known."""
+        if found.refusal or found.unchecked != self.unchecked:
+            return False
+        if found.coupled.keys() - self.coupled.keys():
+            return False
+        keys = [captured.key for captured in calls]
+        return all(
+            _agree(known.get(key), dependences.get(key, ()))
+            for key in keys
+            for known, dependences in (
+                (self._inputs, found.inputs),
+                (self._outputs, found.outputs),
+            )
+        )
+
+    def _learn(self, calls: Iterable[CapturedCall], found: Independence) -> None:
         """Keep what was found of the inputs and outputs of ``calls``."""
         for captured in calls:
             key, site = captured.key, captured.site
@@ -109,6 +174,18 @@ class ExampleAxes:
             among=site.rule.example_axes(site.module, shape, position),
             where=f"input {position} of {site.path or 'the model'}",
         )
+
+
+def _agree(
+    known: Sequence[int | None] | None, dependences: Sequence[Dependence]
+) -> bool:
+    """Whether axes that are known are among those that half of the pairs allow."""
+    if known is None or len(known) > len(dependences):
+        return False
+    return all(
+        axis == MIXED or not found.changes or axis in found.axes
+        for axis, found in zip(known, dependences, strict=False)
+    )
 
 
 def _example_inputs(captured: CapturedCall) -> list[Tensor]:

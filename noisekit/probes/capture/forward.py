@@ -1,6 +1,6 @@
 """The forward side of a probe: passes opened, calls of sites captured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,7 +16,6 @@ from noisekit.core.layers.replay import ModuleReplay
 from noisekit.probes.capture.calls import (
     batch_size_of,
     captured_call,
-    kind_of_call,
     tensors_of,
     unreadable_inputs,
 )
@@ -29,7 +28,7 @@ from noisekit.probes.capture.hooks import (
     is_suspended,
     suspend_recording,
 )
-from noisekit.probes.capture.independence import CheckSchedule, IndependenceCheck
+from noisekit.probes.capture.independence import IndependenceCheck
 from noisekit.probes.capture.loss_counts import CountSchedule, LossCounts
 from noisekit.probes.capture.sites import SitePlan
 from noisekit.probes.capture.step_record import CapturedCall, ForwardPass, Wanted
@@ -98,12 +97,8 @@ class ForwardCapture:
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._calls: list[CapturedCall] = []
         self._states: dict[Site, list[CallState]] = {}
-        self._schedule = CheckSchedule()
         self._counting = CountSchedule()
-        self._output_axes: Mapping[int, int] = {}
-        self._coupled: Mapping[int, str] = {}
         self._coupling: dict[bool, str] = {}
-        self._unchecked = ""
         caller = self._caller
         start, end = ModelHook(self._start, caller), ModelHook(self._end, caller)
         self._handles: list[RemovableHandle] = [
@@ -176,7 +171,7 @@ class ForwardCapture:
         """Hook sites anew where the model, or the plan of its sites, has changed."""
         if self._structure.has_changed():
             self._plan.stale = True
-            self._schedule.restart()
+            self._axes.restart()
             self._listener.on_changed_model()
         if self._plan.refresh():
             self._hook_sites()
@@ -325,34 +320,35 @@ class ForwardCapture:
             self._axes.resolve(captured)
 
     def _establish(self, calls: list[CapturedCall]) -> None:
-        """Run copies of the model to see which rows are whose, where that is due."""
+        """See which rows are whose, where that is due."""
         active = self.active
         assert active is not None
         num_examples = active.num_examples
         if self._inputs is None or num_examples in (None, 0, 1) or not calls:
             return
-        assert num_examples is not None
-        signature = frozenset(map(kind_of_call, calls))
-        if self._schedule.is_due(signature):
-            with suspend_recording():
-                found = IndependenceCheck(
-                    self._model,
-                    self._plan.sites,
-                    self._inputs,
-                    num_examples=num_examples,
-                    batch_dim=self._batch_dim,
-                ).result()
-            self._axes.learn(calls, found)
-            self._coupled, self._unchecked = found.coupled, found.unchecked
-            self._output_axes = found.axes
-            if found.refusal:
-                self._coupling[self._model.training] = found.refusal
-                active.refuse_coupled(found.refusal)
-            self._schedule.checked(signature, established=found.established)
-        if self._unchecked:
+        with suspend_recording():
+            refusal = self._axes.establish(calls, self._check)
+        if refusal:
+            self._coupling[self._model.training] = refusal
+            active.refuse_coupled(refusal)
+        if self._axes.unchecked:
             active.notes.append(
-                f"independence of examples not checked: {self._unchecked}"
+                f"independence of examples not checked: {self._axes.unchecked}"
             )
+
+    def _check(self, halves: torch.Generator | None) -> IndependenceCheck:
+        """A check of the pass that has just ended."""
+        assert self.active is not None
+        assert self.active.num_examples is not None
+        assert self._inputs is not None
+        return IndependenceCheck(
+            self._model,
+            self._plan.sites,
+            self._inputs,
+            num_examples=self.active.num_examples,
+            batch_dim=self._batch_dim,
+            halves=halves,
+        )
 
     @guarded
     def _on_output_grad(
@@ -365,12 +361,12 @@ class ForwardCapture:
         """Note that an output is part of the loss."""
         if grad is None or is_suspended(self._listener):
             return  # compiled code brings none for outputs that are not used
-        reason = self._coupled.get(position, "")
+        reason = self._axes.coupled.get(position, "")
         if reason:
             self._coupling[self._model.training] = reason
             forward_pass.refuse_coupled(reason)
         self._listener.on_model_grad(forward_pass, grad)
-        axis = self._output_axes.get(position, self._batch_dim)
+        axis = self._axes.of_outputs.get(position, self._batch_dim)
         if outputs is not None and outputs.shape[axis] == forward_pass.num_examples:
             forward_pass.counts = LossCounts.of(outputs, grad, axis)
             self._counting.checked(forward_pass.counts)

@@ -51,7 +51,7 @@ class ClosureCheck:
         sq_norms: Tensor,
         *,
         chunks: Sequence[slice] = (),
-        split: bool = True,
+        split_from: int | None = 0,
     ) -> None:
         """Note by how much the sum misses the change, relative to what rounding may.
 
@@ -61,8 +61,9 @@ class ClosureCheck:
             sq_norms: ``|u_i|²`` of every example.
             chunks: The examples of each chunk, where sums over chunks are read too;
                 those are computed in another way and have to add up as well.
-            split: Whether to add up the gradients of single examples, which tells a
-                mistaken split; else one gradient of the calls tells the rest.
+            split_from: First of the examples whose single gradients are added up,
+                which tells a mistaken split; ``None`` where one gradient of the calls
+                has to tell the rest.
         """
         if parameter.grad is None or parameter.is_meta:
             return
@@ -70,8 +71,8 @@ class ClosureCheck:
         after = self._after.get(id(parameter), parameter.grad)
         change = after if before is None else after - before
         total = (
-            summed_grads(contributions, parameter)
-            if split
+            summed_grads(contributions, parameter, split_from)
+            if split_from is not None
             else sum_over_rows(contributions, parameter, slice(0, len(sq_norms)))
         )
         missing = torch.linalg.vector_norm(total - change)

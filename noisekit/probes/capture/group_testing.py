@@ -1,16 +1,18 @@
 r"""Which example every row of a tensor depends on, by group testing.
 
-A computation is run again and again on the whole batch, with the inputs of half of the
-examples replaced by those of others: in run ``k`` of the examples whose number has bit
-``k`` set, then of all others. What depends on example ``e`` alone never changes in a
-run that leaves ``e`` as it is. Any two examples differ in some bit, so that a row that
-depends on another example, or on a second one, changes where it must not:
-``2 ⌈log₂ B⌉`` runs tell all ``B²`` pairs. Shapes and batch size stay what they were.
+A computation is run again and again on the whole batch, each time with the inputs of a
+group of the examples replaced by those of others. What depends on example ``e`` alone
+never changes in a run that leaves ``e`` as it is, so that a row that depends on another
+example, or on a second one, changes where it must not. Shapes and batch size stay.
+
+All ``B²`` pairs are told apart by ``k`` runs with ``C(k, k/2) >= B``: examples are in
+different sets of ``k/2`` runs each, of which none contains another (Sperner 1928).
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations, islice
 
 import torch
 from torch import Tensor
@@ -20,18 +22,69 @@ _ROUNDING = 1000
 weaker than that has no effect on what is read either."""
 
 
-def example_groups(num_examples: int) -> Iterator[tuple[Tensor, int]]:
-    """Yield which examples to replace ``(B,)``, and by which neighbour, for every run.
+@dataclass(frozen=True, slots=True)
+class GroupDesign:
+    """Which examples are replaced in which run, each of them equally often.
 
-    Runs come in pairs: a group, then all other examples.
+    Attributes:
+        groups: By run: the examples that are replaced ``(B,)``.
+        neighbours: By run: how far away their replacements are.
     """
-    numbers = torch.arange(num_examples)
-    for bit in range(math.ceil(math.log2(num_examples))):
-        group = (numbers >> bit & 1).bool()
-        # Another neighbour for every bit: a replacement may happen to be equal.
-        neighbour = 1 + bit % (num_examples - 1)
-        yield group, neighbour
-        yield ~group, neighbour
+
+    groups: tuple[Tensor, ...]
+    neighbours: tuple[int, ...]
+
+    @classmethod
+    def of_all_pairs(cls, num_examples: int) -> "GroupDesign":
+        """The fewest runs that tell every example from every other one."""
+        num_runs = 2
+        while math.comb(num_runs, num_runs // 2) < num_examples:
+            num_runs += 1
+        replaced = torch.zeros(num_runs, num_examples, dtype=torch.bool)
+        every = combinations(range(num_runs), num_runs // 2)
+        step = math.comb(num_runs, num_runs // 2) // num_examples
+        for example, runs in enumerate(islice(every, 0, step * num_examples, step)):
+            replaced[list(runs), example] = True
+        return cls._of(list(replaced))
+
+    @classmethod
+    def of_complements(cls, num_examples: int) -> "GroupDesign":
+        """A group and then all others, for every bit of the examples' numbers.
+
+        Both runs together make up twice the batch: sums over examples add up.
+        """
+        numbers, num_bits = torch.arange(num_examples), math.ceil(math.log2(num_examples))
+        groups = [(numbers >> bit & 1).bool() for bit in range(num_bits)]
+        both = [part for group in groups for part in (group, ~group)]
+        return cls._of(both)
+
+    @classmethod
+    def of_halves(cls, num_examples: int, generator: torch.Generator) -> "GroupDesign":
+        """A random half and the other one, which show whatever couples many pairs."""
+        group = torch.zeros(num_examples, dtype=torch.bool)
+        drawn = torch.randperm(num_examples, generator=generator)
+        group[drawn[: num_examples // 2]] = True
+        return cls._of([group, ~group])
+
+    @classmethod
+    def _of(cls, groups: Sequence[Tensor]) -> "GroupDesign":
+        # Another neighbour for every second run: a replacement may happen to be equal.
+        others = len(groups[0]) - 1
+        return cls(tuple(groups), tuple(1 + n // 2 % others for n in range(len(groups))))
+
+    def of_one_example(self, runs: Tensor) -> Tensor:
+        """Whether what changes in a set of runs may depend on one example alone.
+
+        Args:
+            runs: Sets as sums of ``2**n`` over their runs ``(U,)``.
+        """
+        bits = torch.arange(len(self.groups), device=runs.device)
+        own = (torch.stack(self.groups).to(runs.device).long() << bits[:, None]).sum(0)
+        return ((runs[:, None] & ~own) == 0).any(1)
+
+    def runs(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield which examples to replace ``(B,)``, and by which neighbour."""
+        yield from zip(self.groups, self.neighbours, strict=True)
 
 
 def replace_examples(
@@ -66,43 +119,57 @@ class Dependence:
 class DependenceTest:
     """Follows one tensor through the runs of a group test.
 
+    Along axes that may be the examples', whole rows are compared. Single elements are
+    where there is no such axis, or where no row of one is an example's own: only they
+    tell examples in another order from examples that are coupled.
+
     Attributes:
         base: The tensor for the batch as it is.
     """
 
-    def __init__(self, base: Tensor, num_examples: int) -> None:
+    def __init__(
+        self, base: Tensor, design: GroupDesign, *, elements: bool = False
+    ) -> None:
         """Start a test.
 
         Args:
             base: The tensor for the batch as it is.
-            num_examples: Examples of the batch.
+            design: The runs that follow, in this order.
+            elements: Whether to compare elements, whatever axes there are.
         """
         self.base = base.detach()
-        sizes = enumerate(base.shape)
+        self._design, self._num_runs = design, 0
+        num_examples, sizes = len(design.groups[0]), enumerate(base.shape)
         self._axes = [axis for axis, size in sizes if size == num_examples]
         none = torch.zeros((), dtype=torch.bool, device=base.device)
         self._misplaced = dict.fromkeys(self._axes, none)
-        self._changed, self._coupled = none, none
-        self._of_group: Tensor | None = None
+        self._changed = none
+        self.by_elements = elements or not self._axes or not base.numel()
+        # The runs in which each element changes, as a sum of powers of two.
+        self._runs = torch.zeros(
+            base.shape if self.by_elements else (), dtype=torch.int64, device=base.device
+        )
         self._same_shape = True
         self._allowed = _rounding(self.base)
 
     def note(self, value: Tensor, group: Tensor) -> None:
         """Take in the tensor of the run in which ``group`` was replaced."""
+        run, self._num_runs = self._num_runs, self._num_runs + 1
         if value.shape != self.base.shape:
             self._same_shape = False
             return
-        changed = self.differs(value)
-        self._changed = self._changed | changed.any()
-        kept = ~group.to(changed.device)
+        kept = ~group.to(value.device)
+        changed = self.differs(value) if self.by_elements else None
+        if changed is not None:
+            self._runs += changed.long() << run
+            self._changed = self._changed | changed.any()
         for axis in self._axes:
-            rows = changed.movedim(axis, 0).flatten(1).any(1)  # (B,)
+            if changed is None:
+                rows = self._rows_that_differ(value, axis)
+                self._changed = self._changed | rows.any()
+            else:
+                rows = changed.movedim(axis, 0).flatten(1).any(1)  # (B,)
             self._misplaced[axis] = self._misplaced[axis] | (rows & kept).any()
-        if self._of_group is None:
-            self._of_group = changed
-        else:  # the second run of a pair: all other examples were replaced
-            self._coupled = self._coupled | (self._of_group & changed).any()
-            self._of_group = None
 
     def differs(self, value: Tensor) -> Tensor:
         """Return where ``value`` is not what it was, element by element."""
@@ -111,6 +178,19 @@ class DependenceTest:
             return ~((value - self.base).abs() <= self._allowed) & ~both_nan
         return value != self.base
 
+    def _rows_that_differ(self, value: Tensor, axis: int) -> Tensor:
+        """Return in which rows along ``axis`` something differs ``(B,)``.
+
+        Rows with a NaN count as such; elements decide then.
+        """
+        others = [dim for dim in range(value.dim()) if dim != axis]
+        if not (self.base.is_floating_point() or self.base.is_complex()):
+            unequal = value != self.base
+            return unequal.movedim(axis, 0).flatten(1).any(1)
+        difference = (value.detach() - self.base).abs()
+        largest = difference.amax(others) if others else difference
+        return ~(largest <= self._allowed)
+
     def flags(self) -> Tensor:
         """Return all that is known as booleans, for one transfer to the host.
 
@@ -118,8 +198,9 @@ class DependenceTest:
         axis of as many entries as examples: whether entry ``i`` depends on another
         example than ``i``.
         """
+        coupled = ~self._design.of_one_example(self._runs.unique()).all()
         return torch.stack(
-            [self._changed, self._coupled, *(self._misplaced[a] for a in self._axes)]
+            [self._changed, coupled, *(self._misplaced[a] for a in self._axes)]
         )
 
     def result(self, flags: list[bool]) -> Dependence:

@@ -1,6 +1,6 @@
 """Whether a model treats examples independently, established on a copy of it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,8 +14,8 @@ from noisekit.probes.capture.copied_runs import CopiedRuns, Inputs, Trace
 from noisekit.probes.capture.group_testing import (
     Dependence,
     DependenceTest,
+    GroupDesign,
     dependences,
-    example_groups,
     replace_examples,
 )
 from noisekit.probes.capture.step_record import CallKey
@@ -75,67 +75,88 @@ class _VaryingError(Exception):
 
 
 class _TraceTest:
-    """Group tests of all tensors of a run."""
+    """Group tests of all tensors of a run, which it is shown while it runs."""
 
-    def __init__(self, base: Trace, num_examples: int) -> None:
+    def __init__(
+        self,
+        base: Trace,
+        whole: Sequence[Tensor],
+        design: GroupDesign,
+        *,
+        elements: bool,
+    ) -> None:
         def started(tensors: Sequence[Tensor]) -> list[DependenceTest]:
-            return [DependenceTest(tensor, num_examples) for tensor in tensors]
+            return [DependenceTest(t, design, elements=elements) for t in tensors]
 
         self._inputs = {key: started(found) for key, found in base.inputs.items()}
         self._outputs = {key: started(found) for key, found in base.outputs.items()}
-        self._whole = started(base.whole)
-        self._used = [tensor.requires_grad for tensor in base.whole]
-        self._losses: list[list[Tensor]] = [[] for _ in base.whole]
+        self._whole = started(whole)
+        self._used = [tensor.requires_grad for tensor in whole]
+        self._losses: list[list[Tensor]] = [[] for _ in whole]
         self._lost: set[CallKey] = set()
+        self._missing: set[CallKey] = set()
+        self._group: Tensor | None = None
+        self._differs = False
 
-    def note(self, trace: Trace, group: Tensor) -> None:
-        """Take in the run in which ``group`` was replaced.
+    def start(self, group: Tensor | None) -> None:
+        """Begin the run in which ``group`` is replaced; ``None`` for equal inputs."""
+        self._group, self._missing = group, set(self._inputs)
+
+    def note_call(
+        self, key: CallKey, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        """Take in a call of the run."""
+        self._missing.discard(key)
+        for own, tensors in ((self._inputs, inputs), (self._outputs, outputs)):
+            tests = own.get(key, [])
+            if len(tensors) != len(tests):
+                self._lost.add(key)
+            else:
+                self._note(tests, tensors)
+
+    def _note(self, tests: Sequence[DependenceTest], tensors: Sequence[Tensor]) -> None:
+        for test, tensor in zip(tests, tensors, strict=True):
+            if self._group is not None:
+                test.note(tensor, self._group)
+            elif test.base.shape != tensor.shape or bool(test.differs(tensor).any()):
+                self._differs = True
+
+    def end(self, whole: Sequence[Tensor]) -> None:
+        """Take in the model's outputs.
 
         Raises:
             _VaryingError: If an output that training may use has another shape.
+            _UnrepeatableError: If equal inputs have given anything else.
         """
-        for key, tests, tensors in self._pairs(trace):
-            if len(tensors) != len(tests):
-                self._lost.add(key)
-                continue
-            for test, tensor in zip(tests, tensors, strict=True):
-                test.note(tensor, group)
-        if [t.shape for t in trace.whole] != [t.base.shape for t in self._whole]:
+        if self._differs:
+            raise _UnrepeatableError
+        self._lost |= self._missing
+        if [t.shape for t in whole] != [t.base.shape for t in self._whole]:
             raise _VaryingError
-        for position, tensor in enumerate(trace.whole):
-            self._whole[position].note(tensor, group)
+        self._note(self._whole, whole)
+        if self._differs:
+            raise _UnrepeatableError
+        for position, tensor in enumerate(whole):
             if tensor.dim() == 0:
                 self._losses[position].append(tensor.detach().double())
 
-    def differs(self, trace: Trace) -> bool:
-        """Whether another run on the same inputs has given anything else."""
-        pairs = [*self._pairs(trace), (("", 0), self._whole, trace.whole)]
-        return any(
-            test.base.shape != tensor.shape or bool(test.differs(tensor).any())
-            for _, tests, tensors in pairs
-            for test, tensor in zip(tests, tensors, strict=False)
-        )
-
-    def _pairs(
-        self, trace: Trace
-    ) -> Iterable[tuple[CallKey, list[DependenceTest], list[Tensor]]]:
-        for tests, found in (
-            (self._inputs, trace.inputs),
-            (self._outputs, trace.outputs),
-        ):
-            for key, own in tests.items():
-                yield key, own, found.get(key, [])
+    def _tests(self) -> list[DependenceTest]:
+        calls = (*self._inputs.values(), *self._outputs.values())
+        return [*(test for own in calls for test in own), *self._whole]
 
     def is_suspicious(self) -> bool:
         """Whether anything was found that random numbers would explain as well."""
-        tests = [
-            *(t for own in self._inputs.values() for t in own),
-            *(t for own in self._outputs.values() for t in own),
-            *self._whole,
-        ]
-        found = dependences(tests)
         return bool(self._lost) or any(
-            one.changes and (one.coupled or not one.axes) for one in found
+            one.changes and (one.coupled or not one.axes)
+            for one in dependences(self._tests())
+        )
+
+    def is_coarse(self) -> bool:
+        """Whether rows were compared where only elements tell."""
+        tests = self._tests()
+        return any(
+            one.changes and not one.axes and not test.by_elements
+            for test, one in zip(tests, dependences(tests), strict=True)
         )
 
     def result(self, *, sums: bool) -> Independence:
@@ -189,8 +210,12 @@ class _TraceTest:
 class IndependenceCheck:
     """Runs copies of a model on a batch with some of its examples replaced.
 
-    The model itself is only read. Costs ``2 ⌈log₂ B⌉ + 1`` forward passes of the batch
-    and as many copies of the model, one at a time.
+    The model itself is only read. Costs about ``log₂ B + 4`` forward passes of the
+    batch and as many copies of the model, one at a time; 3 where the result is only to
+    be confirmed.
+
+    Attributes:
+        num_runs: Forward passes that were made.
     """
 
     def __init__(
@@ -201,12 +226,25 @@ class IndependenceCheck:
         *,
         num_examples: int,
         batch_dim: int,
+        halves: torch.Generator | None = None,
     ) -> None:
+        """Prepare the check.
+
+        Args:
+            model: The model.
+            sites: Whose calls are followed.
+            inputs: What it was called with.
+            num_examples: Examples of the batch.
+            batch_dim: Their axis.
+            halves: Draws two halves of the batch, to confirm by these alone what all
+                pairs of examples have shown before.
+        """
         self._runs = CopiedRuns(model, sites)
         self._inputs = inputs
         self._leaves, self._structure = pytree.tree_flatten(inputs)
         self._num_examples = num_examples
         self._batch_dim = batch_dim
+        self._halves = halves
         self._per_example = [
             position
             for position, leaf in enumerate(self._leaves)
@@ -214,6 +252,11 @@ class IndependenceCheck:
             and leaf.dim() > batch_dim
             and leaf.shape[batch_dim] == num_examples
         ]
+
+    @property
+    def num_runs(self) -> int:
+        """Forward passes that were made."""
+        return self._runs.num_runs
 
     def result(self) -> Independence:
         """Return what can be established; never raises because of the model."""
@@ -274,18 +317,46 @@ class IndependenceCheck:
         ]
 
     def _group_test(self, replaced: Sequence[int]) -> Independence:
-        test = _TraceTest(self._runs.run(self._inputs), self._num_examples)
-        for group, neighbour in example_groups(self._num_examples):
+        base = Trace()
+        whole = self._runs.run(self._inputs, base)
+        design = self._design(whole)
+        test = self._tested(base, whole, replaced, design, elements=False)
+        if test.is_suspicious():
+            test.start(None)
+            test.end(self._runs.run(self._inputs, test))
+        if test.is_coarse():
+            test = self._tested(base, whole, replaced, design, elements=True)
+        return test.result(sums=list(replaced) == self._per_example)
+
+    def _design(self, whole: Sequence[Tensor]) -> GroupDesign:
+        """Complements where a loss among the outputs has to add up over examples."""
+        if self._halves is not None:
+            return GroupDesign.of_halves(self._num_examples, self._halves)
+        if any(tensor.dim() == 0 and tensor.requires_grad for tensor in whole):
+            return GroupDesign.of_complements(self._num_examples)
+        return GroupDesign.of_all_pairs(self._num_examples)
+
+    def _tested(
+        self,
+        base: Trace,
+        whole: Sequence[Tensor],
+        replaced: Sequence[int],
+        design: GroupDesign,
+        *,
+        elements: bool,
+    ) -> _TraceTest:
+        """The test after all of its runs."""
+        test = _TraceTest(base, whole, design, elements=elements)
+        for group, neighbour in design.runs():
             leaves = list(self._leaves)
             for i in replaced:
                 leaves[i] = replace_examples(
                     leaves[i], group, neighbour, self._batch_dim
                 )
             inputs = pytree.tree_unflatten(leaves, self._structure)
-            test.note(self._runs.run(inputs), group)
-        if test.is_suspicious() and test.differs(self._runs.run(self._inputs)):
-            raise _UnrepeatableError
-        return test.result(sums=list(replaced) == self._per_example)
+            test.start(group)
+            test.end(self._runs.run(inputs, test))
+        return test
 
     def _smaller_shapes(self) -> dict[CallKey, list[torch.Size]]:
         """Shapes of the sites' inputs for one example less; none if that fails.
@@ -297,8 +368,9 @@ class IndependenceCheck:
         for i in self._per_example:
             if i not in self._doubtful(self._per_example):
                 leaves[i] = leaves[i].narrow(self._batch_dim, 0, self._num_examples - 1)
+        trace = Trace()
         try:
-            trace = self._runs.run(pytree.tree_unflatten(leaves, self._structure))
+            self._runs.run(pytree.tree_unflatten(leaves, self._structure), trace)
         except Exception:  # a model of one batch size only, or one without a copy
             return {}
         return {key: [t.shape for t in found] for key, found in trace.inputs.items()}
@@ -311,7 +383,7 @@ class CheckSchedule:
     """When independence is established anew: at first, on changes, and then rarely."""
 
     def __init__(self) -> None:
-        self._seen: set[object] = set()
+        self._established: dict[object, bool] = {}
         self._num_passes = 0
         self._num_checks = 0
         self._next = 0
@@ -323,18 +395,22 @@ class CheckSchedule:
             signature: What the pass called, and of which ranks its tensors were.
         """
         self._num_passes += 1
-        changed = signature not in self._seen
+        changed = signature not in self._established
         # Where other modules are called at every step, not each can be checked.
         paid = self._num_checks < _FREE_CHECKS + self._num_passes // CHECK_EVERY
         return self._num_passes > self._next or (changed and paid)
 
+    def is_established(self, signature: object) -> bool:
+        """Whether an earlier check has told all, so that it is only to be confirmed."""
+        return self._established.get(signature, False)
+
     def restart(self) -> None:
         """Check again: the model is another one."""
-        self._seen, self._next = set(), 0
+        self._established, self._next = {}, 0
 
     def checked(self, signature: object, *, established: bool) -> None:
         """Note a check, and whether it could tell anything."""
-        self._seen.add(signature)
+        self._established[signature] = established
         self._num_checks += 1
         n = self._num_passes
         # A layer that starts at zero hides what comes before it: soon again.

@@ -102,7 +102,7 @@ class Recorder:
         self.listener: GradientListener | None = None
         self.on_unstepped: Callable[[], None] | None = None
         self.verified = False
-        self._has_held = False
+        self._has_held, self._num_checks = False, 0
         self._reduces, self._unreduced = True, False
         self._watch = GradientWatch(self.parameters)
         self._tasks = BackwardTasks()
@@ -315,7 +315,7 @@ class Recorder:
                 contributions,
                 sq_norms,
                 chunks=chunks,
-                split=self.wanted.split,
+                split_from=self._num_checks if self.wanted.split else None,
             )
         if self.wanted.tangents is not None:
             tangent = self.wanted.tangents[self.names[index]]
@@ -342,6 +342,7 @@ class Recorder:
         self._commit(task)
         closure = self._tasks.close()
         if self.wanted.examples and self.wanted.closure:
+            self._num_checks += 1
             self._judge(closure.failures())
 
     def _commit(self, task: int) -> None:
