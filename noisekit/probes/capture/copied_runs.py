@@ -119,9 +119,7 @@ def _note_call(
         found, given = [], given[:1]
     key = (site.path, calls[site.path])
     calls[site.path] += 1
-    listener.note_call(
-        key, [t.detach() for t in given], [t.detach() for t in found]
-    )
+    listener.note_call(key, [t.detach() for t in given], [t.detach() for t in found])
 
 
 def _forget(_: Any) -> Any:  # nothing, which nobody asks for

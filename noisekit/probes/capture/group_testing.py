@@ -53,7 +53,10 @@ class GroupDesign:
 
         Both runs together make up twice the batch: sums over examples add up.
         """
-        numbers, num_bits = torch.arange(num_examples), math.ceil(math.log2(num_examples))
+        numbers, num_bits = (
+            torch.arange(num_examples),
+            math.ceil(math.log2(num_examples)),
+        )
         groups = [(numbers >> bit & 1).bool() for bit in range(num_bits)]
         both = [part for group in groups for part in (group, ~group)]
         return cls._of(both)
@@ -70,7 +73,9 @@ class GroupDesign:
     def _of(cls, groups: Sequence[Tensor]) -> "GroupDesign":
         # Another neighbour for every second run: a replacement may happen to be equal.
         others = len(groups[0]) - 1
-        return cls(tuple(groups), tuple(1 + n // 2 % others for n in range(len(groups))))
+        return cls(
+            tuple(groups), tuple(1 + n // 2 % others for n in range(len(groups)))
+        )
 
     def of_one_example(self, runs: Tensor) -> Tensor:
         """Whether what changes in a set of runs may depend on one example alone.
@@ -147,7 +152,9 @@ class DependenceTest:
         self.by_elements = elements or not self._axes or not base.numel()
         # The runs in which each element changes, as a sum of powers of two.
         self._runs = torch.zeros(
-            base.shape if self.by_elements else (), dtype=torch.int64, device=base.device
+            base.shape if self.by_elements else (),
+            dtype=torch.int64,
+            device=base.device,
         )
         self._same_shape = True
         self._allowed = _rounding(self.base)
@@ -198,7 +205,8 @@ class DependenceTest:
         axis of as many entries as examples: whether entry ``i`` depends on another
         example than ``i``.
         """
-        coupled = ~self._design.of_one_example(self._runs.unique()).all()
+        sets: Tensor = self._runs.unique()  # type: ignore[no-untyped-call]
+        coupled = ~self._design.of_one_example(sets).all()
         return torch.stack(
             [self._changed, coupled, *(self._misplaced[a] for a in self._axes)]
         )
