@@ -356,14 +356,14 @@ NETWORKS = (
         "replay",
     ),
     *(
-        _case(name, build, draw, "embedding", "normalisation", "replay", *more)
+        _case(name, build, draw, "embedding", "normalisation", "linear", *more)
         for name, build, draw, more in (
-            ("language_model", networks.LanguageModel, routes.tokens, ("linear",)),
+            ("language_model", networks.LanguageModel, routes.tokens, ("replay",)),
             (
                 "language_model_square",
                 networks.LanguageModel,
                 routes.square_tokens,
-                ("linear",),
+                ("replay",),
             ),
             ("gpt2", networks.gpt2, routes.tokens, ()),
         )

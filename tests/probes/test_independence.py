@@ -198,7 +198,7 @@ def test_bags_by_offsets_have_no_axis_of_examples() -> None:
     """
     model = seeded(lambda: _Bags(offsets=True))
     reading = first_reading(model, torch.arange(5)[:, None], torch.arange(5) % 3)
-    expected = "bags: its input has no axis of 5 examples ((5,), (5,))"
+    expected = "bags: its rows are not the batch's examples in their order"
     assert reading.coverage.unread == {"bags.weight": expected}
 
 

@@ -19,10 +19,10 @@ NUM, LENGTH, WIDTH, WORDS = 6, 5, 4, 7
 
 
 class Language(nn.Module):
-    """Positions that all sequences share, and a loss of the batch inside.
+    """Factors of positions that all sequences share, and a loss of the batch inside.
 
-    The positions are no layer's parameter, and a replay of the model has one output
-    for all examples: nothing tells their per-example gradients.
+    The factors are no layer's parameter and no summand, and a replay of the model has
+    one output for all examples: nothing tells their per-example gradients.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Language(nn.Module):
         self.head = nn.Linear(WIDTH, WORDS)
 
     def forward(self, words: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.table(words) + self.positions
+        hidden = self.table(words) * self.positions
         return functional.cross_entropy(
             self.head(hidden).flatten(0, 1), targets.flatten()
         )

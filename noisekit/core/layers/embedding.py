@@ -42,7 +42,7 @@ class EmbeddingRule(LayerRule):
 
     def sq_norms(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
         """Squared norms of the rows that each example's indices add up to."""
-        indices, grads = _occurrences(call)
+        indices, grads = occurrences(call)
         (num_examples, positions), width = indices.shape, grads.shape[2]
         if positions == 1:
             return {"weight": row_sq_norms(grads)}
@@ -58,7 +58,7 @@ class EmbeddingRule(LayerRule):
         self, call: LayerCall, names: Collection[str], rows: slice
     ) -> dict[str, Tensor]:
         """The whole table per example."""
-        indices, grads = (tensor[rows] for tensor in _occurrences(call))
+        indices, grads = (tensor[rows] for tensor in occurrences(call))
         num_rows = call.module.get_parameter("weight").shape[0]
         return {"weight": _added_to_slots(indices, grads, num_rows)}
 
@@ -66,13 +66,13 @@ class EmbeddingRule(LayerRule):
         self, call: LayerCall, names: Collection[str], rows: slice
     ) -> dict[str, Tensor]:
         """One table, to which every occurrence adds its output gradient."""
-        indices, grads = (tensor[rows] for tensor in _occurrences(call))
+        indices, grads = (tensor[rows] for tensor in occurrences(call))
         table = grads.new_zeros(call.module.get_parameter("weight").shape)
         return {"weight": table.index_add_(0, indices.flatten(), grads.flatten(0, 1))}
 
     def square_sums(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
         """One table, to which every example adds the squares of its own rows."""
-        indices, grads = _occurrences(call)
+        indices, grads = occurrences(call)
         table = grads.new_zeros(call.module.get_parameter("weight").shape)
         positions, width = grads.shape[1:]
         for rows in row_slices(len(indices), positions * width):
@@ -84,11 +84,11 @@ class EmbeddingRule(LayerRule):
 
     def inner_products(self, call: LayerCall, tangents: dict[str, Tensor]) -> Tensor:
         """Rows of the tangent looked up, times the output gradient."""
-        indices, grads = _occurrences(call)
+        indices, grads = occurrences(call)
         return (functional.embedding(indices, tangents["weight"]) * grads).sum((1, 2))
 
 
-def _occurrences(call: LayerCall) -> tuple[Tensor, Tensor]:
+def occurrences(call: LayerCall) -> tuple[Tensor, Tensor]:
     """Indices ``(N, T)`` and what each adds to its row ``(N, T, d)``."""
     module = call.module
     assert isinstance(module, nn.Embedding)

@@ -67,7 +67,7 @@ class LinearRule(LayerRule):
 
     def sq_norms(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
         """Two row norms, a product of Gram matrices, or the gradients themselves."""
-        inputs, grads = _positions(call)  # (N, T, in) and (N, T, out)
+        inputs, grads = positions(call)  # (N, T, in) and (N, T, out)
         if inputs.shape[1] == 1:
             # |b a'|_F = |a| |b|: the gradient of one position has rank one.
             bias = row_sq_norms(grads)
@@ -80,37 +80,41 @@ class LinearRule(LayerRule):
             found["bias"] = row_sq_norms(grads.sum(1))
         return found
 
+    def _weight_grads(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Outer products summed over positions, in the layout of the weight."""
+        return grads.mT @ inputs
+
     def _weight_sq_norms(self, inputs: Tensor, grads: Tensor) -> Tensor:
-        num_examples, positions, fan_in = inputs.shape
+        num_examples, length, fan_in = inputs.shape
         fan_out = grads.shape[2]
         # Gram matrices take T^2 (in + out) multiplications, gradients T in out.
-        if gram_cost(positions, fan_in + fan_out) < positions * fan_in * fan_out:
+        if gram_cost(length, fan_in + fan_out) < length * fan_in * fan_out:
             return over_rows(
                 lambda rows: gram_sq_norms(inputs[rows], grads[rows]),
                 num_examples,
-                2 * BLOCK * positions,
+                2 * BLOCK * length,
             )
         return over_rows(
-            lambda rows: row_sq_norms(grads[rows].mT @ inputs[rows]),
+            lambda rows: row_sq_norms(self._weight_grads(inputs[rows], grads[rows])),
             num_examples,
             fan_in * fan_out,
         )
 
     def splits(self, call: LayerCall) -> bool:
         """Unless Gram matrices cost next to nothing, as they do for one position."""
-        inputs, grads = _positions(call)
-        positions, fan_in, fan_out = *inputs.shape[1:], grads.shape[2]
-        products = gram_cost(positions, fan_in + fan_out)
-        return positions > 1 and 4 * products > positions * fan_in * fan_out
+        inputs, grads = positions(call)
+        length, fan_in, fan_out = *inputs.shape[1:], grads.shape[2]
+        products = gram_cost(length, fan_in + fan_out)
+        return length > 1 and 4 * products > length * fan_in * fan_out
 
     def example_grads(
         self, call: LayerCall, names: Collection[str], rows: slice
     ) -> dict[str, Tensor]:
         """Outer products summed over positions."""
-        inputs, grads = (tensor[rows] for tensor in _positions(call))
+        inputs, grads = (tensor[rows] for tensor in positions(call))
         found = {}
         if "weight" in names:
-            found["weight"] = grads.mT @ inputs
+            found["weight"] = self._weight_grads(inputs, grads)
         if "bias" in names:
             found["bias"] = grads.sum(1)
         return found
@@ -119,30 +123,48 @@ class LinearRule(LayerRule):
         self, call: LayerCall, names: Collection[str], rows: slice
     ) -> dict[str, Tensor]:
         """One product over all rows and positions."""
-        inputs, grads = (tensor[rows].flatten(0, 1) for tensor in _positions(call))
+        inputs, grads = (tensor[rows].flatten(0, 1) for tensor in positions(call))
         found = {}
         if "weight" in names:
-            found["weight"] = grads.mT @ inputs
+            found["weight"] = self._weight_grads(inputs, grads)
         if "bias" in names:
             found["bias"] = grads.sum(0)
         return found
 
     def square_sums(self, call: LayerCall, names: Collection[str]) -> dict[str, Tensor]:
         """With one position, a product of squares; else from the gradients."""
-        inputs, grads = _positions(call)
+        inputs, grads = positions(call)
         if inputs.shape[1] > 1:
             return super().square_sums(call, names)
         # (b_o a_i)^2 = b_o^2 a_i^2, so that the sum over examples is one product.
         squares = grads[:, 0].square()  # (N, out)
         found = {}
         if "weight" in names:
-            found["weight"] = squares.mT @ inputs[:, 0].square()
+            found["weight"] = self._weight_grads(inputs[:, 0].square(), squares)
         if "bias" in names:
             found["bias"] = squares.sum(0)
         return found
 
 
-def _positions(call: LayerCall) -> tuple[Tensor, Tensor]:
+class TransposedLinearRule(LinearRule):
+    """Linear layers that keep their weight as ``(inputs, outputs)``.
+
+    ``Conv1D`` of Hugging Face's transformers, which GPT-2 is made of.
+    """
+
+    def applies(self, module: nn.Module) -> bool:
+        """Whether ``module`` is one, and runs its class's own forward."""
+        kind = type(module)
+        named = (kind.__module__, kind.__qualname__)
+        return named == ("transformers.pytorch_utils", "Conv1D") and is_plain(
+            module, kind
+        )
+
+    def _weight_grads(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        return inputs.mT @ grads
+
+
+def positions(call: LayerCall) -> tuple[Tensor, Tensor]:
     """Input and output gradient with all positions on one axis: ``(N, T, d)``."""
     inputs, grads = widen(call.input), widen(call.output_grad)
     if inputs.dim() == 2:

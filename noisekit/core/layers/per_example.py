@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from noisekit.core.layers.convolution import ConvRule
 from noisekit.core.layers.embedding import EmbeddingRule
-from noisekit.core.layers.linear import LinearRule
+from noisekit.core.layers.linear import LinearRule, TransposedLinearRule
 from noisekit.core.layers.normalisation import ChannelNormRule, FeatureNormRule
 from noisekit.core.layers.replay import ModuleReplay
 from noisekit.core.layers.rule import (
@@ -26,9 +26,11 @@ from noisekit.core.layers.rule import (
     sub_slices,
     widen,
 )
+from noisekit.core.layers.shared_weights import shared_weight_sq_norms
 
 RULES: tuple[LayerRule, ...] = (
     LinearRule(),
+    TransposedLinearRule(),
     ConvRule(),
     FeatureNormRule(),
     ChannelNormRule(),
@@ -114,6 +116,11 @@ def example_sq_norms(
         site, call = contributions[0]
         name = site.name_of(parameter)
         return site.rule.sq_norms(call, (name,))[name]
+    if all(site.name_of(parameter) == "weight" for site, _ in contributions):
+        rules = [(site.rule, call) for site, call in contributions]
+        norms = shared_weight_sq_norms(rules)
+        if norms is not None:
+            return norms
     chunks = _chunks(contributions, parameter)
     return torch.cat([row_sq_norms(grads) for grads in chunks])
 

@@ -19,6 +19,12 @@ from noisekit.core.model_copies import (
     uncached_parametrizations,
 )
 from noisekit.core.randomness import preserve_rng_state
+from noisekit.probes.capture.broadcast_nodes import MeetingTap, source_node
+from noisekit.probes.capture.broadcasts import (
+    bare_parameters,
+    may_be_shared,
+    name_of_output,
+)
 from noisekit.probes.capture.calls import tensors_of
 from noisekit.probes.capture.step_record import CallKey
 from noisekit.probes.capture.targets import eagerly
@@ -64,6 +70,8 @@ class CopiedRuns:
         self.num_runs = 0
         self._model = model
         self._sites = sites
+        self._bare = bare_parameters(sites)
+        self._taps = bool(self._bare) or any(map(may_be_shared, sites))
 
     def run(self, inputs: Inputs, listener: RunListener) -> list[Tensor]:
         """Run a new copy; what it writes to, draws from or counts is its own.
@@ -76,10 +84,17 @@ class CopiedRuns:
         """
         self.num_runs += 1
         model, calls = copy_module(self._model), Counter[str]()
+
+        def show(name: str, result: Tensor) -> None:
+            listener.note_call((name, calls[name]), [result.detach()], [])
+            calls[name] += 1
+
+        sources = {source_node(model.get_parameter(n)): n for n in self._bare}
+        tap = MeetingTap(sources, show)
         args, kwargs = copy_value(inputs)
         for site in self._sites:
             module = model.get_submodule(site.path)
-            hook = partial(_note_call, listener, calls, site)
+            hook = partial(_note_call, listener, calls, tap, site)
             module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         with ExitStack() as stack:
             stack.enter_context(preserve_rng_state())
@@ -96,12 +111,15 @@ class CopiedRuns:
                     stack.enter_context(
                         torch.autocast(kind, dtype=dtype, cache_enabled=False)
                     )
+            if self._taps:
+                stack.enter_context(tap)
             return tensors_of(model(*args, **kwargs))
 
 
 def _note_call(
     listener: RunListener,
     calls: Counter[str],
+    tap: MeetingTap,
     site: Site,
     module: nn.Module,
     args: tuple[Any, ...],
@@ -115,9 +133,11 @@ def _note_call(
     found, given = tensors_of(outputs), tensors_of((args, kwargs))
     if not any(t.requires_grad for t in found):
         return
-    if not isinstance(site.rule, ModuleReplay):
-        found, given = [], given[:1]
     key = (site.path, calls[site.path])
+    if not isinstance(site.rule, ModuleReplay):
+        if may_be_shared(site) and found[0].grad_fn is not None:
+            tap.sources[found[0].grad_fn] = name_of_output(key)
+        found, given = [], given[:1]
     calls[site.path] += 1
     listener.note_call(key, [t.detach() for t in given], [t.detach() for t in found])
 

@@ -41,6 +41,11 @@ class ExampleAxes:
         self._inputs: dict[CallKey, tuple[int | None, ...]] = {}
         self._outputs: dict[CallKey, tuple[int | None, ...]] = {}
         self._by_size: set[tuple[CallKey, int]] = set()
+        self._meetings: dict[CallKey, tuple[int, ...]] = {}
+
+    def of_meetings(self, name: str) -> list[tuple[int, ...]]:
+        """Axes of the examples where a tensor without them meets them, in order."""
+        return [axes for (own, _), axes in self._meetings.items() if own == name]
 
     def restart(self) -> None:
         """Check again: the model is another one."""
@@ -50,7 +55,7 @@ class ExampleAxes:
         self,
         calls: Sequence[CapturedCall],
         check_by: Callable[[torch.Generator | None], IndependenceCheck],
-    ) -> str:
+    ) -> Independence | None:
         """Run copies of the model to see which rows are whose, where that is due.
 
         Args:
@@ -58,22 +63,27 @@ class ExampleAxes:
             check_by: Makes a check, by two halves where a generator is given.
 
         Returns:
-            Why no example has a gradient of its own; empty where they have.
+            What is new; ``None`` where nothing is.
         """
         signature = frozenset(map(kind_of_call, calls))
         if not self._schedule.is_due(signature):
-            return ""
+            return None
         if self._schedule.is_established(signature):
             found = check_by(self._halves).result()
             if self._agrees(calls, found):
                 self._schedule.checked(signature, established=True)
-                return ""
+                return None
         found = check_by(None).result()
         self._learn(calls, found)
+        self._learn_meetings(found)
         self.coupled, self.unchecked = found.coupled, found.unchecked
         self.of_outputs = found.axes
         self._schedule.checked(signature, established=found.established)
-        return found.refusal
+        return found
+
+    def leave_out(self, calls: Sequence[CapturedCall]) -> None:
+        """Take the calls that are left for what was checked in the present pass."""
+        self._schedule.checked_too(frozenset(map(kind_of_call, calls)))
 
     def _agrees(self, calls: Iterable[CapturedCall], found: Independence) -> bool:
         """Whether a check by halves contradicts nothing of what is known."""
@@ -82,6 +92,12 @@ class ExampleAxes:
         if found.coupled.keys() - self.coupled.keys():
             return False
         keys = [captured.key for captured in calls]
+        met = {key: found.inputs[key] for key in self._meetings if key in found.inputs}
+        if any(
+            d.changes and not set(self._meetings[k]) <= set(d.axes)
+            for k, (d,) in met.items()
+        ):
+            return False
         return all(
             _agree(known.get(key), dependences.get(key, ()))
             for key in keys
@@ -114,6 +130,14 @@ class ExampleAxes:
                 (d.axes[0] if d.axes else MIXED) if d.changes else None
                 for d in found.outputs.get(key, ())
             )
+
+    def _learn_meetings(self, found: Independence) -> None:
+        """Keep what was found where tensors without examples meet these."""
+        self._meetings = {
+            key: found.inputs[key][0].axes
+            for key in sorted(found.inputs)
+            if key not in self._inputs
+        }
 
     def resolve(self, captured: CapturedCall) -> None:
         """Set the axes of the call's inputs and outputs.

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
@@ -13,6 +14,8 @@ from noisekit.core.errors import CoupledExamplesError, LayerReadError, ModelCopy
 from noisekit.core.layers.call_state import CallState
 from noisekit.core.layers.per_example import Site, coupling
 from noisekit.core.layers.replay import ModuleReplay
+from noisekit.probes.capture.broadcast_nodes import ExampleGradients
+from noisekit.probes.capture.broadcasts import Broadcasts, may_be_shared
 from noisekit.probes.capture.calls import (
     batch_size_of,
     captured_call,
@@ -31,7 +34,12 @@ from noisekit.probes.capture.hooks import (
 from noisekit.probes.capture.independence import IndependenceCheck
 from noisekit.probes.capture.loss_counts import CountSchedule, LossCounts
 from noisekit.probes.capture.sites import SitePlan
-from noisekit.probes.capture.step_record import CapturedCall, ForwardPass, Wanted
+from noisekit.probes.capture.step_record import (
+    CallKey,
+    CapturedCall,
+    ForwardPass,
+    Wanted,
+)
 from noisekit.probes.capture.structure import Structure
 from noisekit.probes.capture.unit_norms import UnitNorms
 
@@ -54,6 +62,11 @@ class Listener(Protocol):
         self, captured: CapturedCall, position: int, grad: Tensor
     ) -> None:
         """The gradient of one of a site's outputs has arrived."""
+
+    def on_broadcast_grad(
+        self, captured: CapturedCall, grad: Tensor, reader: ExampleGradients
+    ) -> None:
+        """The gradient of a result has arrived in which a tensor meets the examples."""
 
     def on_unreadable(self, site: Site, forward_pass: ForwardPass, reason: str) -> None:
         """A site's call does not tell per-example gradients."""
@@ -94,6 +107,10 @@ class ForwardCapture:
             if isinstance(m, _BatchNorm | nn.Embedding | nn.EmbeddingBag)
         ]
         self._axes = ExampleAxes()
+        self._broadcasts = Broadcasts(
+            plan, self._axes.of_meetings, listener.on_broadcast_grad
+        )
+        self._sources: dict[CallKey, Node] = {}
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._calls: list[CapturedCall] = []
         self._states: dict[Site, list[CallState]] = {}
@@ -170,7 +187,7 @@ class ForwardCapture:
     def _follow_changes(self) -> None:
         """Hook sites anew where the model, or the plan of its sites, has changed."""
         if self._structure.has_changed():
-            self._plan.stale = True
+            self._plan.forget_broadcasts()
             self._axes.restart()
             self._listener.on_changed_model()
         if self._plan.refresh():
@@ -179,7 +196,7 @@ class ForwardCapture:
 
     def _forget(self) -> None:
         """Drop what an exception in the last pass may have left."""
-        self._calls, self._states = [], {}
+        self._calls, self._states, self._sources = [], {}, {}
         self._inputs = self.active = None
         if self._replacement is not None:
             self._replacement.give_back()
@@ -227,10 +244,10 @@ class ForwardCapture:
                 tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         calls, self._calls = self._calls, []
         try:
-            self._establish(calls)
-            self._resolve_each(calls)
+            is_news = self._establish(calls)
+            self._resolve_each(calls, tensors_of(outputs), is_news=is_news)
         finally:
-            self._inputs = None
+            self._inputs, self._sources = None, {}
 
     # ------------------------------------------------------------ calls of sites
 
@@ -283,6 +300,8 @@ class ForwardCapture:
             self._replacement.link(captured)
         if self._inputs is not None:
             self._calls.append(captured)
+            if may_be_shared(site) and tensors[0].grad_fn is not None:
+                self._sources[captured.key] = tensors[0].grad_fn
         for position, tensor in enumerate(tensors):
             if tensor.requires_grad:
                 hook = partial(self._listener.on_output_grad, captured, position)
@@ -319,22 +338,23 @@ class ForwardCapture:
         if not captured.call.axes:
             self._axes.resolve(captured)
 
-    def _establish(self, calls: list[CapturedCall]) -> None:
-        """See which rows are whose, where that is due."""
+    def _establish(self, calls: list[CapturedCall]) -> bool:
+        """See which rows are whose, where that is due; return whether that is news."""
         active = self.active
         assert active is not None
         num_examples = active.num_examples
         if self._inputs is None or num_examples in (None, 0, 1) or not calls:
-            return
+            return False
         with suspend_recording():
-            refusal = self._axes.establish(calls, self._check)
-        if refusal:
-            self._coupling[self._model.training] = refusal
-            active.refuse_coupled(refusal)
+            found = self._axes.establish(calls, self._check)
+        if found is not None and found.refusal:
+            self._coupling[self._model.training] = found.refusal
+            active.refuse_coupled(found.refusal)
         if self._axes.unchecked:
             active.notes.append(
                 f"independence of examples not checked: {self._axes.unchecked}"
             )
+        return found is not None
 
     def _check(self, halves: torch.Generator | None) -> IndependenceCheck:
         """A check of the pass that has just ended."""
@@ -371,11 +391,27 @@ class ForwardCapture:
             forward_pass.counts = LossCounts.of(outputs, grad, axis)
             self._counting.checked(forward_pass.counts)
 
-    def _resolve_each(self, calls: list[CapturedCall]) -> None:
+    def _resolve_each(
+        self, calls: list[CapturedCall], outputs: Sequence[Tensor], *, is_news: bool
+    ) -> None:
+        """Find the examples of every call, or else where its output meets them."""
+        active = self.active
+        assert active is not None
+        unclear: dict[CallKey, tuple[CapturedCall, str]] = {}
         for captured in calls:
             try:
                 self._axes.resolve(captured)
             except LayerReadError as error:
-                self._listener.on_unreadable(
-                    captured.site, captured.forward_pass, str(error)
-                )
+                unclear[captured.key] = (captured, str(error))
+        shared = {
+            self._sources[key]: captured
+            for key, (captured, _) in unclear.items()
+            if key in self._sources
+        }
+        read = self._broadcasts.follow(outputs, shared, active, search=is_news)
+        for key, (captured, reason) in unclear.items():
+            if key not in read and self._plan.indices_of(captured.site):
+                self._listener.on_unreadable(captured.site, active, reason)
+        if is_news and self._plan.stale:
+            left = [c for c in calls if self._plan.indices_of(c.site)]
+            self._axes.leave_out(left)

@@ -175,7 +175,7 @@ class DependenceTest:
                 rows = self._rows_that_differ(value, axis)
                 self._changed = self._changed | rows.any()
             else:
-                rows = changed.movedim(axis, 0).flatten(1).any(1)  # (B,)
+                rows = _any_by_row(changed, axis)
             self._misplaced[axis] = self._misplaced[axis] | (rows & kept).any()
 
     def differs(self, value: Tensor) -> Tensor:
@@ -192,8 +192,7 @@ class DependenceTest:
         """
         others = [dim for dim in range(value.dim()) if dim != axis]
         if not (self.base.is_floating_point() or self.base.is_complex()):
-            unequal = value != self.base
-            return unequal.movedim(axis, 0).flatten(1).any(1)
+            return _any_by_row(value != self.base, axis)
         difference = (value.detach() - self.base).abs()
         largest = difference.amax(others) if others else difference
         return ~(largest <= self._allowed)
@@ -217,6 +216,11 @@ class DependenceTest:
         axes = zip(self._axes, misplaced, strict=True)
         ordered = tuple(axis for axis, wrong in axes if changed and not wrong)
         return Dependence(self._same_shape, changed, coupled, ordered)
+
+
+def _any_by_row(flags: Tensor, axis: int) -> Tensor:
+    """Whether any flag of a row along ``axis`` is set ``(B,)``."""
+    return flags.movedim(axis, 0).reshape(flags.shape[axis], -1).any(1)
 
 
 def _rounding(base: Tensor) -> Tensor:

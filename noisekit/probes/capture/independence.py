@@ -137,7 +137,7 @@ class _TraceTest:
         if self._differs:
             raise _UnrepeatableError
         for position, tensor in enumerate(whole):
-            if tensor.dim() == 0:
+            if tensor.dim() == 0 and self._group is not None:
                 self._losses[position].append(tensor.detach().double())
 
     def _tests(self) -> list[DependenceTest]:
@@ -407,6 +407,10 @@ class CheckSchedule:
     def restart(self) -> None:
         """Check again: the model is another one."""
         self._established, self._next = {}, 0
+
+    def checked_too(self, signature: object) -> None:
+        """Take the last check for one of ``signature`` as well."""
+        self._established.setdefault(signature, True)
 
     def checked(self, signature: object, *, established: bool) -> None:
         """Note a check, and whether it could tell anything."""

@@ -18,6 +18,7 @@ from noisekit.core.layers.per_example import Site
 from noisekit.core.model_copies import copied_parameters, copy_module
 from noisekit.probes.capture.accumulation import GradientWatch, gradient_sq_norms
 from noisekit.probes.capture.backward_graph_tasks import BackwardTasks
+from noisekit.probes.capture.broadcast_nodes import ExampleGradients
 from noisekit.probes.capture.calls import fault_of, without_autocast
 from noisekit.probes.capture.forward import ForwardCapture
 from noisekit.probes.capture.gradient_sum_check import gradient_sum_error
@@ -200,7 +201,7 @@ class Recorder:
         self, captured: CapturedCall, position: int, grad: Tensor
     ) -> None:
         """Keep the gradient until those of the site's parameters are complete."""
-        if is_suspended(self):
+        if is_suspended(self) or captured.superseded:
             return
         tasks = self._enter()
         tasks.visit(captured.forward_pass, twice=grad.requires_grad)
@@ -208,6 +209,19 @@ class Recorder:
         captured.call.grads[position] = grad.detach()
         if self.wanted.closure:
             tasks.closure.note(captured.site.params)
+
+    @guarded
+    def on_broadcast_grad(
+        self, captured: CapturedCall, grad: Tensor, reader: ExampleGradients
+    ) -> None:
+        """Add the examples' gradients from one more place where a tensor meets them."""
+        earlier = captured.call.grads[0]
+        new = captured.task != torch._C._current_graph_task_id()
+        self.on_output_grad(captured, 0, grad)
+        if captured.call.grads[0] is not None:
+            with torch.no_grad():
+                rows = reader(grad)
+            captured.call.grads[0] = rows if new or earlier is None else earlier + rows
 
     def on_unreadable(self, site: Site, forward_pass: ForwardPass, reason: str) -> None:
         """Read the site's parameters at a larger module from the next pass on."""

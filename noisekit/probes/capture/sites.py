@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from noisekit.core.layers.broadcast import BroadcastRule
 from noisekit.core.layers.per_example import (
     Site,
     assign_sites,
@@ -33,6 +34,8 @@ class SitePlan:
         sites: Where the parameters are read now.
         stale: Whether there are changes that wait for ``refresh``.
         left_out: By index of a parameter that is read nowhere any more: why.
+        broadcast: By index of a parameter that is read where it is broadcast over the
+            examples: its site, and its name there.
     """
 
     def __init__(
@@ -42,13 +45,15 @@ class SitePlan:
         self._parameters = dict(parameters)
         self._replayed: dict[int, str] = {}
         self._failures: Counter[int] = Counter()
+        self._replay_only: set[int] = set()
         self.left_out: dict[int, str] = {}
+        self.broadcast: dict[int, tuple[Site, str]] = {}
         self.stale = False
         self._assign()
 
     def _assign(self) -> None:
         parameters = list(self._parameters.values())
-        elsewhere = self._replayed.keys() | self.left_out.keys()
+        elsewhere = {*self._replayed, *self.left_out, *self.broadcast}
         plain = [p for i, p in enumerate(parameters) if i not in elsewhere]
         groups: dict[str, list[nn.Parameter]] = {}
         for index, path in self._replayed.items():
@@ -68,6 +73,47 @@ class SitePlan:
             [s for s in self.sites if any(p is q for q in s.params.values())]
             for p in parameters
         ]
+        for index, (site, _) in self.broadcast.items():
+            self._sites_of[index] = [site]
+
+    def bare(self) -> dict[int, tuple[Site, str]]:
+        """Parameters of replayed modules that may be read where they are broadcast."""
+        return {
+            index: (sites[0], sites[0].name_of(parameter))
+            for index, (parameter, sites) in enumerate(
+                zip(self._parameters.values(), self._sites_of, strict=True)
+            )
+            if len(sites) == 1
+            and isinstance(sites[0].rule, ModuleReplay)
+            and index not in self._replayed
+            and index not in self._replay_only
+        }
+
+    def read_broadcast(self, index: int) -> Site:
+        """Read a bare parameter where it is broadcast, from this pass on."""
+        if index not in self.broadcast:
+            site, name = self.bare()[index]
+            own = Site(
+                site.path, site.module, BroadcastRule(), {name: site.params[name]}
+            )
+            self.broadcast[index] = (own, name)
+            self._sites_of[index] = [own]
+            self.stale = True
+        return self.broadcast[index][0]
+
+    def replay_instead(self, index: int) -> bool:
+        """Read a parameter by replaying its module; return whether that is news."""
+        self._replay_only.add(index)
+        if self.broadcast.pop(index, None) is None:
+            return False
+        self.stale = True
+        return True
+
+    def forget_broadcasts(self) -> None:
+        """Look anew where parameters are broadcast: the model is another one."""
+        self.broadcast = {}
+        self._replay_only = set()
+        self.stale = True
 
     def sites_of(self, index: int) -> list[Site]:
         """The sites that add to the parameter with this index."""
@@ -89,6 +135,9 @@ class SitePlan:
         for index in indices:
             sites = self._sites_of[index]
             if not sites:
+                continue
+            if self.replay_instead(index):
+                widened = True
                 continue
             if index in self._replayed and self._replayed[index] != sites[0].path:
                 continue  # widened before in this pass
@@ -132,6 +181,7 @@ class SitePlan:
         names = list(self._parameters)
         self._replayed = {names.index(name): path for name, path in paths.items()}
         self.left_out = {names.index(n): why for n, why in (left_out or {}).items()}
+        self.broadcast = {}
         self.stale = True
 
     def refresh(self) -> bool:

@@ -121,7 +121,10 @@ class ForwardPass:
 
 @dataclass(slots=True, eq=False)
 class CapturedCall:
-    """A call of a site, waiting for its output's gradients in graph task ``task``."""
+    """A call of a site, waiting for its output's gradients in graph task ``task``.
+
+    Superseded where they are read at the operations that broadcast the output.
+    """
 
     site: Site
     call: LayerCall
@@ -130,6 +133,7 @@ class CapturedCall:
     key: CallKey
     task: int = -1
     released: bool = False
+    superseded: bool = False
     num_read: int = 0
     norms: dict[str, Tensor] = field(default_factory=dict)
     chunk_norms: dict[str, Tensor] = field(default_factory=dict)
