@@ -24,6 +24,7 @@ from noisekit.figures.theme import (
     themed,
 )
 from noisekit.figures.timeline import timeline
+from noisekit.figures.tradeoff import batch_size_tradeoff
 from noisekit.figures.training import training_curves
 from noisekit.figures.tuning import rate_tuning
 
@@ -34,6 +35,7 @@ __all__ = [
     "ArmStyle",
     "Plot",
     "arm_styles",
+    "batch_size_tradeoff",
     "claim_forest",
     "descriptive_ratios",
     "example_norm_histograms",

@@ -2,6 +2,7 @@
 
 from noisekit.core.errors import ClosureError, ProbeWarning
 from noisekit.noise.step_quantity import HessianForms, StepQuantity
+from noisekit.probes.advice import BatchSizeAdvice
 from noisekit.probes.attachment import attach_probe
 from noisekit.probes.capture.tokens import TokenCount
 from noisekit.probes.dataset_curvature import hessian_weighted_noise
@@ -21,6 +22,7 @@ from noisekit.probes.step_metrics.gradient_norms import GradientNorms
 from noisekit.probes.step_metrics.metric import MetricStep, RankSum, StepMetric
 
 __all__ = [
+    "BatchSizeAdvice",
     "ClosureError",
     "Coverage",
     "GradientNoise",

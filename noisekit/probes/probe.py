@@ -21,6 +21,7 @@ from noisekit.core.randomness import preserve_rng_state
 from noisekit.core.results import Estimate
 from noisekit.core.risk import LossFn
 from noisekit.core.settings import PositiveInt
+from noisekit.probes.advice import BatchSizeAdvice, advice_of
 from noisekit.probes.capture.hooks import is_suspended, suspend_recording
 from noisekit.probes.capture.recorder import Recorder
 from noisekit.probes.capture.replicas import ProbeJoin
@@ -351,6 +352,37 @@ class Probe:
             raise UsageError(f"window needs to be 1 or more readings, got {window}.")
         return self._history.noise_scale(
             window=window, estimator=estimator, population_size=population_size
+        )
+
+    @checked
+    def advise(
+        self,
+        *,
+        window: PositiveInt | None = None,
+        candidates: Sequence[float] | None = None,
+    ) -> BatchSizeAdvice:
+        """Return which batch size the readings support, and what limits that.
+
+        The noise scale with its interval, and from it the steps and examples that
+        training takes at candidate batch sizes, relative to the fewest possible.
+        ``print`` it, draw it with ``nk.figures.batch_size_tradeoff(advice.table())``.
+
+        Args:
+            window: How many readings count, the last one included; all that are kept
+                by default.
+            candidates: Batch sizes to compare, beside the present one; powers of two
+                around it and the noise scale by default.
+
+        Raises:
+            UsageError: If ``window`` or a candidate is not positive.
+        """
+        scale = self.simple_noise_scale(window=window)
+        return advice_of(
+            scale,
+            self.readings[-window if window else None :],
+            model=self._recorder.model,
+            optimizer=self._steps.optimizer,
+            candidates=candidates,
         )
 
     def measure(self, inputs: Any, targets: Any) -> Reading:

@@ -382,3 +382,20 @@ def planned_settings() -> DataFrame:
                     }
                 )
     return DataFrame(rows)
+
+
+def tradeoff(noise_scale: float = 100.0, low: float = 60.0, high: float = 200.0):
+    """Steps and examples over batch sizes, as advice has them."""
+    sizes = 2.0 ** np.arange(2, 12)
+    return pd.DataFrame(
+        {
+            "batch_size": sizes,
+            "present": sizes == 32,
+            "steps": 1 + noise_scale / sizes,
+            "steps_low": 1 + low / sizes,
+            "steps_high": 1 + high / sizes,
+            "examples": 1 + sizes / noise_scale,
+            "examples_low": 1 + sizes / high,
+            "examples_high": 1 + sizes / low,
+        }
+    )

@@ -63,6 +63,7 @@ FIGURES: dict[str, Callable[[], Plot]] = {
     "lines around": lambda: figures.loss_lines(samples.loss_around()),
     "noise": lambda: figures.noise_over_training(samples.steps(num_seeds=3)),
     "batch sizes": batch_sizes,
+    "trade-off": lambda: figures.batch_size_tradeoff(samples.tradeoff()),
     "histograms": lambda: figures.example_norm_histograms(
         samples.examples(num_seeds=1), snapshots=["start", "loss_0.05"]
     ),
