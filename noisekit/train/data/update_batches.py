@@ -85,6 +85,7 @@ class UpdateBatches:
             seed, num_examples=len(train), device=device, order=order
         )
         self._augmentation: Augmentation | None = None
+        self._inactive: AugmentSpec | None = None
 
     def batch(
         self,
@@ -112,7 +113,10 @@ class UpdateBatches:
 
     def _augmentation_by(self, augment: AugmentSpec) -> Augmentation | None:
         """Return what changes the images, made anew where a phase asks for another."""
+        if augment is self._inactive:
+            return None
         if not augment.active:
+            self._inactive = augment  # to compare settings takes longer than to draw
             return None
         if self._augmentation is None or self._augmentation.spec != augment:
             self._augmentation = Augmentation(augment, self._train.inputs, self._seed)

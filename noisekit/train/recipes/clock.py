@@ -69,6 +69,54 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Horizon:
+    """A stretch of training in which nothing that is stated in advance happens.
+
+    Attributes:
+        begin: Where it begins.
+        updates: It ends before so many updates,
+        cursor: and before this place in the stream.
+    """
+
+    begin: Position
+    updates: float
+    cursor: float
+
+    @classmethod
+    def at(
+        cls, position: Position, *, once: Iterable[Span], repeated: Iterable[Span]
+    ) -> "Horizon":
+        """Return the stretch from a position on.
+
+        Args:
+            position: Where it begins.
+            once: Spans at whose ends something happens.
+            repeated: Spans at whose multiples something happens.
+        """
+        ahead = [span for span in once if span.times(position) == 0]
+        ahead += [span.multiple(span.times(position) + 1) for span in repeated]
+        return cls(
+            position,
+            min((_safely_before(span.updates) for span in ahead), default=math.inf),
+            min((_safely_before(span.cursor) for span in ahead), default=math.inf),
+        )
+
+    def covers(self, position: Position) -> bool:
+        """Whether a position lies in the stretch; those close to its end do not."""
+        return (
+            self.begin.updates <= position.updates < self.updates
+            and position.cursor < self.cursor
+        )
+
+
+def _safely_before(distance: float) -> float:
+    """Return a whole number that no rounding of a span's share can take beyond it."""
+    if math.isinf(distance):
+        return distance
+    return math.floor(distance * (1 - 2 * _ROUNDING))
+
+
+@dataclass(frozen=True, slots=True)
 class Clock:
     """Advances positions, and translates points into spans.
 
@@ -142,20 +190,16 @@ class Clock:
         return begin, after
 
     def equal_updates(
-        self, position: Position, batch_size: int, spans: Iterable[Span]
+        self, position: Position, batch_size: int, horizon: "Horizon"
     ) -> int:
-        """Return how many updates of one size surely fit before anything happens.
+        """Return how many updates of one size begin before anything happens.
 
-        That is, before the end of the pass and before each span's end; at least 1.
+        That is, before the horizon and the end of the pass; at least 1.
         """
-        counts = [self._left(position.cursor) // batch_size]
-        for span in spans:
-            if math.isfinite(span.updates):
-                counts.append(math.floor(span.updates) - position.updates)
-            if math.isfinite(span.cursor):
-                examples = math.floor(span.cursor) - position.cursor
-                counts.append(examples // batch_size)
-        return max(1, min(counts) - 1)  # the last before it is looked at itself
+        whole = self._left(position.cursor) // batch_size - 1  # the last ends the pass
+        updates = horizon.updates - position.updates
+        examples = (horizon.cursor - position.cursor) // batch_size
+        return int(max(1, min(whole, updates, examples)))
 
     def after_equal(self, position: Position, batch_size: int, count: int) -> Position:
         """Return the position after ``count`` such updates."""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from noisekit.core.references import code_allowed, is_reference
-from noisekit.train.recipes.clock import Clock, Position, Span
+from noisekit.train.recipes.clock import Clock, Horizon, Position, Span
 from noisekit.train.recipes.points import Point
 from noisekit.train.recipes.recipe_errors import shown
 from noisekit.train.recipes.run_spec import RunSections
@@ -73,11 +73,8 @@ def stretches(run: RunSections) -> Iterator[Stretch]:
     state, position = plan.start(), Position()
     while not clock.ended(position):
         state, first = plan.next(state, position)
-        next_ones = (s.multiple(s.times(position) + 1) for s in intervals)
-        ahead = [s for s in places if s.times(position) == 0]
-        count = clock.equal_updates(
-            position, first.batch_size, (*ahead, *next_ones, clock.end)
-        )
+        horizon = Horizon.at(position, once=places, repeated=intervals)
+        count = clock.equal_updates(position, first.batch_size, horizon)
         yield Stretch(first, count, state.phase)
         if count == 1:
             position = first.after
@@ -235,7 +232,8 @@ def _spans(run: RunSections, clock: Clock) -> tuple[list[Span], list[Span]]:
         if isinstance(part.batch_policy, ByClock):
             places += part.batch_policy.places
             intervals += part.batch_policy.intervals
-    return list(map(clock.span, places)), list(map(clock.span, intervals))
+    spans = list(map(clock.span, places))
+    return [*spans, clock.end], list(map(clock.span, intervals))
 
 
 def _reasons(run: RunSections, before: Stretch | None, now: Stretch) -> list[str]:

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 from noisekit.policies import (
-    Constant,
     Decision,
     Need,
     Observation,
@@ -19,9 +18,10 @@ from noisekit.policies import (
 )
 from noisekit.train.data.augment import AugmentSpec
 from noisekit.train.gradients import GradientRules
-from noisekit.train.recipes.clock import Clock, Position
+from noisekit.train.recipes.clock import Clock, Horizon, Position, Span
 from noisekit.train.recipes.optimizers import Settings
 from noisekit.train.recipes.run_spec import RunSections
+from noisekit.train.recipes.scheduled_policies import ByClock
 
 Observed = Mapping[str, Any]
 """What was observed since the last decision, by fields of ``policies.Observation``."""
@@ -131,11 +131,11 @@ class UpdatePlan:
         ):
             state, reached = self._next_phase(state), False
         phase = self._phases[state.phase]
-        if phase.constant is not None:
-            decision = phase.constant
-        else:
+        decision = phase.same_decision(position)
+        if decision is None:
             seen = self._observation(position, observed)
             policy, decision = phase.policy.next(state.policy, seen)
+            phase.decided(position, decision)
             state = PlanState(state.phase, policy)
         begin, after = self._clock.update(position, decision.batch_size)
         base_rate = phase.base_rate(decision)
@@ -183,7 +183,6 @@ class _Phase:
 
     Attributes:
         policy: The batch policy.
-        constant: The policy's one decision, where it has only one.
         factor: The schedule's factor of the rate.
         microbatch: Examples per forward pass; ``None`` is the whole batch.
         rules: What fills ``.grad``.
@@ -192,9 +191,6 @@ class _Phase:
 
     def __init__(self, run: RunSections, clock: Clock) -> None:
         self.policy = run.batch_policy.build(run.training.batch_size)
-        self.constant: Decision | None = None
-        if isinstance(self.policy, Constant):
-            self.constant = self.policy.decide(Observation())
         self.microbatch = run.training.microbatch
         self.rules = GradientRules(
             run.training.terms,
@@ -206,6 +202,28 @@ class _Phase:
         self._start = run.training.batch_size
         self.factor = run.schedule.factor(clock)
         self._settings: tuple[tuple[int, float], Settings] | None = None
+        self._decision: Decision | None = None
+        self._horizon: Horizon | None = None
+        self._spans: tuple[list[Span], list[Span]] | None = None
+        if isinstance(run.batch_policy, ByClock):
+            places, intervals = run.batch_policy.places, run.batch_policy.intervals
+            self._spans = (
+                list(map(clock.span, places)),
+                list(map(clock.span, intervals)),
+            )
+
+    def same_decision(self, position: Position) -> Decision | None:
+        """Return the last decision where the clock alone could change it, and has not."""
+        if self._horizon is not None and self._horizon.covers(position):
+            return self._decision
+        return None
+
+    def decided(self, position: Position, decision: Decision) -> None:
+        """Keep a decision for as long as nothing but the clock could change it."""
+        if self._spans is not None:
+            once, repeated = self._spans
+            self._horizon = Horizon.at(position, once=once, repeated=repeated)
+            self._decision = decision
 
     def base_rate(self, decision: Decision) -> float:
         """Return the learning rate of an update, without the schedule's factor."""

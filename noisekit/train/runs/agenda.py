@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from noisekit.train.recipes.clock import Position, Span
+from noisekit.train.recipes.clock import Horizon, Position, Span
 
 Action = Callable[[], None]
 
@@ -46,6 +46,20 @@ class Agenda:
     def once(self, span: Span, action: Action) -> None:
         """Add an action that is due at the end of ``span``."""
         self._entries.append(_Entry(span, False, action))
+
+    def quiet_from(self, position: Position, *intervals: Span) -> Horizon:
+        """Return for how long nothing is due from a position on.
+
+        Args:
+            position: Where training is.
+            intervals: Of what else is due again and again.
+        """
+        repeated = [entry.span for entry in self._entries if entry.repeats]
+        return Horizon.at(
+            position,
+            once=[entry.span for entry in self._entries if not entry.repeats],
+            repeated=[*repeated, *intervals],
+        )
 
     def due(self, before: Position, now: Position) -> list[Action]:
         """Return what became due between two positions, in the order of adding."""

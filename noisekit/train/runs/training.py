@@ -13,7 +13,7 @@ from torch import Tensor
 
 from noisekit.records import RunDirectory
 from noisekit.train.data.section import TensorPair
-from noisekit.train.recipes.clock import Position, Span
+from noisekit.train.recipes.clock import Horizon, Position, Span
 from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.recipes.sections import SPLITS
 from noisekit.train.recipes.update_plan import PlannedUpdate, UpdatePlan
@@ -83,6 +83,7 @@ class Training:
             self._plan.needs, adaptive=self._plan.adaptive
         )
         self._agenda = self._planned()
+        self._quiet = Horizon(Position(), 0, 0)
         self._checkpoints = Span(updates=spec.compute.checkpoint_updates)
         # The rate of the last update; that of the first one before it.
         _, self._last = self._plan.next(state.plan, state.position)
@@ -160,9 +161,13 @@ class Training:
         if state.position == Position():
             self._begin()
         while not state.ended:
-            before = state.position
-            self._update()
-            self._do_what_is_due(before)
+            self.advance()
+
+    def advance(self) -> None:
+        """Take one update, and do what is due after it."""
+        before = self._state.position
+        self._update()
+        self._do_what_is_due(before)
 
     def _begin(self) -> None:
         """Evaluate and keep the starting weights."""
@@ -205,6 +210,9 @@ class Training:
     def _do_what_is_due(self, before: Position) -> None:
         """Check losses, act on the agenda, save, as far as due since ``before``."""
         state = self._state
+        if self._quiet.covers(state.position) and len(self._unchecked) < _MAX_UNCHECKED:
+            return
+        self._quiet = self._agenda.quiet_from(state.position, self._checkpoints)
         due = self._agenda.due(before, state.position)
         save = self._checkpoints.due(before, state.position)
         if not (due or save or len(self._unchecked) >= _MAX_UNCHECKED):
