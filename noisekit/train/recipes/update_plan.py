@@ -213,7 +213,7 @@ class _Phase:
             )
 
     def same_decision(self, position: Position) -> Decision | None:
-        """Return the last decision where the clock alone could change it, and has not."""
+        """Return the last decision, if only the clock can change it and has not."""
         if self._horizon is not None and self._horizon.covers(position):
             return self._decision
         return None

@@ -1,49 +1,37 @@
 """What a batch policy is told of the last update."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor
 
-from noisekit.policies import Need
-from noisekit.probes import Reading
+from noisekit.core.vocabulary import QuantityName
+from noisekit.policies import Need, quantities_for, values_of_reading
+from noisekit.probes import Probe
+from noisekit.train.recipes.policy_section import OF_READINGS
 from noisekit.train.recipes.update_plan import PlannedUpdate
-
-_READ: Mapping[str, Callable[[Reading], float]] = MappingProxyType(
-    {
-        "variance_trace": lambda reading: reading.variance_trace.value,
-        "grad_sq_norm": lambda reading: reading.grad_sq_norm.value,
-        "debiased_grad_sq_norm": lambda reading: reading.debiased_grad_sq_norm.value,
-    }
-)
-"""What a reading of the probe gives, by field of ``policies.Observation``."""
 
 
 class Observations:
     """Gathers, for the batch policies of a run, what they need.
 
     A value of a reading is waited for on the device: one transfer an update.
+
+    Attributes:
+        quantities: Step metrics that the probe has to compute for them.
+        evaluations: Whether they look at evaluations.
     """
 
     def __init__(self, needs: Sequence[Need], *, adaptive: bool) -> None:
-        self._names = {need.name for need in needs}
+        self._names = tuple(sorted({need.name for need in needs}))
         self._intervals = [
-            need.every.updates or 1 for need in needs if need.name in _READ
+            need.every.updates or 1 for need in needs if need.name in OF_READINGS
         ]
         self._adaptive = adaptive
-        self._reading: Reading | None = None
-
-    @property
-    def evaluations(self) -> bool:
-        """Whether evaluations are needed."""
-        return "evaluation_loss" in self._names
-
-    @property
-    def sinks(self) -> tuple[Callable[[Reading], object], ...]:
-        """What the probe calls with its readings."""
-        return (self._take,) if self._intervals else ()
+        metrics = quantities_for(self._names)
+        self.quantities = cast("tuple[QuantityName, ...]", metrics)
+        self.evaluations = "evaluation_loss" in self._names
 
     def readings_every(self, every: int) -> int:
         """Return the updates from one reading to the next; 0 means never.
@@ -53,7 +41,9 @@ class Observations:
         """
         return math.gcd(every, *self._intervals)
 
-    def of(self, planned: PlannedUpdate, batch_loss: Tensor) -> dict[str, Any]:
+    def of(
+        self, planned: PlannedUpdate, batch_loss: Tensor, probe: Probe | None
+    ) -> dict[str, Any]:
         """Return what was observed in an update, as JSON."""
         if not self._adaptive:
             return {}
@@ -61,16 +51,13 @@ class Observations:
             "batch_size": planned.num_examples,
             "learning_rate": planned.learning_rate,
         }
+        loss = None
+        if "loss" in self._names or self.quantities:
+            loss = float(batch_loss)
         if "loss" in self._names:
-            seen["loss"] = float(batch_loss)
-        reading, self._reading = self._reading, None
-        if reading is not None:
-            seen |= {
-                name: read(reading)
-                for name, read in _READ.items()
-                if name in self._names
-            }
+            seen["loss"] = loss
+        if probe is not None and self._intervals:
+            seen |= values_of_reading(
+                probe, self._names, loss=loss, learning_rate=planned.learning_rate
+            )
         return seen
-
-    def _take(self, reading: Reading) -> None:
-        self._reading = reading

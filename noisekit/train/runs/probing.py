@@ -1,6 +1,6 @@
 """The probe of a run, as its recipe and its batch policies ask for it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from noisekit.core.randomness import stream
 from noisekit.core.risk import LossFn
@@ -8,6 +8,7 @@ from noisekit.integrations import attach
 from noisekit.probes import Probe, Reading
 from noisekit.train.losses import Loss
 from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.runs.observations import Observations
 from noisekit.train.runs.state import TrainState
 
 
@@ -16,8 +17,8 @@ def attach_probe(
     state: TrainState,
     loss: Loss,
     *,
-    every: int,
-    sinks: Sequence[Callable[[Reading], object]],
+    observations: Observations,
+    sink: Callable[[Reading], object],
 ) -> tuple[Probe | None, LossFn]:
     """Attach the probe, if one is asked for; return it with the loss to train by.
 
@@ -25,17 +26,20 @@ def attach_probe(
         spec: The run.
         state: Has the model and the optimizer.
         loss: The loss.
-        every: Updates from one reading to the next; 0 means none.
-        sinks: Receive the readings.
+        observations: What batch policies need.
+        sink: Receives the readings.
     """
+    wanted = spec.probe
+    every = observations.readings_every(wanted.every)
     if every == 0:
         return None, loss.mean
-    wanted = spec.probe
-    replays = "ghost" in wanted.estimator
+    quantities = tuple(dict.fromkeys((*wanted.quantities, *observations.quantities)))
+    # Where the loss is called, the probe sees a batch's targets.
+    sees_loss = "ghost" in wanted.estimator or bool(quantities)
     probe = attach(
         state.model,
         state.optimizer,
-        loss_fn=loss.mean if replays else None,
+        loss_fn=loss.mean if sees_loss else None,
         every=every,
         estimator=wanted.estimator,
         row_share=wanted.row_share,
@@ -44,7 +48,7 @@ def attach_probe(
         generator=stream(spec.seed, "probe"),
         ghost_batch=wanted.ghost_batch,
         microbatch_weights="by_size",
-        sinks=sinks,
+        quantities=quantities,
+        sinks=(sink,),
     )
-    # Where the loss is called, the probe sees a batch's targets.
-    return probe, probe.loss_fn if replays else loss.mean
+    return probe, probe.loss_fn if sees_loss else loss.mean

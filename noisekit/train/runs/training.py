@@ -121,8 +121,8 @@ class Training:
                 self._spec,
                 self._state,
                 self._loss,
-                sinks=(self._recorder.record, *self._observations.sinks),
-                every=self._observations.readings_every(self._spec.probe.every),
+                observations=self._observations,
+                sink=self._recorder.record,
             )
             if self._probe is not None:
                 stack.enter_context(self._probe)
@@ -190,7 +190,7 @@ class Training:
         )
         state.optimizer.step()
         state.position = planned.after
-        state.observed = self._observations.of(planned, batch_loss)
+        state.observed = self._observations.of(planned, batch_loss, self._probe)
         self._unchecked.append(batch_loss)
 
     def _next_update(self) -> PlannedUpdate:
