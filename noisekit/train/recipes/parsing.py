@@ -120,7 +120,8 @@ def arm_table(base: Table, settings: Mapping[str, JsonValue]) -> Table:
     """Return the sections of an arm: ``base`` with its settings laid on.
 
     Where an arm chooses another kind of a section, such as another optimizer, keys at
-    a default of the kind below that the new one does not have are left out.
+    a default of the kind below that the new one does not have are left out; where it
+    states the section as a table, all such keys that it does not state.
     """
     result = with_settings(base, settings)
     for key in sorted(RUN_SECTIONS & base.keys()):
@@ -131,10 +132,12 @@ def arm_table(base: Table, settings: Mapping[str, JsonValue]) -> Table:
             continue
         below = _SECTIONS.parse(key, base).value
         unknown = {fault.key for fault in _SECTIONS.parse(key, result).faults}
+        own = settings.get(key)
         result[key] = {
             name: value
             for name, value in after.items()
-            if f"{key}.{name}" not in unknown or not _is_default(below, name)
+            if f"{key}.{name}" not in unknown
+            or (name in own if isinstance(own, dict) else not _is_default(below, name))
         }
     return result
 

@@ -113,8 +113,10 @@ def nested(key: str, value: JsonValue) -> Table:
 
 
 def with_settings(base: Table, settings: Mapping[str, JsonValue]) -> Table:
-    """Return ``base`` with each dotted key set."""
+    """Return ``base`` with each dotted key set; ``training.stop`` is one value."""
     for key, value in settings.items():
+        if key == "training.stop":
+            base = merged(base, nested(key, None))
         base = merged(base, nested(key, value))
     return base
 
