@@ -44,6 +44,8 @@ def test_each_run_is_described_as_it_was_run() -> None:
         "epoch_end": "ragged",
         "loss": "cross_entropy",
         "stop": {"updates": 12, "loss": 1e-6},
+        "label_smoothing": 0.0,
+        "terms": (),
     }
     assert (large.training.batch_size, large.training.microbatch) == (16, 4)
     assert large.optimizer.learning_rate == 0.2
