@@ -45,7 +45,7 @@ from noisekit.probes.capture.unit_norms import UnitNorms
 
 
 class Listener(Protocol):
-    """The backward side, to which captured calls are handed through tensor hooks."""
+    """The backward side, which receives captured calls and output gradients."""
 
     faults: Faults
 
@@ -69,11 +69,16 @@ class Listener(Protocol):
         """The gradient of a result has arrived in which a tensor meets the examples."""
 
     def on_unreadable(self, site: Site, forward_pass: ForwardPass, reason: str) -> None:
-        """A site's call does not tell per-example gradients."""
+        """A site's call does not determine per-example gradients."""
 
 
 class ForwardCapture:
     """Hooks a model's forward pass and captures the calls of its sites.
+
+    A site is a module with parameters that are read: a layer with a rule, or a module
+    that is replayed. The forward hook of a site stores the inputs of a call, and tensor
+    hooks on its outputs pass their gradients to the listener: together they determine
+    the per-example gradients ``u_i`` of the site's parameters.
 
     Attributes:
         active: The last pass with gradients, also while it runs.
@@ -141,13 +146,15 @@ class ForwardCapture:
             module = site.module if site.path else self._caller
             end = ModelHook(self._call_end, module, site)
             self._site_handles.append(
-                # Before hooks that replace the output: the rules know the layer's own.
+                # First: a later hook may replace the output, while the rules need the
+                # gradient of the layer's own.
                 module.register_forward_hook(end, with_kwargs=True, prepend=True)
             )
             if isinstance(site.rule, ModuleReplay) and site.path:
                 start = ModelHook(self._call_start, module, site)
                 self._site_handles.append(
-                    # Before hooks that compute a weight, and write to buffers for it.
+                    # First: other hooks may compute a weight, and write to buffers for
+                    # it (spectral norm), which a replay has to repeat.
                     module.register_forward_pre_hook(start, prepend=True)
                 )
             if self._replacement is not None:
@@ -272,7 +279,7 @@ class ForwardCapture:
             self._note_state(site)
 
     def _note_state(self, site: Site) -> None:
-        """Keep what a call that will be replayed depends on, before it is made."""
+        """Store the state that a replay of the call depends on, before the call."""
         assert self.active is not None
         try:
             state = CallState.of(site.module)
@@ -313,13 +320,13 @@ class ForwardCapture:
         inputs: tuple[tuple[Any, ...], dict[str, Any]],
         outputs: list[Tensor],
     ) -> CapturedCall | None:
-        """The call, with what a replay or a rule needs of the state around it."""
+        """The call, with the state before it or the statistics that its rule needs."""
         assert self.active is not None
         states = self._states.get(site, [])
         before = states.pop() if states else None
         replayed = isinstance(site.rule, ModuleReplay)
         if not any(t.requires_grad for t in outputs) or (replayed and before is None):
-            return None  # without a gradient, or begun where nothing was captured
+            return None  # without a gradient, or started while capture was off
         captured = captured_call(site, self.active, inputs, len(outputs))
         if isinstance(site.rule, ModuleReplay) and before is not None:
             site.rule.note_state(captured.call, before)
@@ -339,7 +346,15 @@ class ForwardCapture:
             self._axes.resolve(captured)
 
     def _establish(self, calls: list[CapturedCall]) -> bool:
-        """See which rows are whose, where that is due; return whether that is news."""
+        """Check, on a schedule, which rows belong to which example.
+
+        Copies of the model are run with other values for some examples: rows of outputs
+        and of sites' inputs that change belong to these, and a change elsewhere shows
+        that examples are coupled.
+
+        Returns:
+            Whether the check has run, so that axes may have changed.
+        """
         active = self.active
         assert active is not None
         num_examples = active.num_examples
@@ -378,9 +393,9 @@ class ForwardCapture:
         outputs: Tensor | None,
         grad: Tensor | None,
     ) -> None:
-        """Note that an output is part of the loss."""
+        """An output's gradient has arrived: the output is part of the loss."""
         if grad is None or is_suspended(self._listener):
-            return  # compiled code brings none for outputs that are not used
+            return  # compiled code passes None for outputs that are not used
         reason = self._axes.coupled.get(position, "")
         if reason:
             self._coupling[self._model.training] = reason

@@ -1,4 +1,11 @@
-"""The closure check: per-example contributions must add up to the gradient."""
+r"""The closure check: per-example contributions must add up to the gradient.
+
+.. math:: \Big\| \sum_i u_i - \Delta g \Big\| \le \tau \sqrt{n \sum_i \|u_i\|^2}
+
+with ``Δg`` the change of ``.grad`` by the backward pass. The right side bounds the
+rounding error of a sum of ``n`` terms: by Cauchy-Schwarz it is at least
+:math:`\tau \sum_i \|u_i\|`.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,18 +18,19 @@ from noisekit.core.layers.rule import LayerCall, added_up
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5}
 _HALF_TOLERANCE = 2e-2
-"""Relative to ``sqrt(n sum |u_i|²)``, which bounds the rounding of the sum."""
+"""``τ`` by dtype; the last is for half precision."""
 
 _SHARE_OF_ALL = 0.05
-"""Of the tolerance, relative to all parameters together: a gradient that is zero but
-for rounding, such as that of the bias of attention's keys, has no digits to compare."""
+"""Added to each bound, relative to the norm of the bounds of all parameters: a gradient
+that is zero up to rounding, such as that of the bias of attention's keys, has no
+significant digits to compare."""
 
 
 class ClosureCheck:
     """Compares ``sum_i u_i`` with the change of ``.grad``, parameter by parameter.
 
-    A weight used behind its module's back, a penalty added to the loss or a wrong
-    batch axis shows up here. One instance is one backward pass.
+    It detects a weight that is used without calling its module, a penalty added to the
+    loss, and a wrong batch axis. One instance is one backward pass.
     """
 
     def __init__(self) -> None:
@@ -32,7 +40,7 @@ class ClosureCheck:
         self._bounds: dict[int, Tensor] = {}
 
     def note(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Remember the gradients before this backward pass adds to them."""
+        """Store the gradients before this backward pass adds to them."""
         for parameter in parameters.values():
             if id(parameter) not in self._before:
                 grad = parameter.grad
@@ -40,7 +48,7 @@ class ClosureCheck:
                 self._before[id(parameter)] = kept
 
     def keep(self, parameter: nn.Parameter) -> None:
-        """Remember the gradient now, before sums over ranks are written over it."""
+        """Store the gradient, before an all-reduce overwrites it."""
         if parameter.grad is not None:
             self._after[id(parameter)] = parameter.grad.detach().clone()
 
@@ -53,17 +61,17 @@ class ClosureCheck:
         chunks: Sequence[slice] = (),
         split_from: int | None = 0,
     ) -> None:
-        """Note by how much the sum misses the change, relative to what rounding may.
+        """Store the gap between the sum and the change, and its bound.
 
         Args:
             parameter: Whose gradient is complete.
             contributions: All calls that it comes from.
             sq_norms: ``|u_i|²`` of every example.
             chunks: The examples of each chunk, where sums over chunks are read too;
-                those are computed in another way and have to add up as well.
-            split_from: First of the examples whose single gradients are added up,
-                which tells a mistaken split; ``None`` where one gradient of the calls
-                has to tell the rest.
+                those are computed by other formulas and have to add up as well.
+            split_from: First of the examples whose single gradients are added up, which
+                detects a wrong split into examples; ``None`` compares one gradient of
+                all of them.
         """
         if parameter.grad is None or parameter.is_meta:
             return
@@ -82,21 +90,21 @@ class ClosureCheck:
                 missing, torch.linalg.vector_norm(added_up(parts) - change)
             )
         bound = (len(sq_norms) * sq_norms.sum()).sqrt()
-        if before is not None:  # the difference carries the rounding of the sum
+        if before is not None:  # g + Δg was rounded relative to g
             bound = bound + torch.linalg.vector_norm(before)
         tolerance = max(_tolerance(call, parameter) for _, call in contributions)
         self._missing[id(parameter)] = missing.double()
         self._bounds[id(parameter)] = tolerance * bound.double()
 
     def failures(self) -> set[int]:
-        """Return the ids of parameters whose sum misses; one transfer to the host."""
+        """Return the ids of parameters that fail; one transfer to the host."""
         if not self._missing:
             return set()
         bounds = torch.stack(list(self._bounds.values()))
         allowed = bounds + _SHARE_OF_ALL * torch.linalg.vector_norm(bounds)
         excess = (torch.stack(list(self._missing.values())) - allowed).tolist()
         pairs = zip(self._missing, excess, strict=True)
-        # Not ``> 0``: a NaN is left to the training, which will see it anyway.
+        # NaN compares false: a diverged training is not a fault of the probe.
         return {key for key, value in pairs if value > 0}
 
 
