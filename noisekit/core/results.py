@@ -1,4 +1,4 @@
-"""What every measurement returns: a value with its error, its cost and a status."""
+"""Results of measurements: a value with its error, cost and status."""
 
 import math
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Unavailable:
-    """What stands for a value that does not exist here.
+    """Placeholder of a value that does not exist here.
 
     Attributes:
         reason: Why.
-        way_out: What to do instead, where the reason does not tell.
+        way_out: What to do instead, where the reason does not say.
     """
 
     reason: str
@@ -117,12 +117,14 @@ class Ratio:
     def confidence_set(self, quantile: float) -> tuple[float, float]:
         """Return the positive part of Fieller's set for a two-sided quantile.
 
-        Of a set that wraps through infinity the part above zero is kept:
-        ``(low, inf)``. Where all of it is negative but the truth cannot be, as where
-        weights were fitted to the very data, it says nothing: ``(0, inf)``.
+        Of a set that wraps through infinity the positive part is returned:
+        ``(low, inf)``. A set that is entirely negative where the truth cannot be, as
+        for weights fitted to the same data, is uninformative: ``(0, inf)``.
         """
         if math.isinf(self.numerator_variance + self.denominator_variance):
             return (0.0, math.inf)
+        # The theta with (N - theta D)^2 <= t^2 (V_N - 2 theta C + theta^2 V_D), that is
+        # a theta^2 - 2 b theta + c <= 0.
         t2 = quantile**2
         a = self.denominator**2 - t2 * self.denominator_variance
         b = self.numerator * self.denominator - t2 * self.covariance
@@ -136,8 +138,9 @@ class Ratio:
             if self.signed:
                 return (low, high)
             return (max(0.0, low), high) if high > 0 else (0.0, math.inf)
-        # With a <= 0 the set is everything but an open interval: above zero it is
-        # what lies beyond the positive root of the quadratic.
+        # a <= 0: the denominator is not resolved from zero, and the set is the outside
+        # of an interval. Its roots have the product c / a; for c > 0 one of them is
+        # positive, and c / (b + root) is that root without cancellation.
         if c <= 0:
             return (0.0, math.inf)
         return (c / (b + root) if b + root > 0 else 0.0, math.inf)

@@ -18,8 +18,8 @@ from noisekit.curvature.operators.operator import MatrixLike, SymmetricOperator
 from noisekit.curvature.outliers import Atom, outliers
 from noisekit.curvature.quadrature import Quadrature, spectral_quadrature
 
-# A bandwidth is this part of the distance between a node's neighbours, and never
-# below a thousandth of the typical one, or a millionth of the largest magnitude.
+# A bandwidth is half the mean distance to the two neighbouring nodes, and at least a
+# thousandth of the typical one, or a millionth of the largest magnitude.
 _SPACING_SHARE = 0.5
 _RELATIVE_FLOOR = 1e-3
 _ZERO = 1e-6
@@ -225,7 +225,7 @@ def spectral_density(
     curves = _smoothed(
         grid, quadrature.nodes, smooth_weights, np.where(is_atom, 1, widths)
     )
-    # What the grid's finite steps lose or add.
+    # Normalize the trapezoidal sum on the grid to the smooth part's weight.
     area = float(np.trapezoid(curves.mean(0), grid))
     curves = curves * (smooth_weights.sum(1).mean() / area if area > 0 else 1.0)
     mean, low, high = _band(curves)
@@ -259,7 +259,7 @@ def _half_spacings(values: np.ndarray) -> np.ndarray:
         order = np.argsort(line)[: int(np.isfinite(line).sum())]
         if len(order) < 2:
             continue
-        steps = np.diff(line[order])
+        steps = np.diff(line[order])  # at the ends one distance serves for both
         before = np.concatenate([steps[:1], steps])
         after = np.concatenate([steps, steps[-1:]])
         widths[row, order] = _SPACING_SHARE * (before + after) / 2
@@ -272,6 +272,7 @@ def _grid(nodes: np.ndarray, widths: np.ndarray, is_atom: np.ndarray) -> np.ndar
     if not len(centres):
         centres, spreads = nodes.reshape(-1), np.ones(nodes.size)
     points = (centres[:, None] + spreads[:, None] * _OFFSETS).ravel()
+    # Thinned to a sixth of the bandwidth, so that overlapping curves share points.
     order = np.argsort(points)
     least = np.repeat(spreads, len(_OFFSETS))[order] / 6
     kept: list[float] = []
@@ -287,6 +288,7 @@ def _smoothed(
     """Each probe's sum of normal curves on the grid, ``(probes, g)``."""
     curves = []
     for line, shares, spreads in zip(nodes, weights, widths, strict=True):
+        # sum_k w_k N(t; x_k, s_k^2) with nodes x, weights w and bandwidths s.
         scores = (grid[:, None] - line) / spreads  # (g, m)
         heights = shares / (spreads * math.sqrt(2 * math.pi))
         curves.append(np.exp(-0.5 * scores**2) @ heights)

@@ -31,7 +31,7 @@ class Atom:
 
 
 def outliers(quadrature: Quadrature) -> tuple[tuple[Atom, ...], np.ndarray]:
-    """Return the outliers that every probe has found, and which nodes they are.
+    """Return the outliers common to all probes, and which nodes they are.
 
     Returns:
         The outliers, the largest first, and a mask of the quadrature's nodes.
@@ -52,10 +52,10 @@ def outliers(quadrature: Quadrature) -> tuple[tuple[Atom, ...], np.ndarray]:
 
 
 def _num_outliers(quadrature: Quadrature, ends: list[np.ndarray]) -> int:
-    """How many nodes, from one end inwards, stand apart from all further ones.
+    """Number of nodes at one end that are separated from all others.
 
-    They are those outside the last gap that is wide against the usual distance of
-    nodes, as long as each is the same eigenvalue in every probe.
+    Those outside the last gap that is wide relative to the median distance of nodes, as
+    long as each is the same eigenvalue in every probe, within its residual.
     """
     rows = np.arange(len(quadrature.nodes))
     lines = [

@@ -72,6 +72,7 @@ def data_stderr(parts: Tensor, shares: Tensor | None) -> float | None:
     """
     if shares is None or len(parts) < 2:
         return None
+    # Linearized ratio estimator: x_b = c_b r_b with ratio R = sum x / sum c, sum c = 1.
     residuals = parts - shares * parts.sum()
     num_batches = len(parts)
     return math.sqrt(num_batches / (num_batches - 1) * float(residuals.square().sum()))

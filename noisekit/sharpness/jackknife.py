@@ -10,12 +10,12 @@ from noisekit.core.results import ErrorSource, Estimate, LogRatio, Status
 
 @dataclass(frozen=True, slots=True)
 class Jackknife:
-    """What leaving out each sample in turn tells of an estimate.
+    """Bias-corrected estimate and error from leaving out each sample in turn.
 
     Attributes:
-        centre: The estimate less its bias.
+        centre: The estimate minus its bias.
         stderr: Its standard error.
-        dof: Degrees of freedom that this error is worth.
+        dof: Effective degrees of freedom of the error.
     """
 
     centre: float
@@ -24,7 +24,7 @@ class Jackknife:
 
 
 def jackknife(whole: float, left_out: Tensor) -> Jackknife:
-    """Return the estimate less its bias, its error, and what that error is worth.
+    """Return the bias-corrected estimate, its error and effective degrees of freedom.
 
     The degrees of freedom match the variance of the variance estimate, which for
     gaps of kurtosis ``k`` is ``(k - 1) / n`` of its square; at most ``n - 1``.
@@ -37,11 +37,15 @@ def jackknife(whole: float, left_out: Tensor) -> Jackknife:
         Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 11.
     """
     count = len(left_out)
-    gaps = left_out - left_out.mean()
+    gaps = left_out - left_out.mean()  # (n,)
     square = float(gaps.square().sum())
     fourth = float(gaps.pow(4).sum())
+    # A mean of n squares of kurtosis k has the relative variance (k - 1) / n, a chi
+    # square of nu degrees of freedom 2 / nu: nu = 2 n / (k - 1), k = n sum g^4 / (sum
+    # g^2)^2.
     excess = count * fourth / square**2 - 1 if square > 0 else 0.0
     dof = min(count - 1.0, 2 * count / excess) if excess > 0 else count - 1.0
+    # Bias (n - 1) (mean of theta_(i) - theta); variance (n - 1)/n sum of squared gaps.
     return Jackknife(
         centre=count * whole - (count - 1) * float(left_out.mean()),
         stderr=math.sqrt((count - 1) / count * square),
@@ -78,7 +82,7 @@ def ratio_of_means(above: Tensor, below: Tensor) -> Estimate:
     if count < 2 or not math.isfinite(value):
         status = Status.OK if math.isfinite(value) else Status.NO_SIGNAL
         return Estimate(value, status=status, num_grads=3 * count)
-    left_out = (above.sum() - above) / (below.sum() - below)
+    left_out = (above.sum() - above) / (below.sum() - below)  # (n,), without each batch
     positive = value > 0 and bool((left_out > 0).all())
     logs = jackknife(math.log(value), left_out.log()) if positive else None
     plain = jackknife(value, left_out)

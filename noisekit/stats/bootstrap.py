@@ -45,9 +45,9 @@ def hierarchical_bootstrap(
 
     Seeds and images are drawn with replacement independently of each other, each image
     with its answers under all seeds of both arms, so that the interval holds for other
-    seeds and other images of the same distribution. The training split is one, and
-    nothing here varies it. Disagreement that is neither a seed's nor an image's counts
-    three times instead of once, so the interval errs on the wide side: at 10 seeds and
+    seeds and other images of the same distribution. The training split is fixed. The
+    variance of the interaction of seeds and images counts three times instead of once,
+    so the interval is conservative: at 10 seeds and
     540 images a nominal 95 % interval covers in 96 to 99 %. ``crossed_difference`` is
     narrower and nearer to its level.
 
@@ -78,6 +78,7 @@ def hierarchical_bootstrap(
     num_seeds, num_images = excess.shape
     means = np.empty(num_resamples)
     for part in _parts(num_resamples, num_images):
+        # A resample's mean is w_s' X w_i with the resampled shares of seeds and images.
         seed_weights = _weights(generator, part, num_seeds)  # (part, seeds)
         image_weights = _weights(generator, part, num_images)  # (part, images)
         means[part] = np.einsum("bi,bi->b", seed_weights @ excess, image_weights)
@@ -104,7 +105,7 @@ def _parts(num_resamples: int, width: int) -> list[slice]:
 def _weights(
     generator: np.random.Generator, part: slice, size: int
 ) -> NDArray[np.float64]:
-    """How often each of ``size`` things is drawn, over ``size``; one row a resample."""
+    """Multinomial shares of ``size`` items in a resample; one row per resample."""
     count = part.stop - part.start
     drawn = generator.multinomial(size, np.full(size, 1.0 / size), size=count)
     return drawn / size

@@ -49,11 +49,11 @@ def permutation_band(
     level: float = 0.95,
     num_assignments: int = 10_000,
 ) -> PermutationBand:
-    """Return the largest paired gap between two arms' curves, and chance's own.
+    """Return the largest paired gap between two arms' curves, and its null threshold.
 
     The largest gap along a curve is above zero whatever the arms, so it is compared
     with the largest gaps when the arms are exchanged within pairs at random. All
-    ``2^n`` exchanges are looked at where they are at most ``num_assignments``, and the
+    ``2^n`` exchanges are evaluated if they are at most ``num_assignments``, and the
     test is then exact; its p-value is never below ``2/2^n``, which is 0.0625 for five
     seeds.
 
@@ -62,7 +62,7 @@ def permutation_band(
         reference: The same seeds and points under the other arm.
         generator: Source of exchanges where they are drawn.
         level: Level of the threshold.
-        num_assignments: Most exchanges to look at.
+        num_assignments: Most exchanges to evaluate.
 
     Raises:
         UsageError: If the tables differ in shape, have fewer than 2 seeds or missing
@@ -78,17 +78,20 @@ def permutation_band(
         fault = fault or f"needs at least 2 assignments, got {num_assignments}."
         raise UsageError(f"a permutation band {fault}")
     gaps = first - second  # (seeds, points)
+    # Exchanging the arms of a pair flips the sign of its gap, so that every exchange is
+    # a product with signs (assignments, seeds). The maximum over points accounts for
+    # looking at all of them.
     signs, exact = _sign_assignments(gaps.shape[0], num_assignments, generator)
     largest = np.abs(signs @ gaps).max(axis=1) / gaps.shape[0]
-    seen = float(largest[0])
+    observed = float(largest[0])
     # Sums in another order differ in the last bits; equal gaps must count as equal.
     tolerance = 1e-12 * float(np.abs(gaps).max())
     ordered = np.sort(largest)
     return PermutationBand(
         difference=gaps.mean(axis=0),
         threshold=_threshold(ordered, level, tolerance),
-        max_difference=seen,
-        p_value=float(np.mean(largest >= seen - tolerance)),
+        max_difference=observed,
+        p_value=float(np.mean(largest >= observed - tolerance)),
         num_assignments=int(largest.size),
         exact=exact,
         level=level,
@@ -149,7 +152,8 @@ class SimultaneousBand:
             for start in range(0, points, _POINTS):
                 part = slice(start, start + _POINTS)
                 means = signs @ residuals[:, part] / count  # (flips, points)
-                # Squares do not change with signs, so only the mean is left to take.
+                # Variances of the sign-flipped residuals, sum x^2 - n mean^2: flips do
+                # not change the squares.
                 variance = (squares[part] - count * means**2) / (count - 1)
                 statistic = np.abs(means) / np.sqrt(np.maximum(variance, 0.0) / count)
                 largest = np.fmax(largest, np.fmax.reduce(statistic, axis=1))

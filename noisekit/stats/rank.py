@@ -36,9 +36,9 @@ class RankCorrelation:
         """Return the confidence interval at ``level``; it never leaves [-1, 1].
 
         From the jackknife on the scale of ``atanh(tau)``, which holds with ties and
-        for any joint distribution. Near perfect order, where no spread is seen, it is
-        the set of values whose largest possible variance ``2(1 - tau²)/n`` allows the
-        one seen, which is wide but never a point.
+        for any joint distribution. Near perfect order, where the jackknife has no
+        spread, it is the set of values ``t`` within the quantile of the observed one by
+        the largest possible variance ``2(1 - t²)/n``: wide, but never a point.
 
         Raises:
             UsageError: If ``level`` is not in (0, 1).

@@ -119,6 +119,8 @@ def form_for(call: LayerCall) -> Form:
     transposed = isinstance(conv, _ConvTransposeNd)
     response = call.input if transposed else call.output_grad
     positions = response[0, 0].numel()
+    # Multiplications per example: pairs of positions times channels of the Gram form,
+    # positions times the weight's elements of the gradients.
     products = gram_cost(positions, fan_in + out_channels // conv.groups)
     if GRAM_ADVANTAGE * products * conv.groups < positions * out_channels * fan_in:
         return Form.GRAM

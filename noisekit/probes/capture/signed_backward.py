@@ -47,7 +47,13 @@ class Owner(Protocol):
 
 
 class SignedBackward:
-    """Runs signed backward passes inside the training's own, before that frees them.
+    r"""Backward passes of randomly signed examples, inside the training's own.
+
+    With independent signs ``s_i`` of mean zero
+    :math:`\mathbb E |\sum_i s_i u_i|^2 = \sum_i |u_i|^2`: cross terms average
+    to zero. Signing the rows of an output's gradient signs the examples, whatever the
+    layers are. The pass runs in a hook of that output, before the training's own frees
+    the graph.
 
     Attributes:
         num_signs: Draws per forward pass; 0 while none are wanted.
@@ -150,9 +156,10 @@ class SignedBackward:
         return sq_norms([widen(g) for g in found])
 
     def _signs(self, count: int) -> Tensor:
-        """Draw signs on the host, also from equal generators others on every rank.
+        """Draw signs on the host, different ones on every rank.
 
-        With equal signs the errors of the ranks would not average out.
+        The generators of the ranks may be in one state; with equal signs the errors of
+        the ranks would not average out.
         """
         generator = self._generator
         if self._rank:

@@ -134,7 +134,7 @@ class UnitNorms:
         return first.chunk_norms[name]
 
     def _row_sq_norms(self, index: int, calls: Sequence[CapturedCall]) -> Tensor:
-        """Of the pass's chosen rows, at their share of the cost where that exists."""
+        """``|u_i|²`` of the sampled rows, by a call of them alone if possible."""
         rows = self._rows(calls[0].forward_pass, self._parameters[index])
         parts = [self._part(captured, rows) for captured in calls]
         if any(part is None for part in parts):
@@ -142,7 +142,7 @@ class UnitNorms:
         return self._sq_norms(index, [part for part in parts if part is not None])
 
     def _rows(self, forward_pass: ForwardPass, like: Tensor) -> Tensor:
-        """The examples that are read of a pass, drawn once, in their order."""
+        """The sampled examples of a pass, drawn once, in ascending order."""
         if forward_pass.rows is None:
             count = forward_pass.num_examples or 0
             num_rows = max(1, round(self.request.row_share * count))
@@ -153,7 +153,7 @@ class UnitNorms:
 
     @staticmethod
     def _part(captured: CapturedCall, rows: Tensor) -> CapturedCall | None:
-        """The call of the chosen rows alone; made once for all its parameters."""
+        """The call restricted to the rows; made once for all its parameters."""
         if len(rows) == captured.call.num_examples:
             return captured
         if captured.part is None:
@@ -173,12 +173,13 @@ class UnitNorms:
         preconditioner, forward_pass = self.preconditioner, calls[0].forward_pass
         scale = None if preconditioner is None else preconditioner.scale_of(index)
         if scale is None:
-            return  # the optimiser has no state of it yet
+            return  # the optimizer has no state of it yet
+        # |P u_i|^2 with diagonal P = diag(p): sum_i sum_j p_j^2 u_ij^2.
         sums = self.square_sums(index, calls)
         forward_pass.scaled_sums[index] = (sums * scale.square()).sum()
 
     def square_sums(self, index: int, calls: Sequence[CapturedCall]) -> Tensor:
-        """``sum u_i²``, as it was left at the call or from the calls together."""
+        """``sum u_i²``, stored at the call, or from several calls together."""
         parameter = self._parameters[index]
         name = calls[0].site.name_of(parameter)
         if len(calls) == 1 and name in calls[0].square_sums:
