@@ -51,7 +51,8 @@ class BatchSizeSearch:
     """The outcome of a search for the largest batch that fits.
 
     Attributes:
-        batch_size: What to use: ``largest`` less the headroom.
+        batch_size: What to use: ``largest`` less the headroom, or all of it where
+            ``smallest_failed`` is ``None``.
         largest: The largest size that was seen to fit.
         smallest_failed: The smallest that was seen not to; ``None`` where the search
             ended at ``max_size``.
@@ -76,10 +77,11 @@ class BatchSizeSearch:
     def __str__(self) -> str:
         """Write the batch size, what limits it, and the sizes tried."""
         failed = self.smallest_failed
-        limit = "no larger was tried" if failed is None else f"{failed} did not"
+        limit = "no larger was tried"
+        if failed is not None:
+            limit = f"{failed} did not; headroom {100 * self.headroom:g} %"
         lines = [
-            f"batch size {self.batch_size}: {self.largest} fits, {limit}; "
-            f"headroom {100 * self.headroom:g} %",
+            f"batch size {self.batch_size}: {self.largest} fits, {limit}",
             f"{'batch':>10} {'fits':>5} {'s/step':>9} {'peak MiB':>9}",
         ]
         for trial in self.trials:
@@ -152,7 +154,8 @@ def find_batch_size(
                 fits = middle
             else:
                 fails = middle
-    used = max(1, math.floor(fits * (1 - headroom)))
+    # Where max_size was reached memory does not limit: there is nothing to leave free.
+    used = fits if fails is None else max(1, math.floor(fits * (1 - headroom)))
     return BatchSizeSearch(used, fits, fails, headroom, tuple(search.trials))
 
 

@@ -78,7 +78,7 @@ class BatchSizeAdvice:
         steps, examples = self._relative(scale.value, self.batch_size)
         return (
             f"The noise scale is {scale.value:,.4g} {self.unit}, 95 % interval "
-            f"{low:,.4g} to {high:,.4g}: a batch in that range takes about twice the "
+            f"{low:,.4g} to {high:,.4g}: a batch of the noise scale takes twice the "
             f"fewest steps and twice the fewest examples; {now} takes {steps:.2f} "
             f"({_span(1 + low / self.batch_size, 1 + high / self.batch_size)}) times "
             f"the fewest steps and {examples:.2f} "

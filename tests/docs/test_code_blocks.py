@@ -16,6 +16,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
         "docs/getting_started.md",
         "docs/probes.md",
         "docs/sharpness.md",
+        "docs/policies.md",
         "docs/extending.md",
     ],
 )

@@ -57,7 +57,8 @@ def test_result_shows_what_was_tried():
     assert saved["largest"] == 10
     assert saved["trials"][0]["batch_size"] == 2
     free = nk.find_batch_size(limited(100), restore=[], max_size=64)
-    assert "64 fits, no larger was tried" in str(free)
+    assert free.batch_size == 64
+    assert "batch size 64: 64 fits, no larger was tried" in str(free)
 
 
 @pytest.mark.parametrize(
