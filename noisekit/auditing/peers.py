@@ -35,7 +35,7 @@ class PeerAnswer:
         num_samples: Random vectors behind a trace, where that is known.
         num_passes: Times the data were gone through.
         seconds: Wall time [s].
-        note: What the package said about it.
+        note: The package's own message about it.
     """
 
     value: float

@@ -54,10 +54,10 @@ class AuditRow:
     @property
     def reason(self) -> str:
         """Explanations and note as one text."""
-        said = [
+        remarks = [
             f"{e.sentence} (recomputed: {e.recomputed:.5g})" for e in self.explanations
         ]
-        return "; ".join([*said, *([self.note] if self.note else [])])
+        return "; ".join([*remarks, *([self.note] if self.note else [])])
 
 
 @dataclass(frozen=True, slots=True)

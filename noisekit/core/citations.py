@@ -12,7 +12,7 @@ class Citation:
     Attributes:
         key: Its BibTeX key.
         short: Authors and year as named in a sentence.
-        authors: All of them, as BibTeX wants them.
+        authors: All of them, in BibTeX's format.
         title: The title.
         year: Of the venue, where there is one.
         venue: Where it appeared; empty for a preprint.
@@ -297,7 +297,7 @@ CITATIONS: Mapping[str, Citation] = MappingProxyType(
 
 
 def cited_in(text: str) -> list[Citation]:
-    """Return the papers whose arXiv numbers stand in ``text``."""
+    """Return the papers whose arXiv numbers occur in ``text``."""
     return [c for c in CITATIONS.values() if c.arxiv and f"arXiv:{c.arxiv}" in text]
 
 

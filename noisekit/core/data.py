@@ -71,7 +71,7 @@ class StreamedBatches:
     """Batches too large for memory: read again on each pass, and compared.
 
     A loader that only shuffles is accepted, since neither the loss nor its
-    derivatives depend on the order, unless ``ordered`` says that batches matter.
+    derivatives depend on the order, unless ``ordered``.
     """
 
     def __init__(self, loader: Iterable[Batch], *, ordered: bool = False) -> None:
@@ -133,7 +133,7 @@ def freeze(
 ) -> HeldBatches:
     """Return the batches of one pass over ``loader``, held in memory.
 
-    The loader's generators and the global random state are given back, so that the
+    The loader's generators and the global RNG state are restored, so that the
     training that uses the same loader is not changed.
 
     Args:

@@ -25,7 +25,7 @@ RanksSource: TypeAlias = "nn.Module | ProcessGroup | None"
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes that work on one model, seen from one of them.
+    """The processes that work on one model, and this one's rank.
 
     Attributes:
         group: What they talk through; ``None`` for a process on its own.

@@ -60,7 +60,7 @@ class ClosureError(NoisekitError, RuntimeError):
 
 
 class LayerReadError(NoisekitError, RuntimeError):
-    """A layer's own call does not tell its per-example gradients."""
+    """A layer's call does not determine its per-example gradients."""
 
 
 class ModelCopyError(NoisekitError, RuntimeError):

@@ -1,4 +1,4 @@
-"""How a model is evaluated while it is measured, and how it is given back."""
+"""Evaluation mode of a measured model: BatchNorm, dropout, and its restoration."""
 
 import inspect
 import sys

@@ -35,7 +35,7 @@ def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class Precision:
     """The least type in which a model and its loss are computed.
 
-    While they are held, copies in that type stand in the place of their narrower
+    While they are held, copies in that type replace their narrower
     parameters and buffers. Their own tensors are set aside, not converted, so that
     they come back bit for bit, and so that nothing which other code attached to
     them, such as the gradient accumulators of a live graph, narrows what is computed.
@@ -49,11 +49,11 @@ class Precision:
         self._copies: dict[int, nn.Parameter] = {}
 
     def leaves_of(self, parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
-        """Return the copies that stand for parameters now, or the parameters."""
+        """Return the copies that replace parameters now, or the parameters."""
         return tuple(self._copies.get(id(p), p) for p in parameters)
 
     def narrow_tensors(self, *evaluated: object) -> list[Tensor]:
-        """Return the narrower tensors of modules, in whose place copies will stand."""
+        """Return the narrower tensors of modules, which copies will replace."""
         if self.dtype is None:
             return []
         modules = [item for item in evaluated if isinstance(item, nn.Module)]

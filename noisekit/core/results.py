@@ -23,7 +23,7 @@ class Status(StrEnum):
     NO_SIGNAL = "no_signal"
     """The denominator's estimate is not positive; kept, since dropping it biases."""
     NOT_CONVERGED = "not_converged"
-    """A solver stopped at its budget; ``bound`` says how far it may be off."""
+    """A solver stopped at its budget; ``bound`` is its error bound."""
     NOT_COMPARABLE = "not_comparable"
     """A fair-test rule is broken."""
     DIVERGED = "diverged"
@@ -205,7 +205,7 @@ class Estimate:
 
     @property
     def has_error(self) -> bool:
-        """Whether anything is known of the error; else an interval tells nothing."""
+        """Whether an error is known; else the interval is unbounded."""
         parts = (self.stderr, self.bound, self.ratio, self.side)
         return any(part is not None for part in parts)
 

@@ -69,7 +69,7 @@ class EmpiricalRisk:
 
     ``L_b`` is what the loss returns for a batch and ``c_b`` what it divides by:
     examples, or for PyTorch's own losses the targets that count with their class
-    weights, or what ``normaliser`` says. Which holds is checked once.
+    weights, or what ``normaliser`` returns. Which holds is checked once.
 
     Every method leaves the model as it was: modes, buffers, ``.grad``,
     ``requires_grad`` and random state, bit for bit, also after an exception.
@@ -181,7 +181,7 @@ class EmpiricalRisk:
         self.num_batches = len(self.normalisers)
 
     def __repr__(self) -> str:
-        """Name the model and say what function of its parameters this is."""
+        """Name the model and the function of its parameters."""
         return (
             f"EmpiricalRisk({type(self.model).__name__}, {self.layout.num_params:,} "
             f"parameters, F = {self.function}, bn={self.bn!r})"
@@ -189,7 +189,7 @@ class EmpiricalRisk:
 
     @property
     def function(self) -> str:
-        """What ``F`` is, in words, such as "mean loss over 1,000 examples"."""
+        """``F`` as text, such as "mean loss over 1,000 examples"."""
         over = f"{self.num_examples:,} examples"
         if self.total != self.num_examples:
             over = f"{self.total:,.10g} targets of {over}"
@@ -231,7 +231,7 @@ class EmpiricalRisk:
     def in_precision(self, dtype: torch.dtype) -> "EmpiricalRisk":
         """Return the same risk, computed in ``dtype`` where the model is narrower.
 
-        Copies stand in the place of narrower parameters and buffers then, and data
+        Copies replace narrower parameters and buffers then, and data
         are converted: the weights are the model's, only the arithmetic differs.
         """
         tensors = (*self.model.parameters(), *self.model.buffers())

@@ -212,7 +212,7 @@ def spectral_density(
     )
     if not np.isfinite(quadrature.nodes).all():
         raise UsageError(
-            "a spectral density needs finite products, got NaN or infinity; look at "
+            "a spectral density needs finite products, got NaN or infinity; check "
             "the weights: a training that diverged has no spectrum."
         )
     atoms, is_atom = outliers(quadrature)

@@ -38,7 +38,7 @@ class Plot:
         figure: The Matplotlib figure, at the size at which it is printed.
         table: Every number that was drawn, one row a mark.
         name: Stem of the files.
-        caption: What is seen, how means and intervals were made, and how many
+        caption: What is plotted, how means and intervals were made, and how many
             values could not be drawn.
     """
 

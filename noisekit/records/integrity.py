@@ -61,7 +61,7 @@ def check_object(path: Path, content: Mapping[str, Any], *, remedy: str) -> None
 
 
 def newer_format(path: Path, written: int) -> str:
-    """Return what to say of a file that a newer noisekit wrote."""
+    """Return the message for a file that a newer noisekit wrote."""
     return (
         f"{path} has format {written}, but this noisekit reads up to format {FORMAT}; "
         "update noisekit (pip install --upgrade noisekit)."

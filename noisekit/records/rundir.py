@@ -143,7 +143,7 @@ class RunDirectory:
         """
         stored = self._stored(table(name), columns)
         if stored.fault:
-            # Sealed anew since the manifest was read?
+            # Sealed again since the manifest was read?
             with suppress(RunDirectoryError):
                 fresh = Manifest.read(self.path / "manifest.json")
                 if fresh.digests != self.manifest.digests:

@@ -29,8 +29,8 @@ class Column:
     Attributes:
         name: A name of the vocabulary, or one that ``definition`` explains.
         type: How it is stored.
-        definition: What it means, where the vocabulary does not say.
-        timing: Whether it tells the time, which no two runs share.
+        definition: What it means, where it is not in the vocabulary.
+        timing: Whether it is a time, which differs between equal runs.
     """
 
     name: str
@@ -140,7 +140,7 @@ _MEASUREMENTS = (
     ),
     Column("measure", pa.string(), "What gave the row; it may give several."),
     Column("quantity", pa.string(), "Name in the vocabulary."),
-    Column("variant", pa.string(), "Setting that tells two rows of it apart."),
+    Column("variant", pa.string(), "Setting that distinguishes two rows of it."),
     Column("value", pa.float64(), "Point estimate, in the quantity's unit."),
     Column("stderr", pa.float64(), "Standard error, where the error is statistical."),
     Column("bound", pa.float64(), "A solver's residual bound."),

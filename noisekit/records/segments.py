@@ -39,7 +39,7 @@ class Segment:
     Attributes:
         first_row: Row of the table that it starts at; ``None`` where the header
             cannot be read.
-        batches: Its whole batches, in order, in the columns that the table knows.
+        batches: Its whole batches, in order, in the columns of the table.
         fault: Why what follows them cannot be read, in words.
     """
 

@@ -36,7 +36,7 @@ class RunSink:
         Args:
             path: Directory of the run.
             run_id: Name of the run; the directory's if left out.
-            seed: Seed of the loop, to tell several runs of it apart.
+            seed: Seed of the loop, to distinguish several runs of it.
         """
         path = Path(path)
         if (path / "manifest.json").exists():

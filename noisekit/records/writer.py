@@ -73,7 +73,7 @@ class TableWriter:
             self.flush()
 
     def append_together(self, rows: Iterable[Mapping[str, Cell]]) -> None:
-        """Add rows that a reader sees all or none of, durably."""
+        """Add rows atomically and durably: a reader gets all or none."""
         self.flush()
         for row in rows:
             self._accept(row)

@@ -27,7 +27,7 @@ class CardRow:
         measure: Name of the measure that gave it.
         measured_by: The measure itself, with its settings.
         quantity: Its name in the vocabulary.
-        variant: The settings that tell several of one quantity apart.
+        variant: The settings that distinguish several of one quantity.
         unit: Unit of measurement; empty for a pure number.
         invariance: Which function-preserving rescalings leave it unchanged.
         estimate: Value, error, cost and status.
@@ -132,14 +132,14 @@ class Conditions:
 
     @property
     def function(self) -> str:
-        """The function that everything on the card is a measure of, in words."""
+        """The function that everything on the card is a measure of, as text."""
         if self.reduction == "mean":
             return "mean loss"
         return "mean loss (the sum that loss_fn returns over the number of examples)"
 
     @property
     def batch_norm(self) -> str:
-        """The BatchNorm policy in words; empty where there is none."""
+        """The BatchNorm policy as text; empty where there is none."""
         return "" if self.bn is None else f"BatchNorm {self.bn}"
 
 
@@ -150,7 +150,7 @@ class SharpnessCard:
     ``card["lambda_max"]`` is an estimate, ``print(card)`` a table with the conditions.
 
     Attributes:
-        rows: The quantities; one that could not be had says why.
+        rows: The quantities; one without a value has the reason.
         conditions: Where and how they were measured.
     """
 
@@ -284,7 +284,7 @@ class SharpnessCard:
 
 
 def _clauses(measures: list[Measure]) -> str:
-    """What a methods section says of measures: how each is taken, with its settings."""
+    """Text of a methods section: how each measure is computed, with its settings."""
     settings: dict[tuple[str, str], list[str]] = {}
     for measure in measures:
         stated = ", ".join(
@@ -312,7 +312,7 @@ def _line(row: CardRow) -> tuple[str, str, str, str]:
     return row.label, value, row.invariance, "; ".join(remarks)
 
 
-# Whatever a card holds, as JSON knows it.
+# Values of a card as types of JSON.
 def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -45,7 +45,7 @@ def batch_parts(risk: EmpiricalRisk, vector: Tensor | None = None) -> Tensor:
 def curvature_parts(risk: EmpiricalRisk, vector: Tensor) -> Tensor:
     """Return each batch's part of ``v' H v``, at about three gradients in all.
 
-    With an eigenvector this tells the error that its eigenvalue has from the data, to
+    With an eigenvector this gives the sampling error of its eigenvalue, to
     first order: the vector itself moves the value to second order only.
     """
     with HessianOperator(risk, form="rebuilt") as hessian:

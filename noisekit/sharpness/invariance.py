@@ -57,7 +57,7 @@ def check_invariance(
 ) -> InvarianceReport:
     r"""Return what a measure does under rescalings that keep the network's function.
 
-    A measure of sharpness that changes here says something about the weights, not
+    A measure of sharpness that changes here is a property of the weights, not
     about the function they compute, and so cannot by itself explain a test error.
     Every rescaled copy is verified on all data to have the same outputs.
 
@@ -259,7 +259,7 @@ def _relative_error(estimate: Estimate, subject: _Subject) -> float:
     if estimate.stderr is None and estimate.ratio is None:
         if subject.repeatable:
             return 0.0
-        # Without an error of its own, two calls tell how far it scatters; with one
+        # Without an error of its own, two calls show its scatter; with one
         # degree of freedom that is not much.
         spread = abs(subject.value.value - subject.again.value)
         estimate = replace(estimate, stderr=spread / math.sqrt(2), dof=1)

@@ -55,7 +55,7 @@ class MeasureResult:
         return self.estimate.value
 
     def text(self, unit: str, *remarks: str | None) -> str:
-        """Write the value with both errors, and whatever there is to say."""
+        """Write the value with both errors, and further remarks."""
         data = self.data_stderr
         parts = (
             f"{self.estimate} {unit}".rstrip(),
@@ -72,7 +72,7 @@ class Measurement:
     Attributes:
         quantity: Its name in the vocabulary.
         estimate: Value, error, cost and status.
-        variant: The settings that tell several of one quantity apart.
+        variant: The settings that distinguish several of one quantity.
         detail: Settings and by-products; ``note`` is what a reader must know, and
             ``error`` why there is no value.
         data_stderr: Error over the batches, where it is not the estimate's own.
@@ -231,7 +231,7 @@ class Measure(ABC):
 
     @property
     def variant(self) -> str:
-        """The settings that tell it apart, such as ``rho=0.05,steps=1``."""
+        """The settings that distinguish it, such as ``rho=0.05,steps=1``."""
         stated = ((name, getattr(self, name)) for name in self.in_variant)
         return ",".join(f"{k}={_brief(v)}" for k, v in stated if v is not None)
 
@@ -319,7 +319,7 @@ class Taken:
     Attributes:
         measure: The measure.
         measurements: Its quantities; where it failed, what came before and a last one
-            that is unavailable and says why.
+            that is unavailable, with the reason.
         seconds: Wall time [s].
     """
 
@@ -364,7 +364,7 @@ def _with_suffix(item: Measurement, suffix: str) -> Measurement:
 
 
 def _suffixes(measures: tuple[Measure, ...]) -> list[str]:
-    """Of each measure, the unusual settings that tell it apart from others alike."""
+    """Of each measure, the settings in which it differs from its namesakes."""
     labels = [(measure.name, measure.variant) for measure in measures]
     return [
         _difference(

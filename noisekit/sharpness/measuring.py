@@ -33,7 +33,7 @@ DEFAULT_MEASURES = (
     "grad_norm",
 )
 ON_EVERY_CARD = ("lambda_min", "grad_norm")
-"""Without these nobody can tell whether the point is a minimum."""
+"""They show whether the point is a minimum."""
 
 
 @checked

@@ -114,7 +114,7 @@ _LARGEST = TrackedEigenvalues()
 class SharpnessTracker:
     """Measures the top of the Hessian's spectrum when called from a training loop.
 
-    Where the data can be sampled, each visit begins with a fresh look at a random
+    Where the data can be sampled, each visit starts from the eigenvectors of a random
     eighth of them, which is as good a start as the last visit's vectors and cannot be
     trapped by them. Elsewhere it begins with those vectors and random directions.
 

@@ -1,1 +1,1 @@
-"""How each kind of layer tells its examples' gradients."""
+"""Per-example gradients of each kind of layer."""

@@ -44,7 +44,7 @@ def axis_of_examples(
         f"per-example gradients need one axis of {num_examples} examples, got "
         f"{len(fitting)} axes of that length {tuple(fitting)} in shape {tuple(shape)} "
         f"at {where}; use another batch size for the first reading, so that examples "
-        "and positions can be told apart."
+        "and positions can be distinguished."
     )
 
 

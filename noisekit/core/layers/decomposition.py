@@ -12,7 +12,7 @@ from noisekit.core.reductions import sq_norms
 
 @dataclass(frozen=True, slots=True)
 class GradientPieces:
-    """One parameter's gradient, and what its parts tell.
+    """One parameter's gradient, and statistics of its parts.
 
     Attributes:
         total: The gradient.

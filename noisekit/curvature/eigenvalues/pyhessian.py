@@ -105,7 +105,7 @@ class _WeightedBatch:
 
 
 class _WeightedBatches:
-    """The batches of a risk as PyHessian's loader, read anew on each product."""
+    """The batches of a risk as PyHessian's loader, read again on each product."""
 
     def __init__(self, risk: EmpiricalRisk) -> None:
         self._risk = risk

@@ -36,7 +36,7 @@ def subsampled_hessian(
 
     Returns:
         ``None`` where that is not worth it or not possible: below 1,024 examples,
-        where data are read anew on each pass, examples cannot be taken apart, the
+        where data are read again on each pass, examples are not separable, the
         loss couples them through BatchNorm, or other ranks hold more of them.
     """
     if not can_be_subsampled(operator):

@@ -257,7 +257,7 @@ def _measured(risk: EmpiricalRisk, gap_in: _Gap, hidden: _Hidden) -> float:
 
 def _few_examples(risk: EmpiricalRisk) -> Batch | None:
     batch = next((batch for _, batch in risk.weighted_batches()), None)
-    if batch is None or not risk.checked:  # examples may not be taken apart
+    if batch is None or not risk.checked:  # examples may not be separable
         return batch
     rows = torch.arange(min(count_examples(batch), MEASURED_EXAMPLES))
     return take_examples(batch, rows)

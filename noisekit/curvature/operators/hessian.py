@@ -57,7 +57,7 @@ class HessianOperator(RiskOperator):
 
     A product differentiates ``<grad F, v>`` once more. The graph of the gradient is
     kept for as many batches as the memory budget allows, which makes a product cost
-    about two gradients, and built anew for the rest, about three to four.
+    about two gradients, and rebuilt for the rest, about three to four.
 
     Other forms are used on request, and only if a trial product agrees with reverse
     over reverse; ``trial`` has the result.

@@ -90,7 +90,7 @@ def target_weights(
 
     Raises:
         UsageError: If the weights of single targets do not add up to what the loss
-            of the batch is divided by, so that they cannot be told apart.
+            of the batch is divided by, so that they cannot be distinguished.
     """
     targets = batch[1]
     shape = outputs.shape[:1] + outputs.shape[2:]

@@ -27,7 +27,7 @@ class MatrixLike(Protocol):
     def dtype(self) -> object:
         """A NumPy or a PyTorch type, that of the vectors it multiplies."""
 
-    # The vector is an array or a tensor, as the type says.
+    # The vector is an array or a tensor, by the dtype.
     def __matmul__(self, vector, /):  # type: ignore[no-untyped-def]
         """Return the product with a vector."""
 
@@ -256,7 +256,7 @@ class DenseOperator(SymmetricOperator):
     def __init__(self, matrix: Tensor) -> None:
         _check_square(matrix.shape)
         scale = float(matrix.abs().max()) if matrix.numel() else 0.0
-        # What is not finite has no symmetry to check; its answers say DIVERGED.
+        # A matrix that is not finite is accepted: results have the status DIVERGED.
         if math.isfinite(scale) and not torch.allclose(
             matrix, matrix.T, rtol=0.0, atol=1e-4 * scale
         ):

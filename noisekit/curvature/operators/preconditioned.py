@@ -54,7 +54,7 @@ class ScaledOperator(TransformedOperator):
 
 @checked
 def weight_scaled(operator: RiskOperator) -> ScaledOperator:
-    r"""Return ``|w| H |w|``, which rescaling a layer's neurons leaves alone.
+    r"""Return ``|w| H |w|``, invariant to rescaling of a layer's neurons.
 
     Where one layer's weights are multiplied by a factor and the next layer's divided
     by it, so that the function stays, this matrix and its eigenvalues stay as well.

@@ -16,7 +16,7 @@ def decay_by_parameter(decay: WeightDecay, risk: EmpiricalRisk) -> dict[str, flo
     r"""Return the factor ``λ`` of the penalty ``λ/2 |w|²`` of each parameter.
 
     Args:
-        decay: One factor for all, or an optimizer whose parameter groups say.
+        decay: One factor for all, or an optimizer whose parameter groups state it.
         risk: Whose chosen parameters.
 
     Raises:

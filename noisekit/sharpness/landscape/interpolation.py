@@ -184,7 +184,7 @@ def interpolate(
     which go straight on either path since a variance has no angle; counters are those
     of ``start``. Interpolated statistics are not those of the interpolated weights,
     and outside of both ends a variance may become negative and the loss NaN:
-    ``bn="recalibrated"`` computes them anew at each point. Points between are
+    ``bn="recalibrated"`` recomputes them at each point. Points between are
     evaluated many at a time where PyTorch can.
 
     Arguments that are not listed are those of

@@ -154,7 +154,7 @@ def _one_by_one(
 def _cannot_batch(risk: EmpiricalRisk) -> str:
     """Why points cannot be evaluated together, empty where they may be."""
     if risk.bn != "running" and batch_norms(risk.model):
-        return f"bn={risk.bn!r} computes statistics anew at each point"
+        return f"bn={risk.bn!r} recomputes statistics at each point"
     return ""
 
 
@@ -238,7 +238,7 @@ def _of_one_point(
 def _points_within(risk: EmpiricalRisk) -> int:
     """How many points fit into the budget, by the activations of the largest batch.
 
-    The tensors that autograd saves stand for the activations, each storage once.
+    Measured by the tensors that autograd saves, each storage once.
     """
     largest = max((batch for _, batch in risk.weighted_batches()), key=count_examples)
     sizes: dict[int, int] = {}

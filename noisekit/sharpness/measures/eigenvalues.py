@@ -245,8 +245,8 @@ def lambda_min(
 ) -> Estimate:
     """Return the smallest (algebraic) eigenvalue of the Hessian of the loss.
 
-    Clearly below zero it says that the point is no minimum. ``tol`` is relative to
-    the norm of the Hessian, so a value of that order is not told from zero.
+    Clearly below zero the point is not a minimum. ``tol`` is relative to the norm of
+    the Hessian, so that a value of that order cannot be distinguished from zero.
 
     ``model`` to ``batches``, ``bn``, ``normaliser`` and ``params`` are as in
     :func:`~noisekit.core.risk.as_risk`.

@@ -19,7 +19,7 @@ from noisekit.sharpness.measurement import (
 )
 
 _MOSTLY_NOISE = 0.5
-"""Share of noise in a squared gradient above which the card says so."""
+"""Share of noise in a squared gradient above which the card has a note."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ def gradient_errors(
     r"""Return the error of ``|g|`` over batches, and the share of noise in ``|g|²``.
 
     The error is that of the mean of :math:`g_b^\top g / |g|`. The square of a mean is
-    too large by its variance: the share says by how much, and near one nothing is
-    known of the gradient but that it is no larger than its noise.
+    too large by its variance: the share is that excess, and near one the gradient is
+    not resolved from its noise.
 
     Args:
         risk: Has the batches; each costs one gradient.

@@ -52,7 +52,7 @@ class Perturbation(Measure):
 
 
 def with_logits(risk: EmpiricalRisk, logits: Logits) -> EmpiricalRisk:
-    """Return the risk whose loss sees normalised logits.
+    """Return the risk whose loss is of normalised logits.
 
     Logits are centred over the classes and divided by their Euclidean norm
     (``"unit_norm"``), or by their standard deviation (``"unit_std"``), which leaves
