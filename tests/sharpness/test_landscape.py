@@ -394,7 +394,7 @@ def test_points_between_are_evaluated_together() -> None:
     assert together.loop_reason == ""
     alone = line(bn="batch")
     assert alone.num_batched == 0
-    assert alone.loop_reason.startswith("bn='batch' computes statistics anew")
+    assert alone.loop_reason.startswith("bn='batch' recomputes statistics")
 
 
 class Masked(nn.Module):

@@ -336,7 +336,7 @@ def test_recalibrated_statistics_go_one_by_one() -> None:
         bn="recalibrated",
         directions=DirectionSpec(generator=seeded()),
     )
-    assert got.loop_reason.startswith("bn='recalibrated' computes statistics anew")
+    assert got.loop_reason.startswith("bn='recalibrated' recomputes statistics")
     twin = copy.deepcopy(model)
     moved = reference.flat_weights(model) + got.directions.vectors[:, 0]
     torch.nn.utils.vector_to_parameters(moved, twin.parameters())
