@@ -1,7 +1,8 @@
 """Kills runs and resumes them, each in a process of its own, forked from this one.
 
 Forked, since importing PyTorch takes longer than a run; nothing has computed before
-the fork. Run as ``python -m tests.resume.killing FOLDER < spec.json``.
+the fork. Run as ``python -m tests.resume.killing FOLDER [RANDOM] < spec.json``: each of
+the runs, one by default, is killed after random times until it gets through.
 """
 
 import json
@@ -122,7 +123,8 @@ def main() -> None:
     chosen = telling(events)
     for event in chosen:
         killed_at(spec, folder, event)
-    killed_often(spec, folder, seed=0)
+    for seed in range(int(sys.argv[2]) if len(sys.argv) > 2 else 1):
+        killed_often(spec, folder, seed)
     print(json.dumps([events[event] for event in chosen]))
 
 

@@ -65,6 +65,33 @@ SECTIONS: dict[str, dict[str, JsonValue]] = {
         "measure": {"everywhere": ["grad_norm"], "examples": []},
         "compute": {"checkpoint_updates": 7},
     },
+    "batches that change": {
+        "optimizer": {"name": "sgd", "learning_rate": 0.5},
+        "training": {"epoch_end": "run_on", "stop": {"updates": 60}},
+        "evaluation": {"every": {"updates": 4}, "splits": ["train", "test"]},
+        "batch_policy": {"name": "cabs", "min": 3, "max": 60, "c": 10.0},
+        "phases": [
+            {
+                "at": {"loss": 1.9},
+                "set": {
+                    "training.batch_size": 24,
+                    "batch_policy": {
+                        "name": "kicks",
+                        "small": 5,
+                        "length": {"updates": 4},
+                        "cooldown": {"updates": 3},
+                        "every": {"updates": 2},
+                        "criterion": {"name": "progress", "window": 2, "below": 900.0},
+                    },
+                },
+            },
+            {"at": {"updates": 45}, "set": {"optimizer.momentum": 0.5}},
+        ],
+        "series": [{"every": {"updates": 9}, "measures": ["grad_norm"]}],
+        "probe": {"every": 3},
+        "measure": {"everywhere": ["grad_norm"], "examples": ["test"]},
+        "compute": {"checkpoint_updates": 7},
+    },
 }
 
 
@@ -104,10 +131,10 @@ def ipc_bytes(rows: pa.Table) -> bytes:
     return content
 
 
-def kill_everywhere(spec: RunSpec, folder: Path) -> list[str]:
-    """Kill runs at all kinds of moments; return the moments."""
+def kill_everywhere(spec: RunSpec, folder: Path, *, random: int = 1) -> list[str]:
+    """Kill runs at all kinds of moments, some at random; return the moments."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.resume.killing", str(folder)],
+        [sys.executable, "-m", "tests.resume.killing", str(folder), str(random)],
         input=spec.to_json(),
         capture_output=True,
         text=True,
@@ -128,7 +155,8 @@ def test_a_run_killed_anywhere_ends_in_the_same_bits(name: str, tmp_path: Path) 
     checkpoint; random streams, the probe's among them, that go on from where the
     process stood or start anew; a momentum or Adam's count that starts anew; crossings
     forgotten; measures repeated; a table sealed twice; a run that starts anew after its
-    checkpoints were removed.
+    checkpoints were removed; a batch policy without its state or its last reading; a
+    phase that begins again; rows of a series written twice.
     """
     moments = kill_everywhere(run_spec(**SECTIONS[name]), tmp_path)
     told = " ".join(moments)
