@@ -15,12 +15,13 @@ from noisekit.train.recipes.run_spec import RunSections
 from noisekit.train.recipes.scheduled_policies import ByClock
 from noisekit.train.recipes.timeline import known_in_advance, stretches
 
-_CHANGING = ("data", "training", "batch_policy", "phases", "optimizer", "schedule")
+CHANGING = ("data", "training", "batch_policy", "phases", "optimizer", "schedule")
+"""Sections that say what changes in a run, and what it needs."""
 
 
 def change_faults(arm: ParsedSections, run: RunSections) -> Iterator[Fault]:
     """Yield what is wrong with the batch policy and with each phase."""
-    if not arm.having(_CHANGING):
+    if not arm.having(CHANGING):
         return
     phases = list(_phase_faults(run))
     yield from phases
@@ -32,7 +33,7 @@ def change_faults(arm: ParsedSections, run: RunSections) -> Iterator[Fault]:
 
 def _phase_faults(run: RunSections) -> Iterator[Fault]:
     """Yield settings that cannot change in mid-run, or that do not fit."""
-    table = run.model_dump(mode="json", include=set(_CHANGING) - {"phases"})
+    table = run.model_dump(mode="json", include=set(CHANGING) - {"phases"})
     for number, phase in enumerate(run.phases, start=1):
         prefix = f"phases[{number}].set"
         fixed = list(phase.unchangeable)

@@ -8,7 +8,11 @@ from noisekit.core.errors import UsageError
 from noisekit.core.references import is_reference
 from noisekit.train.models import uses_batch_norm
 from noisekit.train.recipes.catalogue import analyses
-from noisekit.train.recipes.change_faults import change_faults, timeline_faults
+from noisekit.train.recipes.change_faults import (
+    CHANGING,
+    change_faults,
+    timeline_faults,
+)
 from noisekit.train.recipes.optimizers import Sgd
 from noisekit.train.recipes.parsing import ParsedSections
 from noisekit.train.recipes.points import MAX_UPDATES
@@ -23,6 +27,10 @@ from noisekit.train.section import run_id_of
 MAX_SNAPSHOTS = 1000
 
 
+_NEEDS = ("training", "batch_policy", "phases")
+"""What has to be known to tell what batch policies need."""
+
+
 def section_faults(arm: ParsedSections) -> Iterator[Fault]:
     """Yield what is wrong between the sections of one arm.
 
@@ -31,16 +39,16 @@ def section_faults(arm: ParsedSections) -> Iterator[Fault]:
     run = arm.assembled()
     changes = list(change_faults(arm, run))
     yield from changes
-    if changes:
-        return  # what follows asks how many updates there are
+    if changes or (run.phases and not arm.having(CHANGING)):
+        return  # what follows asks what holds in each phase
     checks = (
         (("data", "training", "batch_policy", "phases"), _batch_faults),
-        (("evaluation", "training", "snapshots"), _evaluation_faults),
+        (("evaluation", "training", "snapshots", "phases"), _evaluation_faults),
         (("data", "training", "snapshots", "batch_policy", "phases"), _snapshot_faults),
         (("data", "training", "schedule"), _schedule_faults),
         (("data", "measure", "snapshots", "training"), _measure_faults),
-        (("data", "training", "probe", "optimizer"), _estimator_faults),
-        (("data", "model", "probe"), _coupling_faults),
+        (("data", "probe", "optimizer", *_NEEDS), _estimator_faults),
+        (("data", "model", "probe", *_NEEDS), _coupling_faults),
         (("data", "augment"), _augment_faults),
         (("data", "model", "training"), _token_faults),
     )

@@ -1,13 +1,16 @@
 """The papers' experiments as recipes: each parses, with the published updates."""
 
+import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from noisekit.train.recipes.loading import load_recipe
+from noisekit.train.recipes.parsing import parse_sections
 from noisekit.train.recipes.recipe import Recipe
-from noisekit.train.recipes.run_spec import RunSpec
+from noisekit.train.recipes.run_spec import RunSections, RunSpec
 from noisekit.train.recipes.timeline import Change, timeline
 
 PAPERS = Path(__file__).parents[1] / "papers"
@@ -104,3 +107,15 @@ def test_seeds_draw_splits_of_their_own_where_asked() -> None:
     assert len(splits) == len({seed for seed, _ in splits}) == 5
     shared = recipe("kicks").run_specs()
     assert len({spec.data.split_seed for spec in shared}) == 1
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_sections_of_the_documentation_parse(number: int) -> None:
+    """Catches: a key that the page still has and the schema not."""
+    page = Path(__file__).parents[3] / "docs" / "experiments.md"
+    blocks = re.findall(r"^```toml\n(.*?)^```", page.read_text(), re.DOTALL | re.M)
+    sections = tomllib.loads(blocks[number])
+    assert sections.keys() <= RunSections.model_fields.keys()
+    base = run("kicks", "constant").model_dump(mode="json")
+    faults = parse_sections({**base, **sections}).faults
+    assert [str(fault) for fault in faults] == []

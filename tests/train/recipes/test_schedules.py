@@ -66,3 +66,27 @@ def test_cosine_falls_from_the_rate_to_zero() -> None:
     assert rates({"name": "cosine"}, [0, 50, 100]) == pytest.approx(
         [2.0, 1.0, 0.0], abs=1e-12
     )
+
+
+def test_steps_at_intervals() -> None:
+    """Catches: a first milestone at the start; an interval that drifts."""
+    schedule: JsonValue = {"name": "step", "every": {"updates": 30}, "gamma": 0.5}
+    assert rates(schedule, [0, 29, 30, 59, 60, 99]) == [2.0, 2.0, 1.0, 1.0, 0.5, 0.25]
+
+
+def test_a_cycle_begins_anew() -> None:
+    """Catches: a cycle that ends with its last factor."""
+    schedule: JsonValue = {
+        "name": "cycle",
+        "factors": [1.0, 0.5, 0.25],
+        "every": {"share": 0.1},
+    }
+    assert rates(schedule, [0, 9, 10, 20, 29, 30]) == [2.0, 2.0, 1.0, 0.5, 0.5, 2.0]
+
+
+def test_a_polynomial_falls_to_zero_from_the_end_of_the_warm_up() -> None:
+    """Catches: a power of the share behind; one that is squared twice."""
+    assert rates({"name": "polynomial"}, [0, 25, 100]) == [2.0, 1.5, 0.0]
+    warmup: JsonValue = {"length": {"updates": 20}, "start": 0.5}
+    schedule: JsonValue = {"name": "polynomial", "power": 2.0, "warmup": warmup}
+    assert rates(schedule, [0, 20, 60, 100]) == pytest.approx([1.0, 2.0, 0.5, 0.0])
