@@ -32,6 +32,10 @@ class Adversarial(Section):
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
     epsilon: PositiveFloat
 
+    def num_passes(self, *, several: bool) -> int:
+        """Return the passes beside the update's own."""
+        return 2
+
     def addition(self, step: GradientStep) -> list[Tensor]:
         """Return what is added to the gradient, by parameter."""
         total = [torch.zeros_like(parameter) for parameter in step.parameters]

@@ -31,6 +31,10 @@ class GradientPenalty(Section):
     weight: PositiveFloat
     epsilon: PositiveFloat = 0.01
 
+    def num_passes(self, *, several: bool) -> int:
+        """Return the passes beside the update's own, over one or several parts."""
+        return 2 if several else 1
+
     def addition(self, step: GradientStep) -> list[Tensor]:
         """Return what is added to the gradient, by parameter."""
         total = [torch.zeros_like(parameter) for parameter in step.parameters]

@@ -17,8 +17,8 @@ EstimatorChoice = Literal[
     "ghost",
     "preconditioned",
 ]
-"""What a recipe may ask for: a run is one process, whose networks have BatchNorm or no
-normalisation layer, so that ``ranks`` and ``norm_layers`` have nothing to read."""
+"""What a recipe may ask for: a run is one process, so that ``ranks`` has nothing to
+read. ``norm_layers`` is offered where ``attach`` is called, not here."""
 
 OF_EXAMPLES = frozenset({"per_example", "rows", "chunks", "random_signs"})
 """Those that say nothing where BatchNorm couples the examples."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from noisekit.core.references import is_reference
-from noisekit.train.gradients import TermSpec
+from noisekit.train.gradients.terms import TermSpec, passes_per_update
 from noisekit.train.losses import LOSSES, Loss, find_loss
 from noisekit.train.recipes.clock import EpochEnd
 from noisekit.train.recipes.measure_spec import MeasureName
@@ -57,6 +57,12 @@ class TrainingSpec(Section):
     clip_norm: PositiveFloat | None = None
     terms: tuple[TermSpec, ...] = ()
     stop: Stop
+
+    @property
+    def passes_per_update(self) -> int:
+        """Forward and backward passes over the batch, more than 1 with terms."""
+        several = self.examples_per_forward < self.batch_size
+        return passes_per_update(self.terms, several=several)
 
     def find_loss(self) -> Loss:
         """Return the loss, imported where it is the user's own."""

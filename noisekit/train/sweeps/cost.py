@@ -173,7 +173,7 @@ def _run_seconds(spec: RunSpec, timing: _Timing) -> float:
         count * timing.update(size) for size, count in updates_by_batch(spec).items()
     )
     return (
-        training * (1 + read)
+        training * (spec.training.passes_per_update + read)
         + _num_evaluations(spec) * timing.evaluation
         + _products(spec) * timing.product
     )

@@ -16,6 +16,7 @@ from noisekit.train.gradients.adversarial import Adversarial
 from noisekit.train.gradients.gradient_penalty import GradientPenalty
 from noisekit.train.gradients.proximal import Proximal
 from noisekit.train.gradients.step import GradientStep
+from noisekit.train.gradients.terms import passes_per_update
 
 NUM = 12
 
@@ -282,3 +283,21 @@ def test_dropout_draws_the_same_in_all_passes_of_a_micro_batch(terms) -> None:
     assert any(
         not torch.equal(a, b) for a, b in zip(grads(model), grads(other), strict=True)
     )
+
+
+@pytest.mark.parametrize("microbatch", [None, 6])
+@pytest.mark.parametrize(
+    "terms",
+    [[], *RULES.values(), [term for terms in RULES.values() for term in terms]],
+    ids=str,
+)
+def test_passes_are_counted_right(terms, microbatch) -> None:
+    """Against the calls of the model, whole batches at a time.
+
+    Catches: a cost that leaves the passes beside the update out.
+    """
+    model, calls = network(), []
+    model.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    GradientRules(tuple(terms)).fill(step_of(model, microbatch=microbatch))
+    wanted = passes_per_update(terms, several=microbatch is not None)
+    assert sum(calls) == wanted * NUM
