@@ -220,6 +220,20 @@ def test_clipping_limits_the_norm_of_the_whole(microbatch) -> None:
             assert factor < 1 or torch.equal(found, before)
 
 
+def test_clipping_comes_after_the_terms() -> None:
+    """The limit holds for the sum, in the direction of the sum.
+
+    Catches: terms that are added to a clipped gradient, or left out by it.
+    """
+    terms = (Adversarial(kind="adversarial", epsilon=0.2),)
+    free, clipped = network(), network()
+    GradientRules(terms).fill(step_of(free))
+    GradientRules(terms, clip_norm=0.01).fill(step_of(clipped))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in grads(free)))
+    for found, before in zip(grads(clipped), grads(free), strict=True):
+        torch.testing.assert_close(found, before * (0.01 / norm), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("microbatch", MICROBATCHES)
 def test_without_rules_the_bits_are_those_of_a_plain_loop(microbatch) -> None:
     """Catches: anything that touches the gradient where nothing was asked for."""

@@ -170,6 +170,35 @@ def test_a_users_own_network_is_seeded_too(
     assert torch.equal(*found)
 
 
+def test_every_update_and_micro_batch_has_draws_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice 40 masks, all different, and the same ones in another run of the seed.
+
+    Catches: a stream of the seed alone, which drops the same units in each update.
+    """
+    masks: list[tuple[float, ...]] = []
+
+    class Watched(Noisy):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                state = torch.get_rng_state()
+                masks.append(tuple(torch.rand(8).tolist()))
+                torch.set_rng_state(state)
+            return super().forward(inputs)
+
+    monkeypatch.setattr("noisekit.train.models.build.resolve", lambda name: Watched)
+    spec = run_spec(
+        model={"name": "mine:Watched", "hidden": None}, training={"microbatch": 8}
+    )
+    finished(spec, tmp_path / "first")
+    first = masks.copy()
+    assert len(first) == len(set(first)) == 80
+    masks.clear()
+    finished(spec, tmp_path / "again")
+    assert masks == first
+
+
 @pytest.mark.parametrize(
     "training",
     [
