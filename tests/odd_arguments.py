@@ -65,7 +65,7 @@ OTHER_WORDS = {
     "min": ("batch_size",),
     "data": ("examples",),
     "directions": ("dims",),
-    "optimizer": ("optimiser",),
+    "optimizer": ("optimizer",),
     "every": ("at",),
     "cyclic": ("at",),
     "inputs": ("batch", "model", "loss"),

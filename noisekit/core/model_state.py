@@ -69,7 +69,7 @@ class ModelState:
     objects, which stay the same ones.
 
     Not followed: iterators, closures of functions but for random generators, objects
-    that extension modules define, and those of optimisers, trainers and loggers.
+    that extension modules define, and those of optimizers, trainers and loggers.
 
     Args:
         roots: Modules and functions, from which everything else is reached.

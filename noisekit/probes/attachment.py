@@ -75,7 +75,7 @@ def _updated(
     updated = {name: p for name, p in named.items() if id(p) in own}
     if not updated:
         raise NoParametersError(
-            "attach needs parameters that the optimiser updates, got only others "
-            f"({', '.join(list(named)[:5])}); attach with the optimiser of these."
+            "attach needs parameters that the optimizer updates, got only others "
+            f"({', '.join(list(named)[:5])}); attach with the optimizer of these."
         )
     return updated

@@ -1,4 +1,4 @@
-"""An optimiser's steps, and what was done to the gradient between backward and step."""
+"""An optimizer's steps, and what was done to the gradient between backward and step."""
 
 import sys
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from noisekit.probes.capture.recorder import Recorder
 
 
 class OptimizerSteps:
-    """Calls back after every step that an optimiser takes.
+    """Calls back after every step that an optimizer takes.
 
     A step with a closure evaluates gradients itself, LBFGS several times: what was
     read last counts.
@@ -46,7 +46,7 @@ class OptimizerSteps:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off the optimiser."""
+        """Take the hooks off the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -119,7 +119,7 @@ class OptimizerSteps:
     def _note_clipping(self) -> None:
         factor = self._recorder.clip_factor()
         scale = self.loss_scale
-        # A fused optimiser unscales in its own kernel, after this.
+        # A fused optimizer unscales in its own kernel, after this.
         scaled = getattr(self.optimizer, "grad_scale", None) is not None
         if isinstance(factor, Tensor) and scale is not None and not scaled:
             factor = factor * scale

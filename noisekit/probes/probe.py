@@ -1,4 +1,4 @@
-"""The probe: a reading per optimiser step of somebody's training loop."""
+"""The probe: a reading per optimizer step of somebody's training loop."""
 
 import math
 import warnings

@@ -126,13 +126,13 @@ class LayerReading:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Gradient and gradient noise of one optimiser step.
+    """Gradient and gradient noise of one optimizer step.
 
     Values stay on the training device until they are asked for; then one small
     transfer makes them Python numbers.
 
     Attributes:
-        step: Optimiser steps taken, this one included.
+        step: Optimizer steps taken, this one included.
         examples_seen: Examples that entered a gradient, this step's included.
         batch_size: Examples behind this step's gradient.
         estimator: How the noise was read, such as ``"per_example"``; where units are

@@ -118,21 +118,21 @@ def check_optimizer(optimizer: object, model: nn.Module) -> torch.optim.Optimize
     if not isinstance(inner, torch.optim.Optimizer):
         raise UsageError(
             "attach needs a torch.optim.Optimizer, got "
-            f"{type(optimizer).__name__}; give the optimiser inside the wrapper."
+            f"{type(optimizer).__name__}; give the optimizer inside the wrapper."
         )
     if not _has_step_hooks(inner):
         raise UsageError(
-            f"attach needs an optimiser that calls its step hooks, got a "
-            f"{type(optimizer).__name__} that wraps another; give the optimiser inside "
+            f"attach needs an optimizer that calls its step hooks, got a "
+            f"{type(optimizer).__name__} that wraps another; give the optimizer inside "
             "the wrapper."
         )
     own = {id(parameter) for parameter in model.parameters()}
     groups = inner.param_groups
     if not any(id(p) in own for group in groups for p in group["params"]):
         raise UsageError(
-            f"attach needs an optimiser of the model, got {type(optimizer).__name__} "
+            f"attach needs an optimizer of the model, got {type(optimizer).__name__} "
             f"without any parameter of {type(model).__name__}; attach after the "
-            "optimiser was built from model.parameters()."
+            "optimizer was built from model.parameters()."
         )
     return inner
 

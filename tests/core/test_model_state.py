@@ -258,7 +258,7 @@ def test_a_graph_of_the_training_stays_valid() -> None:
 
 
 def test_hooks_on_parameters_do_not_run() -> None:
-    """Neither do optimisers that step within the backward pass.
+    """Neither do optimizers that step within the backward pass.
 
     Catches: a clamped gradient taken for the loss's; hooks that are lost afterwards.
     """

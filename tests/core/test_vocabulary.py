@@ -55,5 +55,5 @@ def test_axis_label_has_symbol_and_unit(name: str, label: str) -> None:
 
 
 def test_unknown_name_lists_what_there_is() -> None:
-    with pytest.raises(UsageError, match=r"'sharpness'; known: .*lambda_max"):
+    with pytest.raises(UsageError, match=r"'sharpness'; there are: .*lambda_max"):
         quantity("sharpness")

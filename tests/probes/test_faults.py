@@ -96,7 +96,7 @@ class Case:
     Attributes:
         loss: Of a model and the number of the step.
         around: What a step runs in.
-        in_backward: Whether the optimiser steps parameter by parameter.
+        in_backward: Whether the optimizer steps parameter by parameter.
         reason: What the second reading's coverage says; ``None`` where it is read.
     """
 

@@ -355,7 +355,7 @@ def test_preconditioned_noise(kind: type[torch.optim.Optimizer], name: str) -> N
         optimizer.step()
         if step == 0:
             missing = probe.readings[0].coverage.missing["preconditioned"]
-            expected = "the optimiser has no second moments before its first step"
+            expected = "the optimizer has no second moments before its first step"
             assert missing == expected
             continue
         found = list(scaled.values())

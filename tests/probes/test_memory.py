@@ -24,7 +24,7 @@ class Way:
         share: What it may hold beyond a plain step, in units of that step's peak.
         options: Of ``attach``.
         copies: What it may hold besides, in units of the gradient.
-        kind: Of the optimiser.
+        kind: Of the optimizer.
         num_parts: Micro-batches of a step.
     """
 
@@ -49,7 +49,7 @@ WAYS = {
     "ghost": Way(0.55, {"estimator": "ghost"}, 3.0),
     # The graph is kept for a second pass, which has a gradient of its own.
     "random_signs": Way(0.3, {"estimator": "random_signs"}),
-    # What the optimiser multiplies each gradient by, and one layer's squares.
+    # What the optimizer multiplies each gradient by, and one layer's squares.
     "preconditioned": Way(
         0.15, {"estimator": ("per_example", "preconditioned")}, 1.4, kind=ADAM
     ),

@@ -59,7 +59,7 @@ _BY_VALUE: list[tuple[Any, Callable[[Any], Any]]] = [
 def trained(
     build: Callable[[], nn.Module], options: dict[str, Any] | None, *, breaks: bool
 ) -> Any:
-    """State of model, optimiser and generators after a few steps."""
+    """State of model, optimizer and generators after a few steps."""
     torch.manual_seed(3)
     random.seed(3)
     np.random.seed(3)  # noqa: NPY002

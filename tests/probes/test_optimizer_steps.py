@@ -1,4 +1,4 @@
-"""Optimisers' steps around a probe: clipping, scaling, closures, several optimisers."""
+"""Optimizers' steps around a probe: clipping, scaling, closures, several optimizers."""
 
 import copy
 import warnings
@@ -165,7 +165,7 @@ def test_a_scaler_that_is_switched_off_scales_nothing() -> None:
 
 @pytest.mark.parametrize("keyword", [True, False])
 def test_a_closure_that_zeroes_runs_and_clips(keyword: bool) -> None:
-    """The form that trainers give to every optimiser, also to those that need none.
+    """The form that trainers give to every optimizer, also to those that need none.
 
     Catches: the gradient of the step before; clipping in the closure not seen.
     """
@@ -208,13 +208,13 @@ def test_the_evaluation_that_is_read_is_stated() -> None:
     assert note == "the last of 3 evaluations in the step"
 
 
-# ------------------------------------------------------------------ optimisers
+# ------------------------------------------------------------------ optimizers
 
 
 def test_each_of_two_optimizers_has_its_own_parameters() -> None:
     """One backward pass, two steps, a probe for each.
 
-    Catches: parameters of the other optimiser, whose gradient this step does not use;
+    Catches: parameters of the other optimizer, whose gradient this step does not use;
     a record that the first step takes from the second.
     """
     model, _, inputs, targets = setup()
@@ -345,7 +345,7 @@ def test_a_gradient_penalty_has_no_examples_and_says_so() -> None:
 
 
 def test_gradients_that_keep_their_graph_are_read_as_any() -> None:
-    """As second-order optimisers ask for them.
+    """As second-order optimizers ask for them.
 
     Catches: a graph that is kept taken for a penalty.
     """

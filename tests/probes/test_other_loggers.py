@@ -61,7 +61,7 @@ def test_norms_right_after_a_scaled_backward_pass_carry_the_scale(scale: float) 
 
 
 def test_norms_before_a_step_with_a_closure_are_the_last_step_s() -> None:
-    """A trainer that gives every optimiser a closure runs the backward pass in it."""
+    """A trainer that gives every optimizer a closure runs the backward pass in it."""
     model, optimizer, inputs, targets = setup()
     probe = attach(model, optimizer)
     logged: list[float] = []

@@ -80,7 +80,7 @@ def test_readings_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_detached_is_as_if_never_attached() -> None:
-    """Catches: a hook that stays on the model, its parameters or the optimiser."""
+    """Catches: a hook that stays on the model, its parameters or the optimizer."""
     probe, model, optimizer = attached(loss_fn=nn.CrossEntropyLoss())
     train(model, optimizer, MLP.data(), 1)
     probe.detach()

@@ -44,7 +44,7 @@ def _read(
     Args:
         rank: Whose data, unless they are ``alike``.
         loss_fn: Called through the probe.
-        kind: Of the optimiser.
+        kind: Of the optimizer.
         lr: Its learning rate.
         steps: How many.
         alike: Whether every rank has the data of the first.

@@ -96,7 +96,7 @@ def test_no_optimizer() -> None:
 
 
 def test_a_wrapper_that_is_an_optimizer_in_name() -> None:
-    """Trainers wrap optimisers like this, without the hooks of one.
+    """Trainers wrap optimizers like this, without the hooks of one.
 
     Catches: an attribute error, or a probe that waits for steps it is never told of.
     """
@@ -106,7 +106,7 @@ def test_a_wrapper_that_is_an_optimizer_in_name() -> None:
             vars(self).update(inner)
             (self.param_groups,) = (each.param_groups for each in inner.values())
 
-    message = "got a Wrapped that wraps another; give the optimiser inside the wrapper"
+    message = "got a Wrapped that wraps another; give the optimizer inside the wrapper"
     model = mlp()
     with pytest.raises(UsageError, match=message):
         attach(model, Wrapped(hidden=sgd(model)))

@@ -219,7 +219,7 @@ def test_callbacks_of_the_engine_may_queue_another_one() -> None:
     assert order == ["hook", "first", "second", "queued by the first"]
 
 
-# ------------------------------------------------------------------ optimisers
+# ------------------------------------------------------------------ optimizers
 
 
 def test_step_pre_hooks_come_before_the_closure() -> None:

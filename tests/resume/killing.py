@@ -117,7 +117,7 @@ def main() -> None:
     # The kernel keeps what a killed process has written: waiting for the disk, which
     # guards against power failures, would be most of a run's time here.
     os.fsync = lambda descriptor: None
-    # Building an optimiser imports half of PyTorch; once is enough.
+    # Building an optimizer imports half of PyTorch; once is enough.
     torch.optim.SGD([torch.zeros(1)])
     events = unbroken(spec, folder)
     chosen = telling(events)

@@ -27,7 +27,7 @@ RULES = [
 
 
 @pytest.mark.parametrize("options", RULES, ids=str)
-def test_threshold_is_where_the_optimiser_itself_starts_to_grow(options: dict) -> None:
+def test_threshold_is_where_the_optimizer_itself_starts_to_grow(options: dict) -> None:
     """Just below it the companion matrix of SGD contracts, just above it grows.
 
     Catches: the threshold of averaged momentum, ``v = beta v + (1 - beta) g``;

@@ -84,7 +84,7 @@ class GradientWatch:
         self._mark, self._stepped = self._now(), False
 
     def after_step(self) -> None:
-        """Remember what an optimiser step has left."""
+        """Remember what an optimizer step has left."""
         self._mark, self._stepped = self._now(), True
 
     def _now(self) -> _Mark:

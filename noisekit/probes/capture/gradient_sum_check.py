@@ -118,6 +118,6 @@ def gradient_sum_error(names: str) -> ClosureError:
     return ClosureError(
         "a probe needs per-example gradients that add up to .grad, got another "
         f"gradient for {names}. A penalty on the weights inside the loss, a gradient "
-        "penalty or a hook that changes gradients does this; use the optimiser's "
+        "penalty or a hook that changes gradients does this; use the optimizer's "
         "weight_decay, or leave these parameters out with params=."
     )

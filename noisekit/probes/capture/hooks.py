@@ -30,7 +30,7 @@ class ModelHook:
     """A module hook that calls a method of its recorder, for one module only.
 
     Copies of the model, such as an exponential moving average, get an inert hook:
-    they neither feed the original's readings nor carry its optimiser along.
+    they neither feed the original's readings nor carry its optimizer along.
     """
 
     __slots__ = ("__weakref__", "_method", "_module", "_tag")

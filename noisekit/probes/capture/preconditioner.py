@@ -1,4 +1,4 @@
-"""What an adaptive optimiser multiplies the gradient by, at the start of a step."""
+"""What an adaptive optimizer multiplies the gradient by, at the start of a step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ class Preconditioner:
         """Look at ``optimizer``'s state, which is read anew at each step.
 
         Raises:
-            UsageError: If the optimiser has no diagonal preconditioner.
+            UsageError: If the optimizer has no diagonal preconditioner.
         """
         if not isinstance(optimizer, _KINDS):
             known = ", ".join(kind.__name__ for kind in _KINDS)
@@ -62,7 +62,7 @@ class Preconditioner:
         return self._scales[index]
 
 
-def _second_moment(state: dict[str, Any]) -> str:  # an optimiser's own state
+def _second_moment(state: dict[str, Any]) -> str:  # an optimizer's own state
     names = ("max_exp_avg_sq", "exp_avg_sq", "square_avg")
     return next((name for name in names if name in state), "")
 

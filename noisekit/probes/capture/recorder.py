@@ -146,12 +146,12 @@ class Recorder:
         """Return what has gathered since the last call, and start anew.
 
         Args:
-            stepped: Whether an optimiser step has used the gradients up; else further
+            stepped: Whether an optimizer step has used the gradients up; else further
                 backward passes add to them.
         """
         record, self._record = self._record, StepRecord()
         if torch._C._current_graph_task_id() != -1:
-            record.faults.append("the optimiser steps inside the backward pass")
+            record.faults.append("the optimizer steps inside the backward pass")
         if self.faults.reason:
             record.faults.insert(0, self.faults.reason)
             self.faults.reason = ""

@@ -62,7 +62,7 @@ class ForwardPass:
         rows: The examples whose norms are read in ``row_norms``.
         row_norms: ``|u_i|²`` of those examples, by parameter index.
         chunk_norms: ``|sum u_i|²`` of each chunk of the batch, by parameter index.
-        scaled_sums: ``sum |P u_i|²`` with the optimiser's preconditioner ``P``.
+        scaled_sums: ``sum |P u_i|²`` with the optimizer's preconditioner ``P``.
         own_norms: Squared norms of this micro-batch's own gradient.
         signed_norms: ``|sum s_i u_i|²`` with random signs, one vector per draw.
         inner_products: ``<u_i, v>`` by parameter, where a direction ``v`` was given.
@@ -184,12 +184,12 @@ class CapturedCall:
 
 @dataclass(slots=True)
 class StepRecord:
-    """What the backward passes of one optimiser step have gathered.
+    """What the backward passes of one optimizer step have gathered.
 
     Attributes:
         passes: The forward passes that gradients came from.
         gradient: Squared norm of ``.grad`` per parameter after the last of them.
-        scaled_gradient: The same of ``P .grad``, with the optimiser's preconditioner.
+        scaled_gradient: The same of ``P .grad``, with the optimizer's preconditioner.
         faults: Why the gradient is not this step's alone.
         num_discarded: Backward passes whose gradient was zeroed without a step.
     """

@@ -50,7 +50,7 @@ class Preconditioned(NoiseEstimator):
         gradient = step.record.scaled_gradient
         if gradient is None or not all(p.scaled_sums for p in step.passes):
             return Unavailable(
-                "the optimiser has no second moments before its first step"
+                "the optimizer has no second moments before its first step"
             )
         unread = step.unread
         own = gradient * step.scale

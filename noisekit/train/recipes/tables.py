@@ -85,7 +85,7 @@ def merged(
         base: What lies below.
         over: What is laid on it.
         replace_kinds: Whether a table with another ``name`` than the one below
-            replaces it, since another network or optimiser has other keys.
+            replaces it, since another network or optimizer has other keys.
     """
     result = dict(base)
     for key, value in over.items():

@@ -51,7 +51,7 @@ class TrainState:
 
     Attributes:
         model: The model.
-        optimizer: Its optimiser.
+        optimizer: Its optimizer.
         position: How far training is.
         seconds: Wall time spent training, over all processes [s].
         ended: Why training is over; empty while it goes on.
@@ -203,7 +203,7 @@ def restore(state: TrainState, probe: Probe | None, captured: Captured) -> None:
     """Bring ``state``, as it is at the start of its run, to what was captured.
 
     Raises:
-        CheckpointError: If it was captured from another model or optimiser.
+        CheckpointError: If it was captured from another model or optimizer.
     """
     tensors, values = captured.tensors, captured.values
     try:
@@ -215,7 +215,7 @@ def restore(state: TrainState, probe: Probe | None, captured: Captured) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint of update {captured.step} needs to fit the run's model, "
-            f"optimiser and recipe, got {type(error).__name__}: {error}; delete the "
+            f"optimizer and recipe, got {type(error).__name__}: {error}; delete the "
             "run's directory and resume to run it again."
         ) from error
     torch.set_rng_state(tensors["random/cpu"])
@@ -276,7 +276,7 @@ def _detach(value: object, path: str, tensors: dict[str, Tensor]) -> object:
         tensors[path] = value.detach()
         return {_TENSOR: path}
     if isinstance(value, Mapping):
-        # Pairs, since an optimiser's keys are integers and JSON's are not.
+        # Pairs, since an optimizer's keys are integers and JSON's are not.
         return {
             "__pairs__": [
                 [key, _detach(item, f"{path}/{key}", tensors)]

@@ -38,7 +38,7 @@ class Cost:
 
     Attributes:
         num_runs: Runs, over arms and seeds.
-        updates: Optimiser steps of all runs together, if none stops early.
+        updates: Optimizer steps of all runs together, if none stops early.
         gradient_evaluations: Gradients of single examples that those take.
         hessian_products: Products with the Hessian that measuring takes, about.
         disk_bytes: Size of the set of runs, about [bytes].

@@ -56,7 +56,7 @@ def everything(state: TrainState) -> dict[str, torch.Tensor]:
 def test_a_restored_state_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     """Weights, Adam's moments and count, BatchNorm's statistics and random numbers.
 
-    Catches: an optimiser state left out; Adam's step counts lost; random numbers that
+    Catches: an optimizer state left out; Adam's step counts lost; random numbers that
     go on from where the process stands.
     """
     state = new_state()
