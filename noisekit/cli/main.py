@@ -74,7 +74,9 @@ OutOption = Annotated[
 WorkersOption = Annotated[
     int | None,
     typer.Option(
-        "--workers", min=1, help="Runs at the same time; the recipe says how many."
+        "--workers",
+        min=0,
+        help="Runs at the same time, each in a process; 0 for none but this one.",
     ),
 ]
 AllowCodeOption = Annotated[

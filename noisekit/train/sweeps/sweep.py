@@ -286,12 +286,16 @@ def _check_format(path: Path) -> None:
 
 
 def _complete(job: Job) -> bool:
-    """Make the run's directory if it has none, and return whether it is complete."""
+    """Make the run's directory if it has none, and return whether nothing is left.
+
+    Not so where a complete run was killed before it could remove its checkpoints.
+    """
     try:
         if not (job.path / "manifest.json").exists():
             RunDirectory.create(job.path, _manifest(job.spec))
         run = RunDirectory.open(job.path, run_id=job.spec.run_id)
-        return run.manifest.status.complete
+        saved = any(run.checkpoints.glob("*.safetensors"))
+        return run.manifest.status.complete and not saved
     except RunDirectoryError:
         return False  # executing it says what is wrong
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from noisekit.core.errors import RunFailedError
-from noisekit.records import RunStatus
+from noisekit.records import RunDirectory, RunStatus
 from noisekit.train.recipes.loading import load_recipe
 from noisekit.train.recipes.recipe import Recipe
 from noisekit.train.runs.progress import ProgressEvent
@@ -175,3 +175,17 @@ def test_a_chain_bounds_the_time_from_below() -> None:
     specs = one_seed().run_specs()
     seconds = {spec.run_id: 1.0 for spec in specs} | {"second-seed0": 5.0}
     assert longest_chain(specs, seconds) == 7.0
+
+
+def test_what_a_kill_left_behind_is_removed(tmp_path: Path) -> None:
+    """A run that was killed between its last word and its tidying is tidied.
+
+    Catches: checkpoints of complete runs that stay on the disk for ever.
+    """
+    runs = sweep.run(one_seed(), tmp_path, workers=0)
+    left = runs.directories[0].checkpoints / "update-000000012.safetensors"
+    left.write_bytes(b"a checkpoint")
+    before = runs.directories[0].manifest
+    sweep.resume(tmp_path, workers=0)
+    assert not left.exists()
+    assert RunDirectory.open(left.parents[1]).manifest == before
