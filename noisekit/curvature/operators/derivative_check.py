@@ -55,26 +55,7 @@ def check_second_derivatives(risk: EmpiricalRisk, *, what: str = "a Hessian") ->
     Raises:
         UsageError: If differences of gradients converge to something else.
     """
-    if "hessian" in risk.verified:
-        return
-
-    def gap_in(held: EmpiricalRisk, batch: Batch, steps: Iterable[float]) -> float:
-        vector, point, unit = _trial(held)
-        loss = held.loss_of(batch)
-        hidden.note_functions(loss)
-        gradient = held.gradients(loss, create_graph=True)
-        hidden.note_backward(gradient)
-        product = _product(gradient, held, vector)
-
-        def slope(move: float) -> Tensor:
-            with held.at(point + move * unit * vector):
-                return flatten(held.gradients(held.loss_of(batch)))
-
-        return relative_gap(product, slope, steps, unit)
-
-    hidden = _Hidden()
-    _refuse_gap(_measured(risk, gap_in, hidden), what, hidden)
-    risk.verified.add("hessian")
+    _check(risk, "hessian", _hessian_gap, what)
 
 
 def check_jacobian(risk: EmpiricalRisk, *, what: str) -> None:
@@ -89,38 +70,7 @@ def check_jacobian(risk: EmpiricalRisk, *, what: str) -> None:
     Raises:
         UsageError: If differences of outputs converge to something else.
     """
-    if "jacobian" in risk.verified:
-        return
-
-    def gap_in(held: EmpiricalRisk, batch: Batch, steps: Iterable[float]) -> float:
-        vector, point, unit = _trial(held)
-        outputs = held.outputs_of(batch)
-        cotangent = torch.zeros_like(outputs, requires_grad=True)
-        # The derivative of J'u in u is J, since J'u is linear in u.
-        pulled = held.gradients((outputs * cotangent).sum(), create_graph=True)
-        hidden.note_functions(outputs)
-        hidden.note_backward(pulled)
-        along = [
-            (part * piece.to(part.dtype)).sum()
-            for part, piece in zip(pulled, held.layout.split(vector), strict=True)
-            if part.requires_grad
-        ]
-        pushed = torch.zeros_like(outputs)
-        if along:
-            (pushed,) = torch.autograd.grad(
-                torch.stack(along).sum(), cotangent, materialize_grads=True
-            )
-
-        def moved(move: float) -> Tensor:
-            with held.at(point + move * unit * vector), torch.no_grad():
-                result: Tensor = held.outputs_of(batch)
-                return result
-
-        return relative_gap(pushed, moved, steps, unit)
-
-    hidden = _Hidden()
-    _refuse_gap(_measured(risk, gap_in, hidden), what, hidden)
-    risk.verified.add("jacobian")
+    _check(risk, "jacobian", _jacobian_gap, what)
 
 
 def check_loss_hessian(risk: EmpiricalRisk, *, what: str) -> None:
@@ -133,35 +83,80 @@ def check_loss_hessian(risk: EmpiricalRisk, *, what: str) -> None:
     Raises:
         UsageError: If differences of gradients converge to something else.
     """
-    if "loss" in risk.verified:
-        return
+    _check(risk, "loss", _loss_hessian_gap, what)
 
-    def gap_in(held: EmpiricalRisk, batch: Batch, steps: Iterable[float]) -> float:
-        outputs: Tensor = held.outputs_of(batch).detach()
-        drawn = torch.randn(outputs.shape, generator=stream(0, "loss curvature"))
-        vector = drawn.to(outputs)
-        unit = max(1.0, float(outputs.norm())) / float(vector.norm())
 
-        def slope(point: Tensor, create_graph: bool = False) -> Tensor:
-            point.requires_grad_()
-            loss = held.loss_at(point, batch[1])
-            hidden.note_functions(loss)
-            (result,) = torch.autograd.grad(loss, point, create_graph=create_graph)
-            return result
+def _hessian_gap(
+    held: EmpiricalRisk, batch: Batch, steps: Iterable[float], hidden: "_Hidden"
+) -> float:
+    """Relative gap of ``H v`` to differences of gradients."""
+    vector, point, unit = _trial(held)
+    loss = held.loss_of(batch)
+    hidden.note_functions(loss)
+    gradient = held.gradients(loss, create_graph=True)
+    hidden.note_backward(gradient)
+    product = _product(gradient, held, vector)
 
-        point = outputs.clone()
-        exact, gradient = torch.zeros_like(outputs), slope(point, create_graph=True)
-        if gradient.requires_grad:
-            (exact,) = torch.autograd.grad(
-                gradient, point, vector, materialize_grads=True
-            )
-        return relative_gap(
-            exact, lambda move: slope(outputs + move * unit * vector), steps, unit
+    def slope(move: float) -> Tensor:
+        with held.at(point + move * unit * vector):
+            return flatten(held.gradients(held.loss_of(batch)))
+
+    return relative_gap(product, slope, steps, unit)
+
+
+def _jacobian_gap(
+    held: EmpiricalRisk, batch: Batch, steps: Iterable[float], hidden: "_Hidden"
+) -> float:
+    """Relative gap of ``J v`` to differences of outputs."""
+    vector, point, unit = _trial(held)
+    outputs = held.outputs_of(batch)
+    cotangent = torch.zeros_like(outputs, requires_grad=True)
+    # The derivative of J'u in u is J, since J'u is linear in u.
+    pulled = held.gradients((outputs * cotangent).sum(), create_graph=True)
+    hidden.note_functions(outputs)
+    hidden.note_backward(pulled)
+    along = [
+        (part * piece.to(part.dtype)).sum()
+        for part, piece in zip(pulled, held.layout.split(vector), strict=True)
+        if part.requires_grad
+    ]
+    pushed = torch.zeros_like(outputs)
+    if along:
+        (pushed,) = torch.autograd.grad(
+            torch.stack(along).sum(), cotangent, materialize_grads=True
         )
 
-    hidden = _Hidden()
-    _refuse_gap(_measured(risk, gap_in, hidden), what, hidden)
-    risk.verified.add("loss")
+    def moved(move: float) -> Tensor:
+        with held.at(point + move * unit * vector), torch.no_grad():
+            result: Tensor = held.outputs_of(batch)
+            return result
+
+    return relative_gap(pushed, moved, steps, unit)
+
+
+def _loss_hessian_gap(
+    held: EmpiricalRisk, batch: Batch, steps: Iterable[float], hidden: "_Hidden"
+) -> float:
+    """Relative gap of the loss's Hessian in the outputs to differences of gradients."""
+    outputs: Tensor = held.outputs_of(batch).detach()
+    drawn = torch.randn(outputs.shape, generator=stream(0, "loss curvature"))
+    vector = drawn.to(outputs)
+    unit = max(1.0, float(outputs.norm())) / float(vector.norm())
+
+    def slope(point: Tensor, create_graph: bool = False) -> Tensor:
+        point.requires_grad_()
+        loss = held.loss_at(point, batch[1])
+        hidden.note_functions(loss)
+        (result,) = torch.autograd.grad(loss, point, create_graph=create_graph)
+        return result
+
+    point = outputs.clone()
+    exact, gradient = torch.zeros_like(outputs), slope(point, create_graph=True)
+    if gradient.requires_grad:
+        (exact,) = torch.autograd.grad(gradient, point, vector, materialize_grads=True)
+    return relative_gap(
+        exact, lambda move: slope(outputs + move * unit * vector), steps, unit
+    )
 
 
 def relative_gap(
@@ -231,7 +226,15 @@ class _Hidden:
             self.once = True
 
 
-_Gap = Callable[[EmpiricalRisk, Batch, Iterable[float]], float]
+_Gap = Callable[[EmpiricalRisk, Batch, Iterable[float], _Hidden], float]
+
+
+def _check(risk: EmpiricalRisk, kind: str, gap_in: _Gap, what: str) -> None:
+    """Raise if there is a gap; nothing where the kind was verified before."""
+    if kind not in risk.verified:
+        hidden = _Hidden()
+        _refuse_gap(_measured(risk, gap_in, hidden), what, hidden)
+        risk.verified.add(kind)
 
 
 def _measured(risk: EmpiricalRisk, gap_in: _Gap, hidden: _Hidden) -> float:
@@ -248,7 +251,7 @@ def _measured(risk: EmpiricalRisk, gap_in: _Gap, hidden: _Hidden) -> float:
         wide = dtype == torch.float64
         try:
             with held.evaluating():
-                gap = gap_in(held, batch, _STEPS if wide else _COARSE_STEPS)
+                gap = gap_in(held, batch, _STEPS if wide else _COARSE_STEPS, hidden)
         except Exception:  # the product itself raises it, with its own message
             continue
         return gap if wide or hidden.functions else 0.0
