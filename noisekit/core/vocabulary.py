@@ -40,6 +40,8 @@ class Quantity:
             leave it unchanged; ``None`` for any other quantity.
         fades_with_loss: Whether the value moves with the training loss, nearly always
             falling with it, so that runs compare only at matched training loss.
+        invariance_lost_with: Setting that breaks the invariance wherever a measure's
+            variant states it, as one that adds a constant to the weights' sizes does.
     """
 
     name: str
@@ -50,6 +52,14 @@ class Quantity:
     source: str = ""
     invariance: Invariance | None = None
     fades_with_loss: bool = False
+    invariance_lost_with: str = ""
+
+    def invariance_in(self, variant: str) -> Invariance | None:
+        """Return the invariance of one variant, such as ``"rho=0.5,eta=0.01"``."""
+        stated = {part.partition("=")[0] for part in variant.split(",")}
+        if self.invariance is None or self.invariance_lost_with not in stated - {""}:
+            return self.invariance
+        return "raw"
 
     @property
     def axis_label(self) -> str:
@@ -157,6 +167,7 @@ NOISE_QUANTITIES = (
         _GRAD2,
         "Squared gradient norm",
         "Squared norm of the mean gradient that is applied, before clipping.",
+        fades_with_loss=True,
     ),
     Quantity(
         "variance_trace",
@@ -165,6 +176,7 @@ NOISE_QUANTITIES = (
         "Gradient variance",
         "Trace of the covariance of per-example gradients, n - 1 denominator.",
         "McCandlish et al. 2018, arXiv:1812.06162, section 2.2",
+        fades_with_loss=True,
     ),
     Quantity(
         "debiased_grad_sq_norm",
@@ -173,6 +185,7 @@ NOISE_QUANTITIES = (
         "Debiased squared gradient norm",
         "Unbiased estimate of the squared norm of the true gradient; may be negative.",
         "McCandlish et al. 2018, arXiv:1812.06162, appendix A",
+        fades_with_loss=True,
     ),
     Quantity(
         "simple_noise_scale",
@@ -188,6 +201,7 @@ NOISE_QUANTITIES = (
         _GRAD2,
         "Squared per-example gradient norm",
         "Squared norm of one example's own gradient.",
+        fades_with_loss=True,
     ),
 )
 
@@ -362,6 +376,7 @@ STEP_QUANTITIES = (
         "Curvature along the noise",
         "Unbiased trace of Hessian times covariance of per-example gradients.",
         "McCandlish et al. 2018, arXiv:1812.06162, section 2.2",
+        fades_with_loss=True,
     ),
     Quantity(
         "gradient_curvature",
@@ -370,6 +385,7 @@ STEP_QUANTITIES = (
         "Curvature along the gradient",
         "Unbiased product of true gradient, Hessian and true gradient.",
         "McCandlish et al. 2018, arXiv:1812.06162, section 2.2",
+        fades_with_loss=True,
     ),
 )
 
@@ -510,6 +526,7 @@ SHARPNESS_QUANTITIES = (
         "Kwon et al. 2021, arXiv:2102.11600",
         invariance="neurons",
         fades_with_loss=True,
+        invariance_lost_with="eta",
     ),
     Quantity(
         "logit_normalised_worst_case_sharpness",
@@ -520,6 +537,7 @@ SHARPNESS_QUANTITIES = (
         "Andriushchenko et al. 2023, arXiv:2302.07011",
         invariance="neurons",
         fades_with_loss=True,
+        invariance_lost_with="eta",
     ),
     Quantity(
         "m_sharpness",
@@ -550,6 +568,7 @@ SHARPNESS_QUANTITIES = (
         "Andriushchenko et al. 2023, arXiv:2302.07011",
         invariance="neurons",
         fades_with_loss=True,
+        invariance_lost_with="eta",
     ),
     Quantity(
         "logit_normalised_average_sharpness",
@@ -560,6 +579,7 @@ SHARPNESS_QUANTITIES = (
         "Andriushchenko et al. 2023, arXiv:2302.07011",
         invariance="neurons",
         fades_with_loss=True,
+        invariance_lost_with="eta",
     ),
     Quantity(
         "pac_bayes_flatness",

@@ -43,10 +43,15 @@ def fades_with_loss(quantity: str) -> bool:
     return known is None or known.fades_with_loss
 
 
-def is_rescaling_invariant(quantity: str) -> bool:
-    """Return whether some function-preserving rescaling leaves a quantity unchanged."""
+def is_rescaling_invariant(quantity: str, variant: str = "") -> bool:
+    """Return whether some function-preserving rescaling leaves a measure unchanged.
+
+    Args:
+        quantity: Its name.
+        variant: The settings that its rows state; ``eta`` breaks the invariance.
+    """
     known = QUANTITIES.get(quantity)
-    return known is not None and known.invariance not in (None, "raw")
+    return known is not None and known.invariance_in(variant) not in (None, "raw")
 
 
 def budget_snapshots(runs: Runs) -> list[str]:

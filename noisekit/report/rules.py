@@ -104,10 +104,13 @@ def _loss_rules(runs: Runs, claims: tuple[Claim, ...]) -> list[Rule]:
 
 
 def _invariance_rule(runs: Runs) -> Rule:
+    taken = runs.measurements[["quantity", "variant"]].drop_duplicates()
     measured = sorted(
-        QUANTITIES[name].label
-        for name in runs.measurements["quantity"].unique()
-        if is_rescaling_invariant(name)
+        {
+            QUANTITIES[name].label
+            for name, variant in taken.fillna("").itertuples(index=False)
+            if is_rescaling_invariant(name, variant)
+        }
     )
     return Rule(
         "A rescaling-invariant measure and the weight norm beside raw sharpness",

@@ -139,6 +139,23 @@ def test_errors_and_norms_of_weights_do_not_wait_for_equal_losses() -> None:
         assert not fades_with_loss(name)
 
 
+def test_gradients_shrink_with_the_loss() -> None:
+    """Gradient noise in units of the loss is no quantity to compare at unequal losses.
+
+    Catches: a verdict on tr Sigma of a run that has fitted its data and one that has
+    not.
+    """
+    for name in ("grad_sq_norm", "variance_trace", "example_grad_sq_norm"):
+        assert fades_with_loss(name)
+
+
+def test_a_constant_beside_the_weights_breaks_the_invariance() -> None:
+    """Catches: ASAM's eta of 0.01 counted as invariant by the measure's name."""
+    name = "adaptive_worst_case_sharpness"
+    assert is_rescaling_invariant(name, "adaptive=True,rho=0.5")
+    assert not is_rescaling_invariant(name, "rho=0.5,norm=l2,eta=0.01")
+
+
 def test_the_recipe_says_how_far_losses_may_differ(tmp_path: Path) -> None:
     """Catches: the default margin where the recipe states its own."""
     runs = make_runs(

@@ -16,7 +16,7 @@ import noisekit as nk
 from noisekit.core.errors import UsageError
 from noisekit.core.results import Estimate, Status
 from noisekit.core.risk import EmpiricalRisk
-from noisekit.core.vocabulary import quantity
+from noisekit.core.vocabulary import QUANTITIES, quantity
 from noisekit.sharpness import Invariance, Measure, Measurement, MeasurementContext
 from noisekit.sharpness.measures import MEASURES
 from tests.randomness import seeded
@@ -177,6 +177,21 @@ def test_what_moves_with_the_training_loss_is_declared(name: str) -> None:
         rows = [[taken(measure, model, data())[0].estimate.value for model in models]]
     moved = any(max(values) > 1.25 * min(values) for values in rows)
     assert moved is quantity(name).fades_with_loss, rows
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.01])
+@every_measure
+def test_rows_state_what_breaks_the_invariance(measure: Measure, eta: float) -> None:
+    """A report knows a measure by its quantity and variant alone.
+
+    Catches: an adaptive measure with ``eta``, counted as invariant by its name.
+    """
+    if eta and not getattr(measure, "adaptive", False):
+        return
+    chosen = replace(measure, eta=eta) if eta else measure
+    known = quantity(chosen.name) if chosen.name in QUANTITIES else chosen.quantity
+    assert chosen.invariance == (known.invariance_in(chosen.variant) or "raw")
+    assert not eta or chosen.invariance == "raw"
 
 
 def bad_values(measure: Measure) -> list[tuple[str, object]]:

@@ -48,7 +48,16 @@ class Perturbation(Measure):
     @property
     def invariance(self) -> Invariance:
         """That of the quantity, where units are the weights' own and nothing else."""
-        return super().invariance if self.adaptive and self.eta == 0 else "raw"
+        return self.quantity.invariance_in(self.variant) or "raw"
+
+    @property
+    def variant(self) -> str:
+        """The settings that tell it apart; ``eta`` where it is not 0."""
+        return self.stating_eta(super().variant)
+
+    def stating_eta(self, variant: str) -> str:
+        """Return a variant with ``eta``, which breaks the invariance, beside it."""
+        return f"{variant},eta={self.eta:g}" if self.eta else variant
 
 
 def with_logits(risk: EmpiricalRisk, logits: Logits) -> EmpiricalRisk:

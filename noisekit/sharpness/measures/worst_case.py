@@ -154,7 +154,7 @@ class WorstCase(Perturbation):
         last = f"steps={self.steps}"
         if self.batch_size is not None:
             last = f"m={self.batch_size}"
-        return f"rho={self.rho:g},{last}"
+        return self.stating_eta(f"rho={self.rho:g},{last}")
 
     def cost(self) -> int:
         """Return a gradient per step of each ascent, and the losses of the error."""
