@@ -59,6 +59,8 @@ class Manifest:
         faults: What a reader should know before trusting its bits.
         digests: Of each sealed file, by its path in the directory; ``None`` before
             anything is sealed, and in runs of format 1.
+        segments: By table, the last segment that was begun, where that is known: one
+            of at least that number, or a sealed file, has to be there.
         format: Version of the directory.
     """
 
@@ -79,6 +81,7 @@ class Manifest:
     costs: Mapping[str, float] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
     digests: Mapping[str, str] | None = None
+    segments: Mapping[str, int] = field(default_factory=dict)
     format: int = FORMAT
 
     @classmethod
@@ -121,6 +124,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "arm": str,
     "seed": int,
     "factors": dict,
+    "segments": dict,
     "recipe": dict,
     "data": dict,
     "network": dict,

@@ -152,11 +152,19 @@ class Runs:
 
 
 @checked
-def open_runs(where: Path | str | Iterable[Path | str]) -> Runs:
+def open_runs(
+    where: Path | str | Iterable[Path | str], *, verify_weights: bool = False
+) -> Runs:
     """Open a set of runs, one run, or several of either.
 
     A run whose manifest cannot be trusted is left out, and named in ``faults`` as is
     every file that is missing or not as it was written.
+
+    Args:
+        where: A set's directory, a run's, or several of either.
+        verify_weights: Also read all snapshots and compare the weights with their
+            checksums, at the cost of reading these files whole. Otherwise weights are
+            verified when they are loaded, and only their headers here.
 
     Raises:
         RunDirectoryError: If there is no run.
@@ -174,7 +182,8 @@ def open_runs(where: Path | str | Iterable[Path | str]) -> Runs:
         )
     for run in runs:
         faults += [f"{run.manifest.run_id}: {text}" for text in run.manifest.faults]
-        faults += [f"{run.manifest.run_id}: {text}" for text in run.damage()]
+        damage = run.damage(weights=verify_weights)
+        faults += [f"{run.manifest.run_id}: {text}" for text in damage]
     faults += [*_unverified(runs), *_changed_origins(runs)]
     if len(paths) == 1 and (paths[0] / "runs").is_dir():
         return Runs(*_in_order(paths[0], runs, faults), paths[0], faults)

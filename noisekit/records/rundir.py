@@ -146,7 +146,7 @@ class RunDirectory:
             # Sealed again since the manifest was read?
             with suppress(RunDirectoryError):
                 fresh = Manifest.read(self.path / "manifest.json")
-                if fresh.digests != self.manifest.digests:
+                if fresh != self.manifest:
                     self.manifest = fresh
                     stored = self._stored(table(name), columns)
         return stored
@@ -158,6 +158,7 @@ class RunDirectory:
             run_id=self.manifest.run_id,
             digests=self.manifest.digests,
             columns=columns,
+            last_segment=self.manifest.segments.get(item.name, 0),
         )
 
     def load_snapshot(self, name: str) -> dict[str, Array]:
@@ -208,22 +209,39 @@ class RunDirectory:
         same = stated == known
         return None if same else "it does not match its digest in the manifest"
 
-    def damage(self) -> list[str]:
+    def damage(self, *, weights: bool = False) -> list[str]:
         """Return what is wrong with the sealed files, in words.
 
         Tables are compared with their digests, and so are the checksums that the
         snapshots state; the weights themselves are verified when they are loaded.
+
+        Args:
+            weights: Also read the weights and compare them with these checksums.
         """
         digests = self.manifest.digests
         if digests is None:
-            return []
+            return [*self._damaged_weights()] if weights else []
         tables = (sealed_fault(self.path, item, digests) for item in TABLES.values())
         tensors = (self.path / name for name in digests if "/" in name)
         wrong = ((path, self._tensors_fault(path)) for path in tensors)
         return [
             *(fault for fault in tables if fault),
             *(f"{path.name}: {fault}; {RESTORE}" for path, fault in wrong if fault),
+            *(self._damaged_weights() if weights else ()),
         ]
+
+    def _damaged_weights(self) -> Iterator[str]:
+        """Read each snapshot whose header is as sealed.
+
+        Yields:
+            What is wrong inside one.
+        """
+        for path in sorted(self.snapshots.glob("*.safetensors")):
+            if self._tensors_fault(path) is None:
+                try:
+                    load_tensors(path, remedy=RESTORE, ours=True)
+                except RunDirectoryError as error:
+                    yield str(error)
 
     @property
     def verified(self) -> bool:

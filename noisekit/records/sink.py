@@ -88,5 +88,8 @@ class RunSink:
             self._set_status(RunStatus.FAILED, f"{type(error).__name__}: {error}")
 
     def _set_status(self, status: RunStatus, reason: str = "") -> None:
-        changed = replace(self._run.manifest, status=status, reason=reason)
+        begun = {**self._run.manifest.segments, "steps": self._writer.number}
+        changed = replace(
+            self._run.manifest, status=status, reason=reason, segments=begun
+        )
         self._run.write_manifest(changed)

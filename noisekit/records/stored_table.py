@@ -9,7 +9,7 @@ manifest.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -123,6 +123,7 @@ def read_table(
     run_id: str,
     digests: Mapping[str, str] | None,
     columns: Sequence[str] | None = None,
+    last_segment: int = 0,
 ) -> StoredTable:
     """Return the rows of ``table``: sealed ones, then those of newer segments.
 
@@ -135,13 +136,26 @@ def read_table(
         digests: Of the run's sealed files; ``None`` where they are not known, and
             files are read unverified.
         columns: Columns to decode of the sealed file; all by default.
+        last_segment: Number of the last segment that was begun, as far as is known.
     """
     for _ in range(_TRIES):
         # Sealed between listing and reading, what was listed is in Parquet now.
         with suppress(FileNotFoundError):
-            return _read_once(run, table, run_id, digests, columns)
+            stored = _read_once(run, table, run_id, digests, columns)
+            return _with_lost_segments(stored, last_segment)
     fault = f"segments of {table.name} are listed but cannot be found; {RESTORE}"
     return StoredTable(table, pa.table({}), fault, 0, sealed_lost=True)
+
+
+def _with_lost_segments(stored: StoredTable, last_segment: int) -> StoredTable:
+    """Say that the end of a table is lost where its last segment is not there."""
+    if stored.fault or stored.last_segment >= last_segment:
+        return stored
+    fault = (
+        f"segment {last_segment} of {stored.table.name} is missing, so that rows after "
+        f"the first {stored.num_rows} may be lost; {RESTORE}"
+    )
+    return replace(stored, fault=fault)
 
 
 def sealed_fault(run: Path, table: Table, digests: Mapping[str, str]) -> str | None:

@@ -30,6 +30,7 @@ class TableWriter:
     so that a later ``flush`` can try again.
 
     Attributes:
+        number: Of the segment that is written.
         num_rows: Rows of the table so far, those of earlier segments included.
     """
 
@@ -37,6 +38,7 @@ class TableWriter:
         self, run: Path, table: Table, *, run_id: str, number: int, first_row: int
     ) -> None:
         self._table = table
+        self.number = number
         self._names = frozenset(column.name for column in table.columns)
         self._schema = table.schema
         self._path = segment_path(run, table, number)

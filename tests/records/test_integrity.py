@@ -282,3 +282,18 @@ def test_asking_who_writes_writes_nothing(tmp_path: Path) -> None:
     assert not (run.path / "lock").exists()
     with run.lock():
         assert RunDirectory.open(run.path).locked
+
+
+def test_weights_are_verified_where_that_is_wanted(set_dir: Path) -> None:
+    """A bit of the weights themselves, which no header shows.
+
+    Catches: an option that looks at headers only.
+    """
+    path = set_dir / "runs" / "a" / "snapshots" / "final.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 4  # the header is in front
+    path.write_bytes(bytes(data))
+    assert open_runs(set_dir).faults == []
+    faults = open_runs(set_dir, verify_weights=True).faults
+    assert len(faults) == 1
+    assert "final.safetensors" in faults[0]

@@ -68,3 +68,33 @@ def test_two_loops_in_one_directory_are_refused(tmp_path: Path) -> None:
     """Catches: readings of two loops mixed in one table."""
     with RunSink(tmp_path / "mine"), pytest.raises(RunLockedError, match="one writer"):
         RunSink(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("lost", ["all", "last"])
+def test_lost_segments_of_an_unfinished_loop_are_noticed(
+    tmp_path: Path, lost: str
+) -> None:
+    """A run that was begun again has two segments, and says so.
+
+    Catches: a table of which nothing is left, read as one without rows; its last
+    segment gone without a word.
+    """
+
+    def failing_loop() -> None:
+        with RunSink(tmp_path / "mine") as sink:
+            sink(Reading(0))
+            raise ZeroDivisionError
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            failing_loop()
+    whole = open_runs(tmp_path / "mine")
+    assert len(whole.steps) == 2
+    assert whole.faults == []
+    segments = sorted((tmp_path / "mine" / "segments").glob("steps-*"))
+    for path in segments if lost == "all" else segments[-1:]:
+        path.unlink()
+    runs = open_runs(tmp_path / "mine")
+    assert len(runs.steps) == (0 if lost == "all" else 1)
+    assert len(runs.faults) == 1
+    assert "segment 2 of steps is missing" in runs.faults[0]
