@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from noisekit.core.errors import UsageError
 from noisekit.core.graph_check import graph_nodes
 
+_UNKNOWN = 2**62
+"""Stands for a memory that cannot be counted [bytes]."""
+
 
 def graph_bytes(build: Callable[[], object], model: nn.Module) -> int:
     """Return the memory that the graphs made by ``build`` hold besides weights [bytes].
 
-    What ``build`` returns is dropped.
+    What ``build`` returns is dropped. Where it calls ``torch.func``, which forbids the
+    hooks that count, the answer is more than any budget, so that no graph is kept.
     """
     own = {t.untyped_storage().data_ptr() for t in model.parameters()}
     result: dict[int, int] = {}
@@ -24,8 +28,13 @@ def graph_bytes(build: Callable[[], object], model: nn.Module) -> int:
             result[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        made = build()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            made = build()
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        return _UNKNOWN
     del made
     return sum(result.values())
 
