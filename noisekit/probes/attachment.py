@@ -44,6 +44,7 @@ def attach_probe(
             ProbeAdvice,
             stacklevel=3,
         )
+    _advise_of_others(optimizer, target.model)
     replicas = Replicas(target.wrapper)
     estimators, metrics = options.estimators(), options.metrics()
     check_ranks(options, [e.name for e in estimators], target, replicas.ranks)
@@ -65,6 +66,22 @@ def attach_probe(
     except Exception:
         recorder.remove()
         raise
+
+
+def _advise_of_others(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Warn that readings leave out what the optimizer updates outside the model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    outside = [parameter for parameter in stepped if id(parameter) not in own]
+    if outside:
+        shapes = ", ".join(str(tuple(parameter.shape)) for parameter in outside[:3])
+        warnings.warn(
+            f"the optimizer updates {len(outside)} tensors that are no parameters of "
+            f"{type(model).__name__} ({shapes}), such as a loss's own; readings leave "
+            "them out. To have them read, make the loss a part of the model.",
+            ProbeAdvice,
+            stacklevel=4,
+        )
 
 
 def _updated(

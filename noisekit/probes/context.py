@@ -32,6 +32,7 @@ class ProbeContext:
         loss_reduction: What the loss does over its micro-batch.
         microbatch_weights: How the micro-batches' means make up the step's.
         example_weights: Maps targets to per-example loss weights.
+        scaled: Whether the loop's gradient scaler is known.
         unit: What noise scales are counted in.
         tokens: Maps targets to the number of tokens that count.
         ghost_batch: Examples of a ghost batch, where those are replayed.
@@ -44,6 +45,7 @@ class ProbeContext:
     loss_reduction: LossReduction = "mean"
     microbatch_weights: MicrobatchWeights = "equal"
     example_weights: ExampleWeights | None = None
+    scaled: bool = False
     unit: str = "example"
     tokens: TokenCounts | None = None
     ghost_batch: int | None = None
@@ -66,7 +68,10 @@ class ProbeContext:
     def weights_of(self, record: StepRecord) -> StepWeights:
         """Return what the step's examples weigh under the loop's conventions."""
         return StepWeights.of(
-            record.passes, self.loss_reduction, self.microbatch_weights
+            record.passes,
+            self.loss_reduction,
+            self.microbatch_weights,
+            scaled=self.scaled,
         )
 
     def applied_factor(self, record: StepRecord) -> float | Tensor:

@@ -518,6 +518,7 @@ def _context(
         loss_reduction=options.loss_reduction,
         microbatch_weights=options.microbatch_weights,
         example_weights=options.example_weights,
+        scaled=options.scaler is not None,
         unit=options.unit,
         tokens=options.tokens,
         ghost_batch=options.ghost_batch if replays else None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from noisekit.core.errors import ProbeAdvice
 from noisekit.integrations import attach
 from noisekit.probes import Reading
 from noisekit.probes.capture.loss_counts import LossCounts
@@ -236,6 +237,68 @@ def test_a_mean_over_each_sequence_first() -> None:
     assert reading.variance_trace.value == pytest.approx(expected, rel=1e-9)
 
 
+# --------------------------------------------------------- losses that are not given
+
+
+LABELS = (X[:, :3] > 0).double()
+
+
+def smoothed(outputs: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, Y, reduction="none", label_smoothing=0.1)
+
+
+def log_likelihood(outputs: Tensor) -> Tensor:
+    return functional.nll_loss(outputs, Y, reduction="none")
+
+
+def binary(outputs: Tensor) -> Tensor:
+    each = functional.binary_cross_entropy_with_logits(
+        outputs, LABELS, reduction="none"
+    )
+    return each.mean(1)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, EVEN], ids=["weighted", "even"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("each", [smoothed, log_likelihood, binary])
+def test_losses_that_are_not_given_are_counted(
+    each: Callable[[Tensor], Tensor], dtype: torch.dtype, weights: Tensor
+) -> None:
+    """Against one backward pass per example, whose losses weigh unequally.
+
+    Catches: weights of every loss but the plain cross-entropy lost without a word.
+    """
+    model = network()
+    if each is log_likelihood:
+        model.append(nn.LogSoftmax(-1))
+    expected = trace(each(model(X)) * weights, weights, model)
+    model.to(dtype)
+    own = weights.to(dtype)
+
+    def loss() -> Tensor:
+        return (each(model(X.to(dtype))) * own).sum()
+
+    reading = read(model, lambda: loss().backward())
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}
+    assert reading.variance_trace.value == pytest.approx(expected, rel=tolerance[dtype])
+
+
+@pytest.mark.parametrize(
+    ("factor", "note"), [(2.0**16, "multiplied by 65,536"), (16.0, "loss_reduction=")]
+)
+def test_a_loss_that_is_no_mean_is_flagged(factor: float, note: str) -> None:
+    """An untold gradient scaler, or a sum.
+
+    Catches: norms too large by the scale or the batch size, without a word.
+    """
+    model = network()
+    loss = nn.CrossEntropyLoss()
+    reading = read(model, lambda: (factor * loss(model(X), Y)).backward())
+    assert note in str(reading.coverage)
+    plain = read(model, lambda: loss(model(X), Y).backward())
+    assert note not in str(plain.coverage)
+
+
 # ---------------------------------------------------------------- the counts themselves
 
 
@@ -261,10 +324,10 @@ def test_confident_rows_are_counted_as_well(dtype: torch.dtype) -> None:
     "loss",
     [
         lambda o: o.square().mean(),
-        lambda o: functional.cross_entropy(o, Y, label_smoothing=0.1),
+        lambda o: functional.mse_loss(o, X[:, :3]),
         lambda o: functional.multi_margin_loss(o, Y),
     ],
-    ids=["squares", "smoothed", "margin"],
+    ids=["squares", "distances", "margin"],
 )
 def test_other_losses_tell_no_counts(loss: Callable[[Tensor], Tensor]) -> None:
     """Catches: counts read into any gradient."""
@@ -272,3 +335,14 @@ def test_other_losses_tell_no_counts(loss: Callable[[Tensor], Tensor]) -> None:
     loss(logits).backward()
     assert logits.grad is not None
     assert LossCounts.of(logits.detach(), logits.grad, 0) is None
+
+
+def test_parameters_of_the_loss_are_named_at_attach() -> None:
+    """Proxies that the same optimizer updates are no part of the model.
+
+    Catches: a gradient norm that leaves out a part of what is stepped, without a word.
+    """
+    model, proxies = network(), nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.SGD([*model.parameters(), proxies], lr=0.1)
+    with pytest.warns(ProbeAdvice, match=r"1 tensors .*\(3, 2\)"):
+        attach(model, optimizer).detach()

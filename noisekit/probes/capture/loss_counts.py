@@ -3,10 +3,15 @@ r"""What each example counts in a loss, read off the gradient of the model's out
 A cross-entropy of logits ``z``, whatever its weights, masks, ignored targets and means,
 has the gradient ``c (softmax(z) - e_y)`` in every row: a target's count ``c`` follows
 from any entry other than that of its class ``y``. Nothing depends on how, when or
-through which function the loss was called.
+through which function the loss was called. Three further losses have a gradient as
+telling: cross-entropy with smoothed labels, ``c (softmax(z) - q)``; the negative
+log-likelihood of outputs that are log-probabilities, ``-c e_y``; and the binary
+cross-entropy of several logits, ``c (sigmoid(z) - y)`` in every entry.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,7 +46,7 @@ class LossCounts:
 
     @classmethod
     def of(cls, outputs: Tensor, grad: Tensor, axis: int) -> "LossCounts | None":
-        """Return the counts; ``None`` if the loss is no cross-entropy of ``outputs``.
+        """Return the counts; ``None`` if the gradient is of none of these forms.
 
         Args:
             outputs: Of the model, classes on the last axis.
@@ -53,7 +58,10 @@ class LossCounts:
         logits, slopes = _by_example(outputs, axis), _by_example(grad.detach(), axis)
         step = max(1, _HELD // logits[0].numel())
         rows = [slice(i, i + step) for i in range(0, len(logits), step)]
-        parts = [_counts_of_rows(logits[row], slopes[row]) for row in rows]
+        form = _form_of(logits[rows[0]], slopes[rows[0]])
+        if form is None:
+            return None
+        parts = [form(logits[row], slopes[row]) for row in rows]
         counted, fitting = zip(*parts, strict=True)
         values, fits = torch.cat(counted), torch.stack(fitting)
         known, least, most, total = torch.stack(
@@ -75,6 +83,11 @@ class LossCounts:
         factors = (1, num_passes)
         return any(abs(self.total * f - 1) <= _TOLERANCE for f in factors)
 
+    def is_multiple(self, factor: float, num_passes: int) -> bool:
+        """Whether the loss is ``factor`` times a mean, divided by the passes or not."""
+        ratios = (self.total / factor, self.total * num_passes / factor)
+        return any(abs(ratio - 1) <= _TOLERANCE for ratio in ratios)
+
     def is_proportional(self, weights: Tensor) -> bool:
         """Whether ``weights`` are the same up to a factor."""
         shares = weights / weights.sum()
@@ -93,7 +106,86 @@ def tolerance_of(outputs: Tensor) -> float:
     return max(_TOLERANCE, 8 * torch.finfo(outputs.dtype).eps)
 
 
-def _counts_of_rows(logits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+_Form = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of outputs and their gradient ``(b, T, V)``: counts ``(b,)``, whether all fit."""
+
+
+def _form_of(outputs: Tensor, slopes: Tensor) -> _Form | None:
+    """The form of the gradient that the first examples have."""
+    forms: tuple[_Form, ...] = (
+        _of_cross_entropy,
+        _of_log_likelihood,
+        partial(_of_smoothed, smoothing=_smoothing(outputs, slopes)),
+        _of_binary,
+    )
+    return next((form for form in forms if bool(form(outputs, slopes)[1])), None)
+
+
+def _of_log_likelihood(outputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """``-c e_y`` in every row, of outputs that are log-probabilities."""
+    slopes, least = slopes.double(), slopes.double().amin(-1)
+    one_entry = (slopes != 0).sum(-1) <= 1
+    normalised = outputs.double().logsumexp(-1).abs() <= tolerance_of(outputs)
+    return -least.sum(1), (one_entry & normalised).all()
+
+
+def _smoothing(logits: Tensor, slopes: Tensor) -> float:
+    """Weight of a class that is not the target's, from the best-conditioned row.
+
+    Of these classes ``s_j = c (p_j - e)``: ``e`` is the mean of ``p`` less that of
+    ``s`` over the slope ``c`` of ``s`` against ``p``.
+    """
+    if logits.shape[-1] < 3:
+        return 0.0
+    shares, slopes = logits.double().softmax(-1), slopes.double()
+    others = torch.ones_like(slopes).scatter_(-1, slopes.argmin(-1, keepdim=True), 0.0)
+    count = others.shape[-1] - 1
+    mean_p = (others * shares).sum(-1, keepdim=True) / count  # (b, T, 1)
+    mean_s = (others * slopes).sum(-1, keepdim=True) / count
+    spread = others * (shares - mean_p)
+    moment = (spread * slopes).sum(-1)
+    best = moment.flatten().argmax()
+    steep = moment.flatten()[best] / spread.square().sum(-1).flatten()[best]
+    return float(mean_p.flatten()[best] - mean_s.flatten()[best] / steep)
+
+
+def _of_smoothed(
+    logits: Tensor, slopes: Tensor, *, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """``c (softmax(z) - q)``, with ``smoothing`` of ``q`` on every other class."""
+    num_classes = logits.shape[-1]
+    if not 0.0 < smoothing * num_classes <= 1.0:  # NaN too
+        return slopes.sum((1, 2)), torch.zeros((), dtype=torch.bool)
+    slopes = slopes.double()
+    shares = torch.full_like(slopes, smoothing)
+    shares.scatter_(
+        -1, slopes.argmin(-1, keepdim=True), 1 - (num_classes - 1) * smoothing
+    )
+    ahead = logits.double().softmax(-1) - shares
+    # Least squares over the row; one without any gradient is ignored and counts 0.
+    squares = ahead.square().sum(-1)
+    counts = (slopes * ahead).sum(-1) / squares.where(squares > 0, 1.0)
+    size = slopes.abs().amax(-1)
+    wrong = (counts[..., None] * ahead - slopes).abs().amax(-1)
+    return counts.sum(1), (wrong <= tolerance_of(logits) * size).all()
+
+
+def _of_binary(logits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """``c (sigmoid(z) - y)`` with one ``c`` for all entries of an example.
+
+    The sign of an entry says whether ``y`` is 0 or 1. With a single entry for each
+    example any gradient would fit.
+    """
+    slopes = slopes.double().flatten(1)  # (b, T V)
+    shares = logits.double().flatten(1).sigmoid()
+    counts = slopes / torch.where(slopes > 0, shares, shares - 1)
+    most, least = counts.amax(1), counts.amin(1)
+    alike = most - least <= tolerance_of(logits) * most
+    several = torch.full((), slopes.shape[1] > 1)
+    return counts.sum(1), alike.all() & several
+
+
+def _of_cross_entropy(logits: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """What some examples count ``(b,)``, and whether their gradient is of this form.
 
     Args:

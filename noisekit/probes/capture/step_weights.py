@@ -1,5 +1,6 @@
 """What every example, chunk and micro-batch of a step weighs in its gradient."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from noisekit.core.layers.chunks import chunk_slices
+from noisekit.probes.capture.loss_counts import LossCounts
 from noisekit.probes.capture.step_record import ForwardPass
 
 LossReduction = Literal["mean", "sum"]
@@ -34,6 +36,8 @@ class StepWeights:
         passes: Sequence[ForwardPass],
         loss_reduction: LossReduction,
         microbatch_weights: MicrobatchWeights,
+        *,
+        scaled: bool = False,
     ) -> "StepWeights":
         """Return the weights under the loop's conventions.
 
@@ -41,11 +45,12 @@ class StepWeights:
             passes: The step's micro-batches.
             loss_reduction: What the loss does over its micro-batch.
             microbatch_weights: How the micro-batches' means make up the step's.
+            scaled: Whether a gradient scaler is known to multiply the loss.
         """
         for forward_pass in passes:
             if loss_reduction == "mean":
                 by_size = microbatch_weights == "by_size"
-                _settle(forward_pass, len(passes), by_size=by_size)
+                _settle(forward_pass, len(passes), by_size=by_size, scaled=scaled)
         alike = loss_reduction == "sum" or microbatch_weights == "by_size"
         return cls(passes, alike)
 
@@ -111,7 +116,9 @@ class StepWeights:
         return "; ".join(dict.fromkeys(notes)) or None
 
 
-def _settle(forward_pass: ForwardPass, num_passes: int, *, by_size: bool) -> None:
+def _settle(
+    forward_pass: ForwardPass, num_passes: int, *, by_size: bool, scaled: bool
+) -> None:
     """Let what the outputs' gradient tells decide what the examples of a pass weigh.
 
     A call of the loss may belong to another pass, to a log or to a mean of the loop's
@@ -131,6 +138,9 @@ def _settle(forward_pass: ForwardPass, num_passes: int, *, by_size: bool) -> Non
             )
     elif counts.equal:
         forward_pass.weights = None
+        unusual = _scale_note(counts, num_passes)
+        if unusual and not scaled:
+            forward_pass.notes.append(unusual)
     elif weights is not None and source == "mean" and counts.is_proportional(weights):
         return  # the same, without rounding
     elif counts.is_of_mean(num_passes, by_size=by_size):
@@ -142,6 +152,28 @@ def _settle(forward_pass: ForwardPass, num_passes: int, *, by_size: bool) -> Non
             "examples' losses count unequally, and not as in a weighted mean; each "
             "example is taken to weigh alike"
         )
+
+
+_LEAST_SCALE = 2**7
+"""A gradient scaler begins at 65,536 and halves where a step overflows."""
+
+
+def _scale_note(counts: LossCounts, num_passes: int) -> str:
+    """That a loss is no mean although its examples count alike, where that shows."""
+    n = len(counts.values)
+    if n > 1 and counts.is_multiple(n, num_passes):
+        return (
+            "the loss sums over the examples, and gradient norms are those of the sum; "
+            "pass loss_reduction='sum' for those of the mean"
+        )
+    total = counts.total * num_passes
+    scale = 2.0 ** round(math.log2(total))
+    if scale >= _LEAST_SCALE and counts.is_multiple(scale, num_passes):
+        return (
+            f"the loss is multiplied by {scale:,.0f}, as by a gradient scaler, and so "
+            "are gradient norms; pass scaler="
+        )
+    return ""
 
 
 def sq_sum(weights: Sequence[Number]) -> Number:
