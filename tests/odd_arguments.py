@@ -9,11 +9,12 @@ what it needs.
 import inspect
 import math
 import tempfile
+from collections import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from torch import nn
@@ -360,17 +361,22 @@ def _arguments(
     def arguments() -> Any:
         good = good_values(network())
         chosen = {
-            key: good.get(f"{name}.{key}", good.get(key, _missing))()
-            for key in (p.name for p in parameters if _needs(name, p, good))
-            if key != odd.name
+            p.name: good.get(f"{name}.{p.name}", good.get(p.name, _by_annotation(p)))()
+            for p in parameters
+            if _needs(name, p, good) and p.name != odd.name
         }
         return get(), (), {**chosen, odd.name: make()}
 
     return arguments
 
 
-def _missing() -> Any:
-    raise LookupError("good_values needs a value for this parameter")
+def _by_annotation(parameter: inspect.Parameter) -> Callable[[], Any]:
+    """A value for a parameter that no name here knows, such as a new function's."""
+    kind = get_origin(parameter.annotation) or parameter.annotation
+    if kind is abc.Callable:
+        return lambda: lambda *args: None
+    plain = {int: lambda: 8, float: lambda: 0.1, str: lambda: "text", bool: bool}
+    return plain.get(kind, list)
 
 
 def _with(make: Callable[[], Any], loss_fn: Callable[[], Any]) -> Callable[[], Any]:

@@ -95,6 +95,7 @@ class BatchSizeSearch:
 
 
 @checked
+@checked
 def find_batch_size(
     step: Callable[[int], object],
     *,
