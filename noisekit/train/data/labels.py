@@ -22,7 +22,7 @@ def relabelled(
         The examples, and what was done in words; empty where nothing was.
 
     Raises:
-        UsageError: If examples have a target per position.
+        UsageError: If examples have a target per position, or all the same one.
 
     Source:
         Zhang et al. 2017, arXiv:1611.03530, section 2 (random labels).
@@ -34,6 +34,11 @@ def relabelled(
         raise UsageError(
             "data.label_noise and data.random_labels need one label per example, got "
             f"targets of shape {tuple(train.targets.shape)}; leave them out."
+        )
+    if num_classes < 2:
+        raise UsageError(
+            f"data.label_noise and data.random_labels need 2 classes or more, got "
+            f"{num_classes} in {spec.name}; leave them out."
         )
     count = round(share * len(train))
     generator = stream(spec.split_seed, "labels", spec.name)

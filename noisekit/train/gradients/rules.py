@@ -64,7 +64,6 @@ class GradientRules:
 
 def _add(parameters: Sequence[nn.Parameter], additions: Sequence[Tensor]) -> None:
     for parameter, addition in zip(parameters, additions, strict=True):
-        if parameter.grad is None:
-            parameter.grad = addition.clone()
-        else:
+        # Without a gradient no loss depends on it, and optimizers leave it alone.
+        if parameter.grad is not None:
             parameter.grad.add_(addition)

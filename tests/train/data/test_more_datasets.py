@@ -429,3 +429,9 @@ def test_what_is_not_known_beforehand_is_checked_when_read(
         load_data(own("own_images", pool=2))
     with pytest.raises(UsageError, match=r"one label per example, got .* \(40, 5\)"):
         load_data(own("own_tokens", label_noise=0.1))
+    monkeypatch.setattr(
+        "noisekit.train.data.embedded.resolve",
+        lambda name: lambda: (torch.zeros(60, 2), torch.zeros(60, dtype=torch.int64)),
+    )
+    with pytest.raises(UsageError, match=r"need 2 classes or more, got 1 in .*; leave"):
+        load_data(own("one_class", label_noise=0.1))

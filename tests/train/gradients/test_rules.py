@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from noisekit.train.data.section import TensorPair
 from noisekit.train.data.update_batches import UpdateBatches
-from noisekit.train.gradients import GradientRules
+from noisekit.train.gradients import GradientRules, TrustRatio
 from noisekit.train.gradients.adversarial import Adversarial
 from noisekit.train.gradients.gradient_penalty import GradientPenalty
 from noisekit.train.gradients.proximal import Proximal
@@ -69,6 +69,12 @@ def mean_of(gradients: Sequence[list[Tensor]], sizes: Sequence[int]) -> list[Ten
         for i in range(len(gradients[0]))
     ]
 
+
+RULES = {
+    "penalty": [GradientPenalty(kind="gradient_penalty", weight=0.5)],
+    "adversarial": [Adversarial(kind="adversarial", epsilon=0.1)],
+    "proximal": [Proximal(kind="proximal", weight=0.1)],
+}
 
 MICROBATCHES = [None, 4, 5]  # whole, even, ragged
 
@@ -220,6 +226,42 @@ def test_clipping_limits_the_norm_of_the_whole(microbatch) -> None:
             assert factor < 1 or torch.equal(found, before)
 
 
+class PartlyUsed(nn.Module):
+    """Has a layer that no output depends on, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(4, 5).requires_grad_(False)
+        self.unused = nn.Linear(4, 2)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Go through the frozen layer and the head."""
+        return self.head(torch.tanh(self.frozen(inputs)))
+
+
+@pytest.mark.parametrize("terms", RULES.values(), ids=RULES)
+def test_parameters_without_a_gradient_stay_without_one(terms) -> None:
+    """Optimizers skip them then, weight decay included.
+
+    Catches: zeros in place of no gradient, which let weight decay in.
+    """
+    torch.manual_seed(0)
+    model = PartlyUsed().double()
+    before = [
+        p.clone() for p in (*model.frozen.parameters(), *model.unused.parameters())
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    rules = GradientRules(tuple(terms), clip_norm=1.0, trust_ratio=TrustRatio(0.1, 0.1))
+    rules.fill(step_of(model, optimizer=optimizer, microbatch=4))
+    optimizer.step()
+    after = (*model.frozen.parameters(), *model.unused.parameters())
+    for parameter, kept in zip(after, before, strict=True):
+        assert parameter.grad is None
+        assert torch.equal(parameter, kept)
+    assert model.head.weight.grad is not None
+
+
 def test_clipping_comes_after_the_terms() -> None:
     """The limit holds for the sum, in the direction of the sum.
 
@@ -251,13 +293,6 @@ def test_without_rules_the_bits_are_those_of_a_plain_loop(microbatch) -> None:
     )
     for found, wanted in zip(grads(model), grads(twin), strict=True):
         assert torch.equal(found, wanted)
-
-
-RULES = {
-    "penalty": [GradientPenalty(kind="gradient_penalty", weight=0.5)],
-    "adversarial": [Adversarial(kind="adversarial", epsilon=0.1)],
-    "proximal": [Proximal(kind="proximal", weight=0.1)],
-}
 
 
 @pytest.mark.parametrize("terms", RULES.values(), ids=RULES)
