@@ -276,6 +276,34 @@ def test_cabs_follows_its_readings(tmp_path: Path) -> None:
     assert list(steps["batch_size"]) == cabs_by_hand(steps, 4, 40)
 
 
+def test_cabs_may_read_convolutions_as_its_authors_do(tmp_path: Path) -> None:
+    """The variance is the one that the metric ``cabs_conv_compat`` is made of.
+
+    Catches: the exact variance under both names; a metric that is never read.
+    """
+    spec = run_spec(
+        model={"name": "small_cnn", "width": 2, "hidden": None},
+        optimizer={"learning_rate": 0.5},
+        batch_policy={
+            "name": "cabs",
+            "min": 4,
+            "max": 200,
+            "c": 400.0,
+            "moments": "conv_compat",
+        },
+        training={"epoch_end": "run_on", "stop": {"updates": 12}},
+    )
+    steps = run_of(spec, tmp_path).steps
+    variance, loss, sizes = 0.0, 1.0, [16]
+    for row in steps.itertuples():
+        conv = row.cabs_conv_compat * row.batch_loss / row.learning_rate
+        variance = 0.95 * variance + 0.05 * conv
+        loss = 0.95 * loss + 0.05 * row.batch_loss
+        sizes.append(min(max(round(400 * 0.5 * variance / loss), 4), 200))
+    assert list(steps["batch_size"]) == sizes[:-1]
+    assert len(set(sizes)) > 4
+
+
 def test_kicks_make_the_batch_small_for_an_epoch(tmp_path: Path) -> None:
     """Catches: a kick whose loss is never seen; one in mid-epoch; no way back."""
     policy: JsonValue = {

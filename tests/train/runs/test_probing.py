@@ -125,6 +125,18 @@ def test_estimators_stand_side_by_side(tmp_path: Path) -> None:
         assert chunks.variance_trace == pytest.approx(own.variance_trace, rel=1.5)
 
 
+def test_step_metrics_are_recorded(tmp_path: Path) -> None:
+    """By hand from the row itself: ``rate tr S (B - 1) / B`` over the batch's loss.
+
+    Catches: metrics that never reach the probe, or that do not see the loss.
+    """
+    probe: JsonValue = {"every": 10, "quantities": ["cabs", "gsnr"]}
+    steps = steps_of(run_spec(probe=probe), tmp_path)
+    assert steps["gsnr"].notna().all()
+    wanted = 0.1 * steps["variance_trace"] * 15 / 16 / steps["batch_loss"]
+    pd.testing.assert_series_equal(steps["cabs"], wanted, rtol=1e-5, check_names=False)
+
+
 @pytest.mark.parametrize(
     ("model", "probe"),
     [
