@@ -64,6 +64,7 @@ class GradientAccumulation(Sampler[list[int]]):
     """
 
     @checked
+    @checked
     def __init__(
         self,
         data: Sized | int,

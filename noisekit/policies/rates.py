@@ -88,6 +88,7 @@ class RateRule:
 
 
 @checked
+@checked
 def apply_rate(
     optimizer: torch.optim.Optimizer,
     decision: Decision,

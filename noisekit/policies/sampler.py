@@ -96,6 +96,7 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
     """
 
     @checked
+    @checked
     def __init__(
         self,
         data: Sized | int,

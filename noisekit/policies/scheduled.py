@@ -338,7 +338,7 @@ def check_changes(at: tuple[At, ...], every: At | None) -> None:
 def _grown(batch_size: int, factor: float, largest: int, num_changes: int) -> int:
     # Beyond this many changes the largest holds; powers of fractions would be slow.
     enough = math.ceil(math.log(largest / batch_size, factor)) + 1
-    # The decimal number that was written: 1.1 ** 2 is above 1.21 in floats.
+    # Of the decimal number as written: 100 * 1.4 ** 2 is below 196 in floats.
     product = batch_size * Fraction(str(factor)) ** min(num_changes, enough)
     return min(math.floor(product), largest)
 

@@ -424,3 +424,20 @@ def test_accumulation_mistakes():
         next(updates)
     with pytest.raises(nk.NoisekitError, match="got one without batches"):
         list(next(sampler.updates([])))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((10, nk.CABS), "policy needs to be a.* Policy, got the class CABS"),
+        ((0, nk.Constant(4)), "needs an example per process, got 0 examples for 1"),
+        ((range(0), nk.Constant(4)), "got 0 examples"),
+    ],
+)
+def test_arguments_refused(arguments, words):
+    with pytest.raises(nk.NoisekitError, match=words):
+        nk.AdaptiveBatchSampler(*arguments)
+    with pytest.raises(nk.NoisekitError, match="epoch_end needs"):
+        nk.AdaptiveBatchSampler(10, nk.Constant(4), epoch_end="cut")
+    with pytest.raises(nk.NoisekitError, match="decision needs"):
+        nk.apply_rate(torch.optim.SGD([torch.zeros(1)], lr=0.1), 64)

@@ -75,6 +75,8 @@ def test_growth_floors_the_product():
     sizes = [growth.size_after(k) for k in range(8)]
     assert sizes == [100, 110, 121, 133, 146, 161, 177, 194]
     assert growth.size_after(10**7) == 1000
+    # In floats 100 * 1.4 ** 2 is below 196.
+    assert nk.Growth(100, factor=1.4, every=At(updates=1), max=999).size_after(2) == 196
 
 
 def test_adabatch_of_the_paper():
