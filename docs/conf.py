@@ -53,6 +53,9 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(Tensor|DataFrame|Figure|Path|Callable|Iterable|Mapping|ProcessGroup)",
     ),
+    # Bounds of annotated arguments, and their hints for messages.
+    (r"py:.*", r"annotated_types\..*|types\.Annotated|noisekit\.core\.arguments\.Hint"),
+    (r"py:.*", r"(ge|gt|le|lt|purpose|advice)=.*"),
     # What results and probes are made of, without a page of its own.
     (
         r"py:.*",

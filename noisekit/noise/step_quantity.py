@@ -34,7 +34,7 @@ class StepQuantity:
 
     @property
     def estimate(self) -> Estimate:
-        """The same as an estimate, without an error: a single step has no spread."""
+        """The same as an estimate; a single step gives no error."""
         return Estimate(self.value)
 
     @property
