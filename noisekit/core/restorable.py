@@ -22,6 +22,8 @@ GENERATORS = (
 class Content(ABC):
     """Something whose contents can change while it stays the same object."""
 
+    __slots__ = ()
+
     @abstractmethod
     def has_changed(self) -> bool:
         """Whether it is not as it was."""
@@ -34,16 +36,16 @@ class Content(ABC):
 class MappingContent(Content):
     """A dictionary, such as the attributes of an object."""
 
+    __slots__ = ("before", "identities", "mapping")
+
     def __init__(self, mapping: dict[Any, Any]) -> None:
         self.mapping = mapping
-        self.before = dict(mapping)
+        self.before = dict(mapping)  # which keeps them alive, so that ids stay unique
+        self.identities = _identities(mapping)
 
     def has_changed(self) -> bool:
         """Whether it is not as it was."""
-        pairs = zip(self.mapping.items(), self.before.items(), strict=False)
-        return len(self.mapping) != len(self.before) or any(
-            k is not j or v is not w for (k, v), (j, w) in pairs
-        )
+        return _identities(self.mapping) != self.identities
 
     def restore(self) -> None:
         """Make it as it was."""
@@ -54,6 +56,11 @@ class MappingContent(Content):
             base.clear(self.mapping)
             for key, value in self.before.items():
                 base.__setitem__(self.mapping, key, value)
+
+
+def _identities(mapping: dict[Any, Any]) -> list[int]:
+    """Return the ids of keys and values, in order; values need not be comparable."""
+    return [*map(id, mapping), *map(id, mapping.values())]
 
 
 class ItemsContent(Content):

@@ -53,11 +53,16 @@ def tensors_of(tree: Any) -> list[Tensor]:  # whatever a module takes or returns
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def inputs_of(call: LayerCall) -> list[Tensor]:
+    """Return the tensors among the inputs of a call."""
+    if len(call.args) == 1 and not call.kwargs:
+        return tensors_of(call.args)  # nearly every layer; the general way is slow
+    return tensors_of((call.args, call.kwargs))
+
+
 def versions_of(call: LayerCall) -> tuple[int, ...]:
     """Return how often each input was written to; it tells later writes."""
-    if len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], Tensor):
-        return (call.args[0]._version,)
-    return tuple(t._version for t in tensors_of((call.args, call.kwargs)))
+    return tuple(t._version for t in inputs_of(call))
 
 
 def batch_size_of(
@@ -109,6 +114,5 @@ def unreadable_inputs(inputs: object) -> list[str]:
 
 def kind_of_call(captured: CapturedCall) -> tuple[str, bool, tuple[int, ...]]:
     """Return what of a call makes the model another one: its site, mode, and ranks."""
-    tensors = tensors_of((captured.call.args, captured.call.kwargs))
-    ranks = tuple(tensor.dim() for tensor in tensors)
+    ranks = tuple(tensor.dim() for tensor in inputs_of(captured.call))
     return captured.site.path, captured.site.module.training, ranks

@@ -8,7 +8,7 @@ from torch import Tensor
 from noisekit.core.errors import LayerReadError
 from noisekit.core.layers.batch_axis import MIXED, axis_of_examples
 from noisekit.core.layers.replay import ModuleReplay
-from noisekit.probes.capture.calls import kind_of_call, tensors_of
+from noisekit.probes.capture.calls import inputs_of, kind_of_call
 from noisekit.probes.capture.group_testing import Dependence
 from noisekit.probes.capture.independence import (
     CheckSchedule,
@@ -214,7 +214,7 @@ def _agree(
 
 def _example_inputs(captured: CapturedCall) -> list[Tensor]:
     """A layer's only input, or every tensor that goes into a replayed module."""
-    tensors = tensors_of((captured.call.args, captured.call.kwargs))
+    tensors = inputs_of(captured.call)
     replayed = isinstance(captured.site.rule, ModuleReplay)
     return tensors if replayed else tensors[:1]
 

@@ -75,6 +75,7 @@ class SitePlan:
         ]
         for index, (site, _) in self.broadcast.items():
             self._sites_of[index] = [site]
+        self._sole_names: dict[Site, tuple[str, ...]] = {}
 
     def bare(self) -> dict[int, tuple[Site, str]]:
         """Parameters of replayed modules that may be read where they are broadcast."""
@@ -98,6 +99,7 @@ class SitePlan:
             )
             self.broadcast[index] = (own, name)
             self._sites_of[index] = [own]
+            self._sole_names = {}
             self.stale = True
         return self.broadcast[index][0]
 
@@ -125,9 +127,11 @@ class SitePlan:
 
     def sole_names(self, site: Site) -> tuple[str, ...]:
         """Names, inside the module, of parameters that only ``site`` reads."""
-        parameters = list(self._parameters.values())
-        sole = [i for i in self.indices_of(site) if len(self._sites_of[i]) == 1]
-        return tuple(site.name_of(parameters[i]) for i in sole)
+        if site not in self._sole_names:
+            parameters = list(self._parameters.values())
+            sole = [i for i in self.indices_of(site) if len(self._sites_of[i]) == 1]
+            self._sole_names[site] = tuple(site.name_of(parameters[i]) for i in sole)
+        return self._sole_names[site]
 
     def widen(self, indices: Sequence[int]) -> bool:
         """Read these parameters at a larger module; return whether there was one."""
