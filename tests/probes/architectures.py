@@ -182,7 +182,7 @@ FALLBACK = (
         lambda: nn.RNN(6, 4, 2, nonlinearity="relu"),
         4,
         routes.sequences,
-        "replay",
+        "recurrent",
         route=routes.time_first,
     ),
     _core(
@@ -198,7 +198,7 @@ FALLBACK = (
         lambda: nn.LSTM(6, 4, bidirectional=True),
         8,
         routes.square_sequences,
-        "replay",
+        "recurrent",
         route=routes.time_first,
     ),
     _core(
@@ -206,7 +206,7 @@ FALLBACK = (
         lambda: nn.LSTM(6, 4, batch_first=True),
         4,
         routes.sequences,
-        "replay",
+        "recurrent",
         route=routes.with_state,
     ),
     _core(
@@ -214,7 +214,7 @@ FALLBACK = (
         lambda: nn.GRU(6, 4, bias=False, batch_first=True),
         4,
         routes.sequences,
-        "replay",
+        "recurrent",
         route=routes.steps,
     ),
     _core(

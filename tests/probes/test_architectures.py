@@ -76,6 +76,7 @@ def test_single_precision_keeps_three_digits(case: Architecture) -> None:
     assert_agree(reading, expected_of(case, LOSSES[0]), 1e-3)
     ways = {w for way in reading.coverage.methods.values() for w in way.split()}
     kinds = {"linear", "convolution", "normalisation", "embedding", "replay"}
+    kinds |= {"recurrent"}
     assert ways & kinds == case.ways
 
 

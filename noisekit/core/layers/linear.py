@@ -75,7 +75,7 @@ class LinearRule(LayerRule):
             return {name: both[name] for name in names}
         found = {}
         if "weight" in names:
-            found["weight"] = self._weight_sq_norms(inputs, grads)
+            found["weight"] = self.weight_sq_norms(inputs, grads)
         if "bias" in names:
             found["bias"] = row_sq_norms(grads.sum(1))
         return found
@@ -84,7 +84,8 @@ class LinearRule(LayerRule):
         """Outer products summed over positions, in the layout of the weight."""
         return grads.mT @ inputs
 
-    def _weight_sq_norms(self, inputs: Tensor, grads: Tensor) -> Tensor:
+    def weight_sq_norms(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        """Of what enters ``(N, T, in)`` and its output gradients ``(N, T, out)``."""
         num_examples, length, fan_in = inputs.shape
         fan_out = grads.shape[2]
         # Gram matrices take T^2 (in + out) multiplications, gradients T in out.

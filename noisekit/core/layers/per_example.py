@@ -16,6 +16,7 @@ from noisekit.core.layers.convolution import ConvRule
 from noisekit.core.layers.embedding import EmbeddingRule
 from noisekit.core.layers.linear import LinearRule, TransposedLinearRule
 from noisekit.core.layers.normalisation import ChannelNormRule, FeatureNormRule
+from noisekit.core.layers.recurrent import RecurrentReplay
 from noisekit.core.layers.replay import ModuleReplay
 from noisekit.core.layers.rule import (
     LayerCall,
@@ -203,6 +204,8 @@ def _site(model: nn.Module, path: str, names: Sequence[str]) -> Site:
     params = {name[start:]: model.get_parameter(name) for name in names}
     own = set(params) <= set(module._parameters)
     rule = _rule_for(module) if own else None
+    if rule is None and own and RecurrentReplay.fits(module):
+        rule = RecurrentReplay()
     return Site(path, module, rule or ModuleReplay(), params)
 
 

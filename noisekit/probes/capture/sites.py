@@ -203,7 +203,7 @@ class SitePlan:
             sites = self._sites_of[index]
             ways = {
                 site.rule.name
-                if not isinstance(site.rule, ModuleReplay)
+                if site.rule.name != ModuleReplay.name
                 else f"replay of {site.path or 'the model'}"
                 for site in sites
             }
