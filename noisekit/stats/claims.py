@@ -39,7 +39,7 @@ class Verdict(StrEnum):
     PASSED = "passed"
     """An identity or a control that came out as it must."""
     FAILED = "failed"
-    """An identity or a control that did not: the instrument is broken."""
+    """The instrument is broken, as an identity or a control that failed shows."""
 
     @property
     def decided(self) -> bool:
