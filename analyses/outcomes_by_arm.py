@@ -23,6 +23,10 @@ from noisekit import figures, report
 QUESTION = "How did each arm end, beside the statistics of the paper?"
 
 
+LISTED = 6
+"""Arms of which each is in the answer; of more, the best and the worst are."""
+
+
 def analyse(runs: nk.Runs) -> report.AnalysisResult:
     """Return figures and tables of a set of runs."""
     styles = figures.arm_styles(runs.runs)
@@ -39,14 +43,24 @@ def analyse(runs: nk.Runs) -> report.AnalysisResult:
 
 
 def answer(runs: nk.Runs, labels: dict[str, str]) -> str:
-    """Return what each arm's test accuracy was at each budget, a line a budget."""
+    """Return what each arm's test accuracy was at each budget, a line a budget.
+
+    Of many arms, those with the best and the worst mean.
+    """
     lines = ["Test accuracy, mean ± standard deviation over seeds:"]
     for snapshot in report.budget_snapshots(runs):
-        accuracies = [
-            f"{report.accuracy_words(rows['test_error'])} ({labels[arm]})"
-            for arm, rows in report.rows_by_arm(runs, snapshot)
-        ]
-        lines.append(f"At {figures.snapshot_words(snapshot)} {'; '.join(accuracies)}.")
+        errors = {
+            arm: rows["test_error"] for arm, rows in report.rows_by_arm(runs, snapshot)
+        }
+        shown, rest = list(errors), ""
+        if len(errors) > LISTED:
+            ordered = sorted(errors, key=lambda arm: float(errors[arm].mean()))
+            shown = [ordered[0], ordered[-1]]
+            rest = f", the best and the worst of {len(errors)} arms"
+        accuracies = "; ".join(
+            f"{report.accuracy_words(errors[arm])} ({labels[arm]})" for arm in shown
+        )
+        lines.append(f"At {figures.snapshot_words(snapshot)} {accuracies}{rest}.")
     return "\n".join(lines)
 
 

@@ -1,12 +1,13 @@
 """What a recipe plans, shown before anything runs: changes, their figure, and power."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 from rich.table import Table
+from rich.text import Text
 
 from noisekit import figures
 from noisekit.cli.terminal import cell
@@ -20,25 +21,56 @@ from noisekit.train.recipes.run_spec import RunSpec
 from noisekit.train.recipes.timeline import Change, curve, timeline
 
 _UNKNOWN = "-"
+_PLACES = ("update", "examples", "epoch")
+_COLUMNS = (*_PLACES, "batch", "rate", "momentum", "microbatch")
 _LEVEL = 0.95
 
 
-def timeline_table(recipe: Recipe) -> Table:
-    """Return every change of each arm; arms with the same ones are listed once."""
-    table = Table(title="Timeline", title_justify="left")
-    table.add_column("arm", overflow="fold")
-    for column in ("update", "examples", "epoch", "batch", "rate", "momentum"):
-        table.add_column(column, justify="right")
-    table.add_column("microbatch", justify="right")
-    table.add_column("what changes", overflow="fold")
+def timeline_tables(recipe: Recipe) -> Iterator[Table]:
+    """Yield a table of the changes of each arm, and one of the arms without any.
+
+    Arms with the same changes share a table. What stays the same throughout an arm
+    stands in the table's title.
+    """
     sharing: dict[tuple[Change, ...], list[str]] = {}
     for spec in _one_seed(recipe):
         sharing.setdefault(tuple(timeline(spec)), []).append(spec.arm)
+    constant = {changes: arms for changes, arms in sharing.items() if len(changes) == 2}
     for changes, arms in sharing.items():
-        name = "\n".join(arms)
-        for number, change in enumerate(changes):
-            table.add_row(cell("" if number else name), *map(cell, _cells(change)))
-        table.add_section()
+        if changes not in constant:
+            yield _changes_table(changes, ", ".join(arms))
+    if constant:
+        table = _table("Nothing changes in these arms", [*_COLUMNS, "arm"])
+        for (_, end), arms in constant.items():
+            for arm in arms:
+                table.add_row(*map(cell, (*_cells(end), arm)))
+        yield table
+
+
+def _changes_table(changes: Sequence[Change], arms: str) -> Table:
+    rows = [_cells(change) for change in changes]
+    values = dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True))
+    hidden = {"microbatch"} if values["microbatch"] == values["batch"] else set()
+    shown = [
+        name
+        for name in _COLUMNS
+        if name in _PLACES or (len(set(values[name])) > 1 and name not in hidden)
+    ]
+    rest = [name for name in _COLUMNS if name not in shown and name not in hidden]
+    same = [f"{name} {values[name][0]}" for name in rest]
+    title = f"{arms}: {', '.join(same)}" if same else arms
+    table = _table(title, [*shown, "what changes"])
+    for change, *numbers in zip(changes, *map(values.get, shown), strict=True):
+        table.add_row(*map(cell, (*numbers, change.reason)))
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    """Return a table of numbers, which are never cut, and one last column of words."""
+    table = Table(title=Text(title), title_justify="left")
+    for column in columns[:-1]:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column(columns[-1], overflow="fold")
     return table
 
 
@@ -75,8 +107,10 @@ def power_table(recipe: Recipe, spread_from: Path | None) -> Table:
     """
     runs = None if spread_from is None else open_runs(spread_from)
     table = Table(title="Power", title_justify="left")
-    for column in ("claim", "quantity", "seeds", "spread", "half width", "margin"):
-        table.add_column(column, overflow="fold")
+    table.add_column("claim")
+    table.add_column("quantity")
+    for column in ("seeds", "spread", "half width", "margin"):
+        table.add_column(column, justify="right")
     table.add_column("so", overflow="fold")
     claims = [claim for claim in recipe.stated_claims() if claim.kind == "claim"]
     primary = sum(claim.primary for claim in claims)
@@ -85,7 +119,7 @@ def power_table(recipe: Recipe, spread_from: Path | None) -> Table:
         seeds = recipe.num_seeds(claim)
         spread, source = _spread(runs, claim)
         name = f"{claim.name} (primary)" if claim.primary else claim.name
-        row = (name, claim.quantity, str(seeds))
+        row = (name.replace("_", " "), claim.quantity.replace("_", " "), str(seeds))
         numbers = _power_cells(claim, spread, seeds=seeds, level=level)
         table.add_row(*map(cell, (*row, *numbers[:-1], f"{numbers[-1]}{source}")))
     return table
@@ -101,6 +135,7 @@ def _one_seed(recipe: Recipe) -> Iterator[RunSpec]:
 
 
 def _cells(change: Change) -> tuple[str, ...]:
+    """Return the numbers of a change, in the order of the columns."""
     return (
         _number(change.update, ",.0f"),
         _number(change.examples, ",.0f"),
@@ -109,7 +144,6 @@ def _cells(change: Change) -> tuple[str, ...]:
         _number(change.learning_rate, ".6g"),
         _number(change.momentum, ".6g"),
         _number(change.microbatch, ",.0f"),
-        change.reason,
     )
 
 

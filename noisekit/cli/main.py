@@ -385,9 +385,10 @@ def _print_cost(
 
 
 def _print_timeline(recipe: "Recipe", out: Path | None, spread: Path | None) -> None:
-    from noisekit.cli.dry_run import power_table, timeline_figure, timeline_table
+    from noisekit.cli.dry_run import power_table, timeline_figure, timeline_tables
 
-    Console().print(timeline_table(recipe))
+    for table in timeline_tables(recipe):
+        Console().print(table)
     if recipe.stated_claims():
         Console().print(power_table(recipe, spread))
         if spread is None:

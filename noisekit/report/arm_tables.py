@@ -29,9 +29,10 @@ def rows_by_arm(runs: Runs, snapshot: str) -> Iterator[tuple[str, pd.DataFrame]]
 
 
 def mean_and_spread(values: "pd.Series[float]") -> str:
-    """Return mean ± standard deviation over seeds, as text."""
-    deviation = values.std(ddof=1) if len(values) > 1 else float("nan")
-    return f"{values.mean():.4g} ± {deviation:.2g}"
+    """Return mean ± standard deviation over seeds, as text; of one seed its value."""
+    if len(values) == 1:
+        return f"{values.iloc[0]:.4g}"
+    return f"{values.mean():.4g} ± {values.std(ddof=1):.2g}"
 
 
 def accuracy_words(errors: "pd.Series[float]") -> str:

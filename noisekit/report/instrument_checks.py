@@ -206,7 +206,7 @@ def _curves_by_seed(
     heights = np.log(heights) if _is_loss(quantity) else heights
     epochs = rows["epoch"].to_numpy(dtype=float)
     seeds, starts = np.unique(rows["seed"].to_numpy(), return_index=True)
-    ends = [*starts[1:], len(rows)]
+    ends = [*starts[1:], len(rows)][: len(starts)]  # none where there are no rows
     return {
         int(seed): (epochs[start:end], heights[start:end])
         for seed, start, end in zip(seeds, starts, ends, strict=True)

@@ -65,10 +65,13 @@ def test_the_timeline_lists_every_change_and_draws_it(
     path = recipe_file(tmp_path)
     code, out, _ = call("run", path, "--dry-run", "--timeline")
     assert code == 0
-    assert "slow │ 0 │ 0 │ 0 │ 8 │ 0.1 │ 0 │ 8 │ start" in out
-    assert "│ same │" in out
-    assert "│ 4 │ 32 │ 1 │ 16 │ 0.1 │ 0 │ 16 │ growth" in out
-    assert "│ 8 │ 96 │ 3 │ 16 │ 0.1 │ 0 │ 16 │ end of the longest run" in out
+    assert "Nothing changes in these arms" in out
+    assert "│ 12 │ 96 │ 3 │ 8 │ 0.1 │ 0 │ 8 │ slow │" in out
+    assert "│ 12 │ 96 │ 3 │ 8 │ 0.1 │ 0 │ 8 │ same │" in out
+    assert "growing: rate 0.1, momentum 0" in out
+    assert "│ 0 │ 0 │ 0 │ 8 │ start │" in out
+    assert "│ 4 │ 32 │ 1 │ 16 │ growth" in out
+    assert "│ 8 │ 96 │ 3 │ 16 │ end of the longest run" in out
     folder = tmp_path / "noisekit-runs/tiny-/analyses/timeline"
     assert f"{folder.relative_to(tmp_path)}/timeline.png" in out
     assert (folder / "timeline.png").stat().st_size > 1000

@@ -158,8 +158,9 @@ def _measure_faults(run: RunSections) -> Iterator[Fault]:
             "measure.num_examples",
             f"needs at most data.train ({there}) examples, got {wanted}",
         )
-    for name in run.measure.at:
-        if name not in run.snapshot_names:
+    for name, measures in run.measure.at.items():
+        # An empty list takes away what a profile's base states, also its snapshot.
+        if measures and name not in run.snapshot_names:
             text = not_one_of("a snapshot", name, run.snapshot_names)
             yield Fault(f"measure.at.{name}", text)
 
