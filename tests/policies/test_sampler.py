@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import noisekit as nk
+from noisekit.policies import quantities_for
 
 NUM_EXAMPLES = 97
 
@@ -441,3 +443,81 @@ def test_arguments_refused(arguments, words):
         nk.AdaptiveBatchSampler(10, nk.Constant(4), epoch_end="cut")
     with pytest.raises(nk.NoisekitError, match="decision needs"):
         nk.apply_rate(torch.optim.SGD([torch.zeros(1)], lr=0.1), 64)
+
+
+def test_averages_hold_every_reading_also_those_at_the_end_of_a_pass():
+    """With workers the last readings of a pass come after its last hand-out.
+
+    Catches: only the latest reading kept until the next decision.
+    """
+    policy = nk.CABS(min=8, max=8)
+    sampler = nk.AdaptiveBatchSampler(40, policy)
+    loader = loader_of(sampler, 1, 4, dataset=range(40))
+    readings = []
+    for _ in range(3):
+        for _ in loader:
+            update = sampler.num_updates
+            readings.append((1.0 + update % 4, 100.0 + update))
+            loss, trace = readings[-1]
+            sampler.observe(loss=loss, variance_trace=trace, learning_rate=0.1)
+    assert len(readings) == 15
+    saved = sampler.state_dict()["driver"]
+    seen = len(readings) - len(saved["readings"])
+    assert seen == 10  # the last batch was handed out before any of the last pass
+    loss_average, variance = 1.0, 0.0
+    for loss, trace in readings[:seen]:
+        loss_average = 0.95 * loss_average + 0.05 * loss
+        variance = 0.95 * variance + 0.05 * trace * 7 / 8
+    assert saved["policy"]["loss"] == pytest.approx(loss_average, rel=1e-12)
+    assert saved["policy"]["variance"] == pytest.approx(variance, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("policy", "metric", "wanted"),
+    [
+        (
+            nk.CABS(min=2, max=900, smoothing=0.0, c=50.0, moments="conv_compat"),
+            "cabs_conv_compat",
+            lambda value, size: round(50 * value),
+        ),
+        (
+            nk.InnerProductTest(min=8, max=900, theta=0.05),
+            "inner_product_test",
+            lambda value, size: math.ceil(size * (value / 0.05) ** 2),
+        ),
+    ],
+)
+def test_step_metrics_of_a_probe_reach_their_policies(policy, metric, wanted):
+    """The size is that of the probe's own metric, at the same step."""
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(
+        torch.randn(1000, 1, 6, 6).double(), torch.randint(0, 3, (1000,))
+    )
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(32, 3)
+    ).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    sampler = nk.AdaptiveBatchSampler(data, policy, optimizer=optimizer)
+    quantities = quantities_for(need.name for need in policy.needs)
+    assert quantities == (metric,)
+    probe = nk.attach(
+        model,
+        optimizer,
+        loss_fn=torch.nn.CrossEntropyLoss(),
+        estimator="per_example",
+        quantities=quantities,
+    )
+    expected = [policy.first_size]
+    with probe:
+        for inputs, targets in itertools.islice(loader_of(sampler, dataset=data), 4):
+            assert len(inputs) == expected[-1]
+            optimizer.zero_grad()
+            loss = probe.loss_fn(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            sampler.observe(probe, loss=loss)
+            value = probe.last_reading.quantities[metric].value
+            grown = wanted(value, len(inputs))
+            low = expected[-1] if metric == "inner_product_test" else 2
+            expected.append(min(max(grown, low), 900))
+    assert len(set(expected)) > 2
