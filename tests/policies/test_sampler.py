@@ -126,6 +126,25 @@ def test_ends_of_passes(workers):
     assert found["ragged"] == [[*first, [8, 9]], [*second, [8, 9]]]
 
 
+def test_readings_before_a_dropped_batch_count_once():
+    """Catches: the last reading of a pass used up by the batch that is left out."""
+    policy = nk.Kicks(
+        batch_size=4,
+        small=2,
+        criterion=nk.RelativeDecrease(window=1, below=0.5),
+        cooldown=nk.At(epochs=0),
+    )
+    sampler = nk.AdaptiveBatchSampler(10, policy, epoch_end="drop")
+    sizes = []
+    for _ in range(4):
+        sizes.append([])
+        for batch in sampler:
+            sizes[-1].append(len(batch))
+            sampler.observe(loss=1.0)
+    assert sizes == [[4, 4], [4, 4], [2, 2, 2, 2, 2], [4, 4]]
+    assert sampler.state_dict()["driver"]["policy"]["held"] == 0
+
+
 def test_share_of_the_run():
     table = nk.Table((5, 10), at=[nk.At(share=0.5)])
     sampler = nk.AdaptiveBatchSampler(10, table, length=nk.At(epochs=4))
