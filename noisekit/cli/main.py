@@ -300,6 +300,26 @@ def report(
 
 
 @app.command()
+def trial(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Folders that `noisekit run` made."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")
+    ] = Path("trial.html"),
+    allow_code: AllowCodeOption = False,
+) -> None:
+    """Put the claims of several sets of runs on one page, by account."""
+    from noisekit.cli.pipeline import write_trial
+    from noisekit.cli.request import own_code
+
+    with own_code(allowed=allow_code):
+        page = write_trial([_existing(path) for path in directories], out)
+    say(f"Trial: {page.resolve()}")
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine and installation, the device included."""
     from noisekit.cli.doctor import examine

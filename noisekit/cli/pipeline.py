@@ -10,7 +10,12 @@ from noisekit.core.errors import NoisekitError, NoVerdictError, UsageError
 from noisekit.core.references import is_reference, resolve
 from noisekit.records import Runs, open_runs
 from noisekit.records.files import make_directory
-from noisekit.report import AnalysisResult, build_report, provenance_of
+from noisekit.report import (
+    AnalysisResult,
+    build_report,
+    build_trial,
+    provenance_of,
+)
 from noisekit.train.recipes.catalogue import find_analysis
 
 Analyse = Callable[[Runs], AnalysisResult]
@@ -60,6 +65,12 @@ def write_report(directory: Path, out: Path | None) -> tuple[str, Path, list[str
         path,
     )
     return (results[0].answer if results else ""), path, runs.faults
+
+
+def write_trial(directories: Sequence[Path], out: Path) -> Path:
+    """Write the claims of several sets of runs on one page, and return its path."""
+    make_directory(out.parent)
+    return build_trial([open_runs(path) for path in directories], out)
 
 
 def _made(name: str, runs: Runs, folder: Path) -> AnalysisResult:

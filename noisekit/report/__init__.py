@@ -49,6 +49,7 @@ from noisekit.report.recipe_view import (
 )
 from noisekit.report.results import AnalysisResult, Provenance, Rule, Table
 from noisekit.report.rules import fair_test_rules
+from noisekit.report.trial import build_trial
 
 __all__ = [
     "AnalysisResult",
@@ -62,6 +63,7 @@ __all__ = [
     "arm_settings",
     "budget_snapshots",
     "build_report",
+    "build_trial",
     "check_tables",
     "correct_answers",
     "curve_gap_table",

@@ -52,6 +52,8 @@ class ClaimRow:
     paper: str
     against_paper: str
     sentence: str
+    experiment: str = ""
+    broken: str = ""
 
 
 def claim_rows(

@@ -124,7 +124,16 @@ def build_report(
     """
     path = Path(out)
     page = page_of(results, provenance, beside=path.parent)
-    text = _environment().get_template("template.html.j2").render(page=page)
+    return write_page("template.html.j2", page, path)
+
+
+def write_page(template: str, page: object, path: Path) -> Path:
+    """Write a template, filled with a page, as a file, and return its path.
+
+    Raises:
+        StorageError: If the file cannot be written; one that was there stays.
+    """
+    text = _environment().get_template(template).render(page=page)
     try:
         write_bytes_atomic(path, text.encode())
     except StorageError as error:

@@ -134,9 +134,10 @@ class SimultaneousBand:
             analysis", for the signs; the maximum as in ``permutation_band``.
         """
         mean = self.gaps.mean(axis=0)  # (points,)
-        half = self._quantile(level) * _stderr(self.gaps)
-        if not bool(np.isfinite(half).all()):
+        quantile = self._quantile(level)
+        if math.isinf(quantile):
             return Interval(NO_EFFECT[self.scale], math.inf, level)
+        half = quantile * _stderr(self.gaps)
         low = max(0.0, float((np.abs(mean) - half).max()))
         high = float((np.abs(mean) + half).max())
         return Interval(self._as_effect(low), self._as_effect(high), level)

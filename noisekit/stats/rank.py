@@ -98,6 +98,19 @@ def kendall_tau(x: ArrayLike, y: ArrayLike) -> RankCorrelation:
     return RankCorrelation(tau, _jackknife(left_out), p_value, num_samples)
 
 
+def tau_b(x: ArrayLike, y: ArrayLike) -> float:
+    """Return Kendall's tau-b alone; NaN where one of the rows is constant.
+
+    Args:
+        x: One value per point; finite.
+        y: The same points' other value.
+    """
+    first, second = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    order_x = np.sign(first[:, None] - first)  # (n, n)
+    order_y = np.sign(second[:, None] - second)
+    return float(_tau_without(order_x, order_y, leave_out=False)[0])
+
+
 def _tau_without(
     order_x: NDArray[np.float64], order_y: NDArray[np.float64], *, leave_out: bool
 ) -> NDArray[np.float64]:

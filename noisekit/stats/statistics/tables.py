@@ -324,6 +324,9 @@ def one_per_seed(
             f"{int(repeats.max())} (arms {arms}); add factors to the group, as in "
             "'plain/batch_size=512', or average over a factor with over."
         )
+    if not (repeats > 1).any():
+        only = frame["value"].astype(float)
+        return dict(zip(map(int, frame["seed"]), map(float, only), strict=True))
     found = {}
     for seed, rows in frame.groupby("seed"):
         values = rows["value"].to_numpy(dtype=float)

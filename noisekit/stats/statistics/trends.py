@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 
 from noisekit.core.errors import UsageError
 from noisekit.core.settings import PositiveInt
-from noisekit.stats.rank import kendall_tau
+from noisekit.stats.rank import tau_b
 from noisekit.stats.statistics.grids import best_of_grid
 from noisekit.stats.statistics.lines import slope_of
 from noisekit.stats.statistics.statistic import GroupNumbers, Statistic
@@ -274,13 +274,16 @@ def critical_batch_size(
     low = math.log(float(batch_sizes.min()) / _WIDEST)
     high = math.log(float(batch_sizes.max()) * _WIDEST)
 
+    def misfits(log_critical: NDArray[np.float64]) -> NDArray[np.float64]:
+        excess = np.exp(log_critical)[:, None] / batch_sizes  # (tries, sizes)
+        return np.asarray((logs - np.log1p(excess)).var(axis=1))
+
     def misfit(log_critical: float) -> float:
-        rest = logs - np.log1p(math.exp(log_critical) / batch_sizes)
-        return float(np.var(rest))
+        return float(misfits(np.array([log_critical]))[0])
 
     # The misfit may be flat far away, so the search starts from the best of a grid.
     grid = np.linspace(low, high, 200)
-    place = int(np.argmin([misfit(value) for value in grid]))
+    place = int(np.argmin(misfits(grid)))
     if place in (0, len(grid) - 1):
         return math.nan
     ends = (float(grid[place - 1]), float(grid[place + 1]))
@@ -363,7 +366,7 @@ def _tau(rows: pd.DataFrame) -> float:
     there = rows[["value", "other"]].to_numpy(dtype=float)
     if len(there) < 4 or not bool(np.isfinite(there).all()):
         return math.nan
-    return kendall_tau(there[:, 0], there[:, 1]).tau
+    return tau_b(there[:, 0], there[:, 1])
 
 
 def _granulated(rows: pd.DataFrame, axes: Sequence[str]) -> float:
