@@ -326,8 +326,9 @@ def test_confident_rows_are_counted_as_well(dtype: torch.dtype) -> None:
         lambda o: o.square().mean(),
         lambda o: functional.mse_loss(o, X[:, :3]),
         lambda o: functional.multi_margin_loss(o, Y),
+        lambda o: -o[torch.arange(16), Y].mean(),
     ],
-    ids=["squares", "distances", "margin"],
+    ids=["squares", "distances", "margin", "scores"],
 )
 def test_other_losses_tell_no_counts(loss: Callable[[Tensor], Tensor]) -> None:
     """Catches: counts read into any gradient."""
