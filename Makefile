@@ -63,6 +63,7 @@ bench: $(VENV)/.installed-compare ## Time noisekit against the other packages, i
 	$(BIN)/python tests/benchmarks/bench_products.py
 	$(BIN)/python tests/benchmarks/bench_probe.py
 	$(BIN)/python tests/benchmarks/bench_epsilon.py
+	$(BIN)/python -m tests.benchmarks.bench_updates
 
 data: ## Get Fashion-MNIST from the Debian package, where it is not there yet.
 	@if [ -f /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz ] || [ -n "$$NOISEKIT_DATA" ]; then \
