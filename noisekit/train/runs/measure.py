@@ -87,7 +87,11 @@ def planned_tasks(spec: RunSpec, run: RunDirectory) -> list[Task]:
 def _num_example_rows(rows: Iterable[Row]) -> int:
     """Return how many rows of the examples table belong to tasks that are done."""
     return int(
-        _total(row["num_samples"] for row in rows if row["measure"] in FILL_EXAMPLES)
+        _total(
+            row["num_samples"]
+            for row in rows
+            if row["measure"] in FILL_EXAMPLES and row["snapshot"] is not None
+        )
     )
 
 
@@ -98,7 +102,12 @@ def _costs(rows: Iterable[Row]) -> dict[str, float]:
         "num_grads": "num_grads",
     }
     rows = list(rows)
-    return {cost: _total(row[column] for row in rows) for column, cost in names.items()}
+    costs = {
+        cost: _total(row[column] for row in rows) for column, cost in names.items()
+    }
+    # A series is measured while the run trains, and its time is training's.
+    of_series = (row["seconds"] for row in rows if row["snapshot"] is None)
+    return {**costs, "measure_seconds": costs["measure_seconds"] - _total(of_series)}
 
 
 def _total(cells: Iterable[Cell]) -> float:

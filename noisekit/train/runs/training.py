@@ -331,17 +331,14 @@ class Training:
 
     def _measure(self, measures: Sequence[str]) -> None:
         """Take measures of the present weights, which are not kept."""
-        state = self._state
-        step = state.position.updates
         for name in measures:
-            rows = self._series.rows(
+            for row in self._series.rows(
                 name,
-                state.model,
-                step=step,
+                self._state.model,
+                step=self._state.position.updates,
                 learning_rate=self._last.learning_rate,
-                phase=state.plan.phase,
-            )
-            for row in rows:
+                phase=self._state.plan.phase,
+            ):
                 self._recorder.append("measurements", row)
             self._report_step(f"measured {name}")
 

@@ -367,6 +367,21 @@ def test_a_series_changes_no_bit(tmp_path: Path) -> None:
         assert float(along.iloc[0]) == pytest.approx(float(there.iloc[0]), rel=1e-4)
 
 
+def test_a_series_of_what_examples_have_keeps_no_examples(tmp_path: Path) -> None:
+    """Snapshots do. Catches: rows of examples counted that were never written."""
+    name = "example_grad_sq_norm"
+    spec = run_spec(
+        training={"stop": {"updates": 8}},
+        series=[{"every": {"updates": 4}, "measures": [name]}],
+        measure={"everywhere": [name], "examples": ["test"]},
+    )
+    runs = run_of(spec, tmp_path)
+    norms = runs.examples.dropna(subset=name)
+    assert set(norms["snapshot"]) == {"start", "final"}
+    assert len(norms) == 2 * 128
+    assert runs.measurements["snapshot"].isna().sum() == 3
+
+
 def test_splits_that_nobody_needs_are_not_evaluated(tmp_path: Path) -> None:
     """Snapshots have all parts. Catches: a snapshot without its test error."""
     spec = run_spec(
