@@ -178,7 +178,8 @@ class ForwardCapture:
         self._listener.on_forward_start()
         if not torch.is_grad_enabled():
             return
-        self._follow_changes()
+        if self._wanted.examples:
+            self._follow_changes()
         self.active = ForwardPass(batch_size_of((args, kwargs), self._batch_dim))
         self.active.unread.update(self._plan.left_out)
         self.active.faults.extend(unreadable_inputs((args, kwargs)))
