@@ -176,7 +176,7 @@ class GradientThreshold(AtIntervals):
                 new |= {"level": average, "changes": changes}
         enough = math.ceil(math.log(self.max / self.first_size, self.factor)) + 1
         size = self.first_size * self.factor ** min(changes, enough)
-        return Wanted(size, f"{text}, after {changes} changes", new)
+        return Wanted(size, f"{text}, {changes} changes so far", new)
 
     def decision(self, state: State, reason: str) -> Decision:
         """Return the size with the rate that goes with it."""

@@ -198,7 +198,7 @@ class Growth(Growing):
         rate = 1.0
         if self.beyond == "rate" and size == self.max:
             rate = min(1.0, size / self.batch_size * self.factor**-changes)
-        return Decision(size, rate, reason=f"after {changes} changes")
+        return Decision(size, rate, reason=_count(changes))
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class AdaBatch(Growing):
         size = self.size_after(changes)
         coupling = size / self.batch_size if self.coupled else 1.0
         rate = self.decay**changes * coupling
-        return Decision(size, rate, reason=f"after {changes} changes")
+        return Decision(size, rate, reason=_count(changes))
 
 
 @dataclass(frozen=True)
@@ -353,3 +353,7 @@ def _as_tuples(settings: object, *names: str) -> None:
 
 def _not_a_size(size: object) -> bool:
     return not isinstance(size, int) or isinstance(size, bool) or size < 1
+
+
+def _count(changes: int) -> str:
+    return f"after {changes} change{'' if changes == 1 else 's'}"
