@@ -347,3 +347,16 @@ def test_parameters_of_the_loss_are_named_at_attach() -> None:
     optimizer = torch.optim.SGD([*model.parameters(), proxies], lr=0.1)
     with pytest.warns(ProbeAdvice, match=r"1 tensors .*\(3, 2\)"):
         attach(model, optimizer).detach()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_scaler_is_flagged_where_it_is_not_given(given: bool) -> None:
+    """Catches: a known scaler named as unknown."""
+    model, scaler = network(), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with attach(model, optimizer, scaler=scaler if given else None) as probe:
+        loss = functional.cross_entropy(model(X), Y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert ("as by a gradient scaler" in str(probe.readings[0].coverage)) is not given
