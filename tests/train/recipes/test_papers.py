@@ -104,7 +104,7 @@ def test_seeds_draw_splits_of_their_own_where_asked() -> None:
     """Arms of one seed share it. Catches: one split for all; one per arm."""
     own = recipe("norm_batch").run_specs()
     splits = {(spec.seed, spec.data.split_seed) for spec in own}
-    assert len(splits) == len({seed for seed, _ in splits}) == 5
+    assert len(splits) == len({split for _, split in splits}) == 5
     shared = recipe("kicks").run_specs()
     assert len({spec.data.split_seed for spec in shared}) == 1
 
