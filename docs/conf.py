@@ -63,6 +63,8 @@ nitpick_ignore_regex = [
         r"|example_weights|tokens)|context)\.\w+",
     ),
     (r"py:class", r"EmpiricalRisk|BaseModel"),
+    # Types of arguments that a reader meets as probes and batches.
+    (r"py:class", r"noisekit\.policies\.(readings\.ReadingSource|accumulation\.Batch)"),
     (r"py:mod", r"noisekit\.core\.settings"),
     (r"py:.*", r"noisekit\.auditing\.known_defects\.\w+"),
     # The sections of a recipe: the starter recipe says what they hold.

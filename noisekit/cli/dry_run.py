@@ -60,7 +60,9 @@ def _changes_table(changes: Sequence[Change], arms: str) -> Table:
     same = [f"{name} {values[name][0]}" for name in rest]
     title = f"{arms}: {', '.join(same)}" if same else arms
     table = _table(title, [*shown, "what changes"])
-    for change, *numbers in zip(changes, *map(values.get, shown), strict=True):
+    for change, *numbers in zip(
+        changes, *(values[name] for name in shown), strict=True
+    ):
         table.add_row(*map(cell, (*numbers, change.reason)))
     return table
 

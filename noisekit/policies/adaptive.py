@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
 
@@ -21,7 +21,8 @@ Smoothing = Annotated[
 ]
 
 
-class Wanted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Wanted:
     """What a rule asks for after a reading.
 
     Attributes:
@@ -89,7 +90,7 @@ class Adaptive(Policy):
 
         Args:
             memory: What it has kept so far; not to be changed.
-            observation: All that :attr:`needs` names is there and finite.
+            observation: All that ``needs`` names is there and finite.
         """
 
     def start(self) -> State:

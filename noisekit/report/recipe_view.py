@@ -123,12 +123,15 @@ def numbers_by_arm(runs: Runs, key: str) -> dict[str, float]:
 def policy_bounds(runs: Runs) -> dict[str, tuple[float, float]]:
     """Return the least and largest batch size of each arm's policy that has both.
 
-    A table of sizes has none: it is where it was told to be.
+    A table of sizes has none: it is where it was told to be. Where a policy states no
+    least size, that is the arm's ``training.batch_size``.
     """
     found = {}
+    first = numbers_by_arm(runs, "training.batch_size")
     for arm, stated in arm_settings(runs, "batch_policy").items():
-        if isinstance(stated, Mapping):
-            ends = (stated.get("min"), stated.get("max"))
+        if isinstance(stated, Mapping) and "min" in stated:
+            low = first.get(arm) if stated["min"] is None else stated["min"]
+            ends = (low, stated.get("max"))
             if all(isinstance(end, int | float) for end in ends):
                 low, high = map(float, ends)  # type: ignore[arg-type]
                 found[arm] = (low, high)

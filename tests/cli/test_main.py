@@ -173,6 +173,22 @@ def test_report_of_a_smoke_run_gives_no_verdict(
     assert "larger by more than" not in page
 
 
+def test_trial_of_a_set_lists_its_claims(
+    call: Call, smoke_runs: Path, tmp_path: Path
+) -> None:
+    """Catches: a page without the claims; a folder that is none, taken."""
+    page = tmp_path / "trial.html"
+    code, out, _ = call("trial", smoke_runs, "--out", page)
+    assert code == 0
+    assert str(page) in out
+    text = page.read_text()
+    for claim in nk.open_runs(smoke_runs).recipe["contrasts"]:
+        assert claim["name"] in text
+    code, _, err = call("trial", tmp_path / "nothing", "--out", page)
+    assert code == 2
+    assert "nothing" in err
+
+
 def test_report_survives_an_analysis_that_cannot_be_made(
     call: Call, smoke_runs: Path, tmp_path: Path
 ) -> None:

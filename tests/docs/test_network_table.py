@@ -50,9 +50,7 @@ def names_of(union: object, own: type) -> set[str]:
 def test_every_entry_is_on_the_page() -> None:
     """Catches: a network, data set or loss that is added to its table alone."""
     assert {row[0].split('"')[1] for row in ROWS} == names_of(ModelSpec, OwnNetwork)
-    rows = re.findall(
-        r"^\| `([a-z0-9-]+)` \| .* \| .* \| .*\|$", PAGE, re.MULTILINE
-    )
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| .* \| .* \| .*\|$", PAGE, re.MULTILINE)
     assert names_of(DataSpec, OwnData) <= set(rows)
     for name in LOSSES:
         assert f"| `{name}` |" in PAGE

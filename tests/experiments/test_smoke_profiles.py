@@ -6,9 +6,9 @@ import pytest
 
 import noisekit as nk
 from noisekit.cli.pipeline import write_report
-from noisekit.report.comparability import judged_claims
+from noisekit.report.comparability import judged_claims, sample_of
 from noisekit.stats import Verdict
-from noisekit.train.recipes.catalogue import experiments
+from noisekit.train.recipes.catalogue import bundled, experiments
 
 _ELSEWHERE = "small_vs_large_batch"
 """Its smoke profile runs in the tests of the command line."""
@@ -55,3 +55,25 @@ def test_the_small_profile_is_complete(name: str) -> None:
     words = (entry.path.parent / "README.md").read_text()
     for part in ("The claim.", "What it compares.", "Confounds."):
         assert part in words
+
+
+def test_a_policy_at_its_bound_is_not_comparable(tmp_path: Path) -> None:
+    """CABS never leaves its published smallest batch, 16, on so small a network.
+
+    Catches: a claim about an adaptive batch that was constant all along.
+    """
+    text = (bundled("experiments") / "cabs/recipe.toml").read_text()
+    text = text.replace('name = "cabs", min = 4, max = 512', 'name = "cabs", max = 512')
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        text.replace("coupled/learning_rate=0.4", "coupled/learning_rate=0.2")
+    )
+    overrides = {"seeds.count": "2", "rules.min_pairs": "2"}
+    recipe = nk.load_recipe(path, profile="smoke", overrides=overrides)
+    runs = nk.run(recipe, tmp_path / "set", workers=0)
+    (claim,) = recipe.stated_claims()
+    reason = sample_of(runs, claim).not_comparable
+    assert reason is not None
+    assert (
+        "held the batch size at a bound (16 or 512) in 100 % of the updates" in reason
+    )
