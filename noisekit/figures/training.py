@@ -119,11 +119,12 @@ def training_curves(
 def _curves_caption(
     names: Sequence[str], against: Sequence[str], *, is_cut: bool
 ) -> str:
-    labels = ", ".join(described(name).label.lower() for name in names)
+    first, *rest = (described(name).label for name in names)
+    labels = ", ".join([first, *(label[:1].lower() + label[1:] for label in rest)])
     words = {"epoch": "epochs", "step": "updates", "examples_seen": "examples seen"}
     cut = " A column ends where its first arm ends." if is_cut else ""
     return (
-        f"{labels.capitalize()} against "
+        f"{labels} against "
         f"{' and against '.join(words.get(a, a) for a in against)}. Thick: mean over "
         "seeds, band: its 95 % t-interval; thin: each seed. A mean ends where the "
         f"first of its seeds ends.{cut} Lines are drawn through at most {_SEED_POINTS} "

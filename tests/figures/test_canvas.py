@@ -61,6 +61,10 @@ DRAWN_ON: dict[str, tuple[tuple[int, int], Callable[[object], Plot]]] = {
         (3, 2),
         lambda ax: figures.training_curves(samples.evaluations(num_seeds=2), ax=ax),
     ),
+    "trade-off": (
+        (1, 1),
+        lambda ax: figures.batch_size_tradeoff(samples.tradeoff(), ax=ax),
+    ),
     "timeline": (
         (2, 2),
         lambda ax: figures.timeline(samples.planned_settings(), ax=ax),

@@ -307,6 +307,7 @@ FALLBACK = (
         networks.SharedWithFallback,
         routes.sequences,
         "linear",
+        "recurrent",
         "replay",
     ),
     _case("behind_its_back", networks.BehindItsBack, routes.flat, "linear", "replay"),

@@ -203,13 +203,13 @@ CASES = (
         "attention",
         _Attention,
         (4, 5, 8),
-        frozenset({"linear", "replay of attention", "replay of the model"}),
+        frozenset({"linear", "replay of attention", "broadcast"}),
     ),
     Case(
         "time_first",
         _TimeFirst,
         (4, 6, 4),
-        frozenset({"linear", "replay of recurrent"}),
+        frozenset({"linear", "recurrent"}),
     ),
     Case(
         "functional", _Functional, (5, 4), frozenset({"linear", "replay of the model"})
@@ -229,13 +229,13 @@ CASES = (
         "time_first_square",
         _TimeFirst,
         (6, 6, 4),
-        frozenset({"linear", "replay of recurrent"}),
+        frozenset({"linear", "recurrent"}),
     ),
     Case(
         "attention_square",
         _Attention,
         (5, 5, 8),
-        frozenset({"linear", "replay of attention", "replay of the model"}),
+        frozenset({"linear", "replay of attention", "broadcast"}),
     ),
 )
 IDS = [case.name for case in CASES]

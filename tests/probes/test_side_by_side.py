@@ -265,9 +265,7 @@ def test_what_was_not_read_cannot_be_averaged() -> None:
     )
     with pytest.raises(UsageError, match=message):
         probe.simple_noise_scale(estimator="rows")
-    with pytest.raises(
-        UsageError, match="window needs to be 1 or more readings, got 0"
-    ):
+    with pytest.raises(UsageError, match="window needs to be at least 1, got 0"):
         probe.simple_noise_scale(window=0)
 
 

@@ -281,7 +281,7 @@ def test_factor_too_small_to_raise_the_eigenvalue_is_refused() -> None:
         model[4].weight.zero_()
         model[2].weight.zero_()
         model[2].bias.zero_()
-    with pytest.raises(UsageError, match="factor=4 needs to be larger to make a sharp"):
+    with pytest.raises(UsageError, match="a sharper twin needs a factor other than 4"):
         rescaled_twin(model, LOSS, [batch()], generator=seeded())
 
 

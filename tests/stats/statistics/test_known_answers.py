@@ -103,9 +103,9 @@ def test_a_group_of_several_runs_a_seed_is_refused() -> None:
     with pytest.raises(UsageError, match="needs one run per seed, got group 'batch_s"):
         Value(quantity="test_error", treatment="batch_size=8").sample(runs)
     with pytest.raises(
-        UsageError, match="got over='oder'; they have batch_size, order"
+        UsageError, match="got over='orders'; they have batch_size, order"
     ):
-        Value(quantity="test_error", over="oder").sample(runs)
+        Value(quantity="test_error", over="orders").sample(runs)
     with pytest.raises(UsageError, match="got 'batch_size=9', which none belongs to"):
         Value(quantity="test_error", treatment="batch_size=9").sample(runs)
 
