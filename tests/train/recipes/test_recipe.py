@@ -459,7 +459,7 @@ def test_settings_of_format_1_are_read_as_they_were_meant() -> None:
         (
             {"analyses": ["sharpness_vs_batchsize"]},
             "analyses: needs an analysis, one of 'gradient_noise', 'outcomes_by_arm', "
-            "'rate_choice', 'sharpness_vs_batch_size', got "
+            "'rate_choice', 'sharpness_vs_batch_size', 'stated_claims', got "
             "'sharpness_vs_batchsize'; did you mean 'sharpness_vs_batch_size'?",
         ),
         (
