@@ -1,21 +1,18 @@
 """Updates of several micro-batches, as many as a policy decides."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from noisekit.core.arguments import checked
-from noisekit.core.errors import CheckpointError, UsageError
-from noisekit.policies.driver import PolicyDriver
+from noisekit.core.errors import UsageError
 from noisekit.policies.point import At
 from noisekit.policies.policy import Decision, Policy
+from noisekit.policies.policy_sampler import PolicySampler, sharing_ranks
 from noisekit.policies.readings import ReadingSource
-from noisekit.policies.sampler import sharing_ranks
-from noisekit.policies.stream import Cut, ExampleStream, Place
+from noisekit.policies.stream import Cut
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 
 
-class GradientAccumulation(Sampler[list[int]]):
+class GradientAccumulation(PolicySampler):
     r"""Micro-batches of one size, of which a policy decides how many make an update.
 
     For batches that do not fit into memory, for BatchNorm, which sees the same number
@@ -64,7 +61,6 @@ class GradientAccumulation(Sampler[list[int]]):
     """
 
     @checked
-    @checked
     def __init__(
         self,
         data: Sized | int,
@@ -85,37 +81,20 @@ class GradientAccumulation(Sampler[list[int]]):
                 "microbatch needs to be at least 1 and at most the examples per "
                 f"process, {count // ranks.size}, got {microbatch}."
             )
-        self._seed = seed
-        self._stream = ExampleStream(
-            count, seed=seed, shuffle=shuffle, epoch_end="run_on", ranks=ranks
-        )
         self._chunk = microbatch * ranks.size
-        self._driver = PolicyDriver(
+        super().__init__(
+            count,
             policy,
-            num_examples=count,
-            multiple=self._chunk,
             ranks=ranks,
+            multiple=self._chunk,
+            seed=seed,
+            shuffle=shuffle,
+            epoch_end="run_on",
             length=length,
             optimizer=optimizer,
         )
-        self._done = Place()  # after the last complete update
         self._used = 0  # after the last micro-batch that was used
         self._current: Update[Any] | None = None
-
-    @property
-    def policy(self) -> Policy:
-        """The policy."""
-        return self._driver.policy
-
-    @property
-    def num_updates(self) -> int:
-        """Complete updates so far."""
-        return self._done.updates
-
-    @property
-    def epoch(self) -> int:
-        """The pass that the next update begins in, from 0."""
-        return self._done.cursor // self._stream.num_examples
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the micro-batches of the pass from the last used one on."""
@@ -201,13 +180,7 @@ class GradientAccumulation(Sampler[list[int]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the last complete update, as JSON."""
-        return {
-            "seed": self._seed,
-            "num_examples": self._stream.num_examples,
-            "chunk": self._chunk,
-            "done": asdict(self._done),
-            "driver": self._driver.state_dict(),
-        }
+        return {**self._state(self._done), "chunk": self._chunk}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on after the last complete update of a saved state.
@@ -215,15 +188,7 @@ class GradientAccumulation(Sampler[list[int]]):
         Raises:
             CheckpointError: If it is of another policy, seed or number of examples.
         """
-        own = {"seed": self._seed, "num_examples": self._stream.num_examples}
-        for name, value in own.items():
-            if state_dict[name] != value:
-                raise CheckpointError(
-                    f"the state of a sampler with {name}={value} is needed, got one "
-                    f"with {name}={state_dict[name]}; build it as it was saved."
-                )
-        self._driver.load_state_dict(state_dict["driver"])
-        self._done = Place(**state_dict["done"])
+        self._load_state(state_dict)
         self._used, self._current = self._done.cursor, None
 
 

@@ -95,7 +95,6 @@ class BatchSizeSearch:
 
 
 @checked
-@checked
 def find_batch_size(
     step: Callable[[int], object],
     *,

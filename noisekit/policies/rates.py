@@ -88,7 +88,6 @@ class RateRule:
 
 
 @checked
-@checked
 def apply_rate(
     optimizer: torch.optim.Optimizer,
     decision: Decision,

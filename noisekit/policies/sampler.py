@@ -7,18 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from noisekit.core.arguments import checked
-from noisekit.core.distributed import Ranks, ranks_of
 from noisekit.core.errors import CheckpointError, PolicyWarning, UsageError
-from noisekit.policies.driver import PolicyDriver
 from noisekit.policies.point import At
 from noisekit.policies.policy import Decision, Policy
+from noisekit.policies.policy_sampler import PolicySampler, sharing_ranks
 from noisekit.policies.readings import ReadingSource
-from noisekit.policies.stream import Cut, EpochEnd, ExampleStream, Place
+from noisekit.policies.stream import Cut, EpochEnd, Place
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +38,7 @@ class Handed:
     cut: Cut
 
 
-class AdaptiveBatchSampler(Sampler[list[int]]):
+class AdaptiveBatchSampler(PolicySampler):
     r"""Batches of the sizes that a policy asks for, as a loader's ``batch_sampler``.
 
     Call :meth:`observe` once after every update, with a probe or with your own numbers.
@@ -96,7 +93,6 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
     """
 
     @checked
-    @checked
     def __init__(
         self,
         data: Sized | int,
@@ -111,40 +107,23 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
     ) -> None:
         """Start before the first update."""
         ranks = sharing_ranks(process_group)
-        count = data if isinstance(data, int) else len(data)
-        self._seed = seed
-        self._stream = ExampleStream(
-            count, seed=seed, shuffle=shuffle, epoch_end=epoch_end, ranks=ranks
-        )
-        self._driver = PolicyDriver(
+        super().__init__(
+            data,
             policy,
-            num_examples=count,
-            multiple=ranks.size,
             ranks=ranks,
+            multiple=ranks.size,
+            seed=seed,
+            shuffle=shuffle,
+            epoch_end=epoch_end,
             length=length,
             optimizer=optimizer,
         )
-        self._done = self._next = Place()  # after the last observed, handed out batch
+        self._next = self._done  # after the last batch that was handed out
         self._outstanding: deque[Handed] = deque()  # handed out, not observed
         self._again: deque[Handed] = deque()  # of these, to be handed out again
         self._observes = False
         self._unknown = self._has_warned = False
         self._looked_at: int | None = None  # batches handed out then
-
-    @property
-    def policy(self) -> Policy:
-        """The policy."""
-        return self._driver.policy
-
-    @property
-    def num_updates(self) -> int:
-        """Updates observed so far."""
-        return self._done.updates
-
-    @property
-    def epoch(self) -> int:
-        """The pass that the next update begins in, from 0."""
-        return self._done.cursor // self._stream.num_examples
 
     @property
     def decision(self) -> Decision:
@@ -263,9 +242,8 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         Raises:
             CheckpointError: If it is of another policy, seed or number of examples.
         """
-        self._check(state_dict)
-        self._driver.load_state_dict(state_dict["driver"])
-        self._done = self._next = Place(**state_dict["done"])
+        self._load_state(state_dict)
+        self._next = self._done
         self._outstanding.clear()
         self._again = deque(
             Handed(Decision(**saved["decision"]), Cut(**saved["cut"]))
@@ -276,22 +254,10 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
 
     def _saved(self, done: Place, outstanding: list["Handed"]) -> dict[str, Any]:
         return {
-            "seed": self._seed,
-            "num_examples": self._stream.num_examples,
-            "done": asdict(done),
+            **self._state(done),
             "outstanding": [asdict(handed) for handed in outstanding],
             "observes": self._observes,
-            "driver": self._driver.state_dict(),
         }
-
-    def _check(self, saved: Mapping[str, Any]) -> None:
-        own = {"seed": self._seed, "num_examples": self._stream.num_examples}
-        for name, value in own.items():
-            if saved[name] != value:
-                raise CheckpointError(
-                    f"the state of a sampler with {name}={value} is needed, got one "
-                    f"with {name}={saved[name]}; build the sampler as it was saved."
-                )
 
     def handed_out(self) -> dict[str, Any]:
         """Return the state after the last batch handed out; for the iterator."""
@@ -328,10 +294,3 @@ class BatchIterator:
         """Go on after the last batch handed out."""
         self._end = state_dict["end"]
         self._sampler.load_state_dict(state_dict["sampler"])
-
-
-def sharing_ranks(process_group: "ProcessGroup | None") -> Ranks:
-    """Return the processes of a group, by default all that there are."""
-    if process_group is None and dist.is_available() and dist.is_initialized():
-        process_group = dist.group.WORLD
-    return ranks_of(process_group)
