@@ -29,50 +29,60 @@ _LEVEL = 0.95
 def timeline_tables(recipe: Recipe) -> Iterator[Table]:
     """Yield a table of the changes of each arm, and one of the arms without any.
 
-    Arms with the same changes share a table. What stays the same throughout an arm
-    stands in the table's title.
+    Arms with the same changes share a table.
     """
     sharing: dict[tuple[Change, ...], list[str]] = {}
     for spec in _one_seed(recipe):
         sharing.setdefault(tuple(timeline(spec)), []).append(spec.arm)
-    constant = {changes: arms for changes, arms in sharing.items() if len(changes) == 2}
+    constant = []
     for changes, arms in sharing.items():
-        if changes not in constant:
-            yield _changes_table(changes, ", ".join(arms))
+        if _nothing_changes(changes):
+            constant += [(changes[-1], arm) for arm in arms]
+        else:
+            rows = [(change, change.reason) for change in changes]
+            yield _compact_table(", ".join(arms), rows, "what changes")
     if constant:
-        table = _table("Nothing changes in these arms", [*_COLUMNS, "arm"])
-        for (_, end), arms in constant.items():
-            for arm in arms:
-                table.add_row(*map(cell, (*_cells(end), arm)))
-        yield table
+        yield _compact_table("Nothing changes in these arms", constant, "arm")
 
 
-def _changes_table(changes: Sequence[Change], arms: str) -> Table:
-    rows = [_cells(change) for change in changes]
-    values = dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True))
-    hidden = {"microbatch"} if values["microbatch"] == values["batch"] else set()
+def _nothing_changes(changes: Sequence[Change]) -> bool:
+    """Whether there are but a start and an end, both known, and equal.
+
+    A rate that changes continuously, and a batch size that follows readings, have no
+    row of their own between the two.
+    """
+    settings = {_cells(change)[len(_PLACES) :] for change in changes}
+    known = changes[0].batch_size is not None
+    return len(changes) == 2 and len(settings) == 1 and known
+
+
+def _compact_table(title: str, rows: Sequence[tuple[Change, str]], last: str) -> Table:
+    """Return a table of changes, each with a word; numbers are never cut.
+
+    Columns that are the same in every row are in the title, and a microbatch that is
+    the batch is left out.
+    """
+    cells = [_cells(change) for change, _ in rows]
+    values = dict(zip(_COLUMNS, zip(*cells, strict=True), strict=True))
+    if values["microbatch"] == values["batch"]:
+        del values["microbatch"]
+    same = [
+        f"{name} {column[0]}"
+        for name, column in values.items()
+        if name not in _PLACES and len(set(column)) == 1
+    ]
     shown = [
         name
-        for name in _COLUMNS
-        if name in _PLACES or (len(set(values[name])) > 1 and name not in hidden)
+        for name, column in values.items()
+        if name in _PLACES or len(set(column)) > 1
     ]
-    rest = [name for name in _COLUMNS if name not in shown and name not in hidden]
-    same = [f"{name} {values[name][0]}" for name in rest]
-    title = f"{arms}: {', '.join(same)}" if same else arms
-    table = _table(title, [*shown, "what changes"])
-    for change, *numbers in zip(
-        changes, *(values[name] for name in shown), strict=True
-    ):
-        table.add_row(*map(cell, (*numbers, change.reason)))
-    return table
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    """Return a table of numbers, which are never cut, and one last column of words."""
-    table = Table(title=Text(title), title_justify="left")
-    for column in columns[:-1]:
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column(columns[-1], overflow="fold")
+    heading = f"{title}: {', '.join(same)}" if same else title
+    table = Table(title=Text(heading), title_justify="left")
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(last, overflow="fold")
+    for number, (_, word) in enumerate(rows):
+        table.add_row(*(cell(values[name][number]) for name in shown), cell(word))
     return table
 
 

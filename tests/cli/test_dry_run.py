@@ -65,9 +65,9 @@ def test_the_timeline_lists_every_change_and_draws_it(
     path = recipe_file(tmp_path)
     code, out, _ = call("run", path, "--dry-run", "--timeline")
     assert code == 0
-    assert "Nothing changes in these arms" in out
-    assert "│ 12 │ 96 │ 3 │ 8 │ 0.1 │ 0 │ 8 │ slow │" in out
-    assert "│ 12 │ 96 │ 3 │ 8 │ 0.1 │ 0 │ 8 │ same │" in out
+    assert "Nothing changes in these arms: batch 8, rate 0.1, momentum 0" in out
+    assert "│ 12 │ 96 │ 3 │ slow │" in out
+    assert "│ 12 │ 96 │ 3 │ same │" in out
     assert "growing: rate 0.1, momentum 0" in out
     assert "│ 0 │ 0 │ 0 │ 8 │ start │" in out
     assert "│ 4 │ 32 │ 1 │ 16 │ growth" in out
@@ -79,6 +79,36 @@ def test_the_timeline_lists_every_change_and_draws_it(
     assert not (folder.parents[1] / "set.json").exists()
     code, _, _ = call("run", path, "--workers", "1", "--seeds", "1")
     assert code == 0
+
+
+def test_what_changes_without_a_row_of_its_own_is_no_constant(
+    call: Call,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """A smooth schedule, a policy that follows readings, and a phase of another key.
+
+    Catches: arms under "Nothing changes" whose rate falls, or whose batch is unknown.
+    """
+    adaptive = {"name": "cabs", "min": 4, "max": 16}
+    later = {"at": {"epochs": 1}, "set": {"training.clip_norm": 1.0}}
+    arms = [
+        {"name": "constant"},
+        {"name": "smooth", "set": {"schedule.name": "cosine"}},
+        {
+            "name": "follows",
+            "set": {"batch_policy": adaptive, "training.epoch_end": "run_on"},
+        },
+        {"name": "clipped", "set": {"phases": [later]}},
+    ]
+    path = recipe_file(tmp_path, arms=arms)
+    code, out, _ = call("run", path, "--dry-run", "--timeline", "--out", tmp_path)
+    assert code == 0
+    before, after = out.split("Nothing changes in these arms")
+    for name in ("smooth", "follows", "clipped"):
+        assert name in before
+        assert name not in after
+    assert "constant" in after
+    assert "clip_norm = 1" in before
 
 
 def test_power_is_unknown_without_a_spread(call: Call, tmp_path: Path) -> None:  # noqa: F811
