@@ -40,23 +40,15 @@ def analyse(runs: nk.Runs) -> report.AnalysisResult:
     results = report.judged_claims(runs)
     claims = [result.claim for result in results]
     arms = figures.arm_styles(runs.runs)
-    labels = {arm: style.label for arm, style in arms.items()}
-    return report.AnalysisResult(
+    return report.claims_result(
+        runs,
+        results,
         name="sharpness_vs_batch_size",
-        question=report.question(runs),
-        answer=report.answer(
-            results,
-            labels,
-            verdicts=report.gives_verdicts(runs),
-            setting=report.setting_words(runs),
-        ),
-        rules=report.fair_test_rules(runs, claims),
-        claims=results,
-        arms=labels,
-        plots=tuple(plots(runs, results, arms)),
+        arms={arm: style.label for arm, style in arms.items()},
+        plots=plots(runs, results, arms),
         # Test error over images as well, PyHessian's eigenvalue beside ours, and ranks.
-        tables=tuple(report.check_tables(runs, claims)),
-        warnings=tuple(warnings(runs)),
+        tables=report.check_tables(runs, claims),
+        warnings=warnings(runs),
     )
 
 

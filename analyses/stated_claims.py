@@ -22,22 +22,13 @@ from noisekit import figures, report, stats
 def analyse(runs: nk.Runs) -> report.AnalysisResult:
     """Return the verdicts of a set of runs, and their figure."""
     results = report.judged_claims(runs)
-    claims = [result.claim for result in results]
     styles = figures.arm_styles(runs.runs)
-    labels = {arm: style.label for arm, style in styles.items()}
-    return report.AnalysisResult(
+    return report.claims_result(
+        runs,
+        results,
         name="stated_claims",
-        question=report.question(runs),
-        answer=report.answer(
-            results,
-            labels,
-            verdicts=report.gives_verdicts(runs),
-            setting=report.setting_words(runs),
-        ),
-        rules=report.fair_test_rules(runs, claims),
-        claims=results,
-        arms=labels,
-        plots=tuple(plots(runs, results, styles)),
+        arms={arm: style.label for arm, style in styles.items()},
+        plots=plots(runs, results, styles),
     )
 
 

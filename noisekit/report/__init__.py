@@ -16,6 +16,7 @@ from noisekit.report.arm_tables import (
     weights_table,
 )
 from noisekit.report.claim_words import answer, sentence
+from noisekit.report.claims_result import claims_result
 from noisekit.report.comparability import (
     budget_snapshots,
     correct_answers,
@@ -65,6 +66,7 @@ __all__ = [
     "build_report",
     "build_trial",
     "check_tables",
+    "claims_result",
     "correct_answers",
     "curve_gap_table",
     "end_snapshot",
